@@ -1,0 +1,73 @@
+"""Errors that a user can act on.
+
+    QConvertError            exit code
+    ├── UsageError           2   usage, recipe or plan
+    ├── InputError           3   the source or the data was rejected
+    ├── PluginError          4   a plugin failed or broke its contract
+    ├── ParityError          5   the artifact does not compute what its weights say
+    ├── ResourceError        6   disk, memory or lock
+    └── TargetError          7   a requested target could not be run here
+
+A missed gate is a verdict, not an error: exit code 1. Every error carries a stable code, says what and
+where (file, tensor, numbers), and what to do next. `docs/errors.md` lists the codes; a test keeps it true.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QConvertError(Exception):
+    """Base of all errors that qconvert raises on purpose.
+
+    code: stable identifier, "QC-INPUT-003".
+    message: what happened and where.
+    hint: what to do next.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, code: str, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.message}\n  next: {self.hint}"
+
+
+class UsageError(QConvertError):
+    """The command line, the recipe or the plan cannot be carried out."""
+
+    exit_code = 2
+
+
+class InputError(QConvertError):
+    """The source checkpoint or the data is missing, damaged or unsafe."""
+
+    exit_code = 3
+
+
+class PluginError(QConvertError):
+    """A plugin could not be loaded, raised, or returned something that breaks its contract."""
+
+    exit_code = 4
+
+
+class ParityError(QConvertError):
+    """The artifact disagrees with its own dequantized weights: a bug of qconvert, never of the user."""
+
+    exit_code = 5
+
+
+class ResourceError(QConvertError):
+    """Disk, memory or a lock is not available."""
+
+    exit_code = 6
+
+
+class TargetError(QConvertError):
+    """A requested target could not be run on this machine."""
+
+    exit_code = 7

@@ -1,0 +1,83 @@
+"""All quantization arithmetic: weight [out, in] ~ (q - zero_point) * scale.
+
+Scales and zero points are always [out, groups] (per tensor [1, 1]): one code path for every granularity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconvert.ir.scheme import PerTensor, QuantScheme
+
+FLOAT16_TINY = 2.0**-14  # smallest normal float16: a smaller scale would lose bits to subnormals
+FLOAT16_MAX = 65504.0
+
+
+def grouped(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """View weight [out, in] as [rows, groups, group_size], one last axis per scale."""
+    out_features, in_features = weight.shape
+    if isinstance(scheme.granularity, PerTensor):
+        return weight.reshape(1, 1, -1)
+    return weight.reshape(out_features, -1, scheme.group_size(in_features))
+
+
+def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover the range of `weight`, shrunk by `clip`.
+
+    weight: [out, in] float32, finite.
+    clip: a ratio in (0, 1], or one per group [out, groups].
+
+    Returns (scale [out, groups] float32, zero_point [out, groups] int8 or None). Symmetric int4 follows the
+    signed maximum, `scale = w[argmax |w|] / -8`, so the scale may be negative and a constant group is exact.
+    An all-zero group gets scale 1 and survives as zeros.
+    """
+    groups = grouped(weight, scheme)
+    low, high = scheme.code_range
+    if scheme.symmetric:
+        if scheme.bits == 4:
+            extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+            scale = extreme / low
+        else:
+            scale = groups.abs().amax(-1) / high
+        return round_scale(scale * clip), None
+    # Zero is always representable: padding, ReLU zeros and masked inputs must map back to exactly 0.
+    smallest = groups.amin(-1).clamp(max=0.0) * clip
+    largest = groups.amax(-1).clamp(min=0.0) * clip
+    scale = round_scale((largest - smallest) / (high - low))
+    zero_point = (low - torch.round(smallest / scale)).clamp(low, high)
+    return scale, zero_point.to(torch.int8)
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """The value of `scale` as it will be stored: float16 where all of it fits, else float32.
+
+    Rounding happens before codes are computed, so that they are right for the stored scale. Zero scales (and
+    those that even float32 cannot divide by) become 1: their groups hold nothing but zeros to that precision.
+    """
+    scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return scale.half().float() if fits_float16(scale) else scale
+
+
+def fits_float16(scale: Tensor) -> bool:
+    """Whether every scale is a normal float16 number."""
+    magnitude = scale.abs()
+    return bool(((magnitude >= FLOAT16_TINY) & (magnitude <= FLOAT16_MAX)).all())
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """Codes of `weight` [out, in] as int8, rounded to nearest and clamped to the scheme's range."""
+    groups = grouped(weight, scheme)
+    codes = torch.round(groups / scale.unsqueeze(-1))
+    if zero_point is not None:
+        codes += zero_point.unsqueeze(-1)
+    low, high = scheme.code_range
+    return codes.clamp_(low, high).to(torch.int8).reshape(weight.shape)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """float32 [out, in] from codes [out, in]."""
+    groups = grouped(q, scheme).float()
+    if zero_point is not None:
+        groups = groups - zero_point.unsqueeze(-1)
+    return (groups * scale.unsqueeze(-1)).reshape(q.shape)

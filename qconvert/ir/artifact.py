@@ -1,0 +1,40 @@
+"""What was written: where every tensor of an artifact lies, and the file names of an output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qconvert.ir.report import LayerReport
+
+WEIGHTS = "model.safetensors"
+SIDECAR = "qconvert.bin"
+GRAPH = "model.onnx"
+MANIFEST = "qconvert.json"
+REPORT = "report.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor on disk: `nbytes` bytes at `offset` (absolute, in bytes) of `file` in the output folder."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The result of the write stage.
+
+    tensors: name -> place, model.safetensors ("P.weight_packed", ...) and sidecar ("P.kernel_scale", ...) together.
+    layers: what each quantized layer lost and weighs, in the model's order.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    layers: tuple[LayerReport, ...]

@@ -1,0 +1,73 @@
+"""What ONNX Runtime's kernels want beside the shared bytes of model.safetensors; it goes into the sidecar.
+
+    weight-only linear   MatMulNBits: B = weight_packed itself where the width is a multiple of the block,
+                         scales per block, zero points packed along the blocks
+    int8 activations     weight, weight_scale and weight_zero_point themselves; outlier columns beside them
+    conv2d               weight_packed, weight_scale itself; zero points unpacked
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconvert.ir import affine, packing
+from qconvert.ir.plan import LayerPlan
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import GROUP_SIZES, PerGroup
+
+
+def block_size(plan: LayerPlan) -> int:
+    """MatMulNBits' block: the group, else the largest kernel block that divides the width, else the smallest."""
+    if isinstance(plan.scheme.granularity, PerGroup):
+        return plan.scheme.granularity.group_size
+    return next((size for size in reversed(GROUP_SIZES) if plan.in_features % size == 0), GROUP_SIZES[0])
+
+
+def is_padded(plan: LayerPlan) -> bool:
+    """Whether the shared bytes do not fit MatMulNBits' blocks, so that it needs a padded copy."""
+    return plan.in_features % block_size(plan) != 0
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """The scale in the dtype that it is stored in, without loss: it was rounded by affine.round_scale."""
+    return scale.half() if affine.fits_float16(scale) else scale
+
+
+def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """Suffix -> tensor that the graph for the CPU provider needs beside `plan.disk_tensors`.
+
+    kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
+    kernel_scale [out, blocks]: the scale repeated per block.
+    kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
+    outlier_columns [n] int64, outlier_weight [n, out], outlier_mask [in] float32 with zeros at the outliers.
+    input_factor [in] float32: what the input is multiplied by, 1 / input_scale.
+    """
+    extra: dict[str, Tensor] = {}
+    if tensor.input_scale is not None:
+        extra["input_factor"] = 1 / tensor.input_scale
+    if plan.kind == "conv2d":
+        if tensor.zero_point is not None:
+            unsigned = tensor.zero_point.to(torch.int16) + 2 ** (plan.scheme.bits - 1)
+            extra["kernel_zero_point"] = unsigned.to(torch.uint8).expand(plan.out_features, -1)
+        return extra
+    if plan.scheme.activation_bits:
+        if tensor.outliers is not None:
+            mask = torch.ones(plan.in_features)
+            mask[tensor.outliers.columns] = 0
+            extra["outlier_columns"] = tensor.outliers.columns
+            extra["outlier_weight"] = tensor.outliers.weight.T
+            extra["outlier_mask"] = mask
+        return extra
+    size, bits = block_size(plan), plan.scheme.bits
+    blocks = -(-plan.in_features // size)
+    if is_padded(plan):
+        padded = torch.nn.functional.pad(tensor.q, (0, blocks * size - plan.in_features))
+        extra["kernel_weight"] = packing.pack_codes(padded, bits).reshape(plan.out_features, blocks, -1)
+    per_block = blocks // tensor.scale.shape[1]
+    if tensor.scale.shape != (plan.out_features, blocks):
+        extra["kernel_scale"] = stored_scale(tensor.scale).repeat_interleave(per_block, 1).expand(plan.out_features, -1)
+    if tensor.zero_point is not None:
+        repeated = tensor.zero_point.repeat_interleave(per_block, 1).expand(plan.out_features, -1)
+        extra["kernel_zero_point"] = packing.pack_codes(repeated, bits)
+    return extra

@@ -1,0 +1,94 @@
+"""What a quantizer is given: layers, groups of linears that share an input, and calibration statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+LayerKind = Literal["linear", "conv1d", "conv2d"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationStats:
+    """What the observers of a quantizer saw at one layer's input.
+
+    rows: how many input rows (tokens, pixels) were seen, padding left out.
+    values: observer name -> statistic, e.g. {"absmax": [in], "gram": [in, in]}.
+    """
+
+    rows: int
+    values: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One linear or convolution.
+
+    name: full module name, "model.layers.0.self_attn.q_proj".
+    kind: "linear", "conv1d" (GPT-2's transposed linear) or "conv2d".
+    weight: [out, in] float32 whatever the kind: Conv1D transposed, kernels flattened to [out, in/groups * kh * kw].
+    bias: [out] or None.
+    stats: None where the quantizer has no observers.
+    """
+
+    name: str
+    kind: LayerKind
+    weight: Tensor
+    bias: Tensor | None = None
+    stats: CalibrationStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """Where the input of a LinearGroup comes from, if a per-channel scale can be folded there.
+
+    kind: "norm" (weight and bias are divided) or "linear" (rows of its weight, and its bias, are divided).
+    name: module name of the norm or linear.
+    channels: for each input channel of the group, the output channel of the producer that it is a copy of;
+        None means one to one. Grouped-query attention repeats value heads, so several inputs share a producer row.
+    """
+
+    kind: Literal["norm", "linear"]
+    name: str
+    channels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearGroup:
+    """Linears that read the same tensor, e.g. q, k and v.
+
+    producer: None where no scale can be folded.
+    stats: statistics of the shared input.
+    input_scale: [in] found by a quantizer's `prepare`; weights are multiplied by it, the input divided.
+    """
+
+    layers: tuple[Layer, ...]
+    producer: Producer | None = None
+    stats: CalibrationStats | None = None
+    input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One unit of the model that is in memory at a time.
+
+    groups: its linears, those with a common input together, in forward order.
+    tensors: the float tensors that a fold may change (weights and biases of producers), by full name.
+    relative_change: runs the block on calibration inputs with some tensors replaced and returns the largest change of
+        its output relative to the largest |output|; None where nothing was calibrated.
+    """
+
+    name: str
+    groups: tuple[LinearGroup, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    relative_change: Callable[[Mapping[str, Tensor]], float] | None = None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for group in self.groups for layer in group.layers)
+
+
+Batch = dict[str, Any]

@@ -1,0 +1,95 @@
+"""Model: a checkpoint that is described in full and read lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qconvert.ir.report import Task
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor, without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor, in a fixed order. Aliases (tied weights) are not repeated here."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, contiguous; a view of mapped memory where the source allows it, so never written to."""
+
+
+# What `Model.encode_text` returns for one text: token ids of any length, special tokens put in.
+EncodeText = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A loaded model: what it computes (module), what it holds (source), and what travels with it (files).
+
+    name: for people, e.g. the folder's name.
+    task: "causal-lm" (token ids -> logits, with a KV cache), "encoder" (token ids -> last_hidden_state) or "module".
+    module: the skeleton in eval mode: parameters on the meta device, buffers real and in float32.
+    source: stored tensors under the module's own state-dict names.
+    blocks: names of the repeated blocks in forward order, e.g. "model.layers.0"; () for a model that runs whole.
+    tied: parameter name -> name of the stored tensor that it shares, e.g. {"lm_head.weight": "model.embed_tokens.weight"}.
+    output_head: module name of the causal-lm head, None for other tasks.
+    input_names: of the forward's tensor inputs, in order; for a "module" also the names in the ONNX graph.
+    example_inputs: for a "module": tensors by input name, first axis = rows; {} for text models.
+    encode_text: for text models; None where no tokenizer came with the checkpoint.
+    config: config.json as it was read, None for a "module".
+    files: non-weight files to carry over: relative path -> path or content.
+    input_files: what the run depends on, for the manifest's digests: name without any folder outside -> path.
+    """
+
+    name: str
+    task: Task
+    module: nn.Module
+    source: TensorSource
+    blocks: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    output_head: str | None = None
+    input_names: tuple[str, ...] = ()
+    example_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    encode_text: EncodeText | None = None
+    config: Mapping[str, Any] | None = None
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    input_files: Mapping[str, Path] = field(default_factory=dict)
+
+    def stored_name(self, parameter: str) -> str:
+        """The name under which the source holds a parameter of the module."""
+        return self.tied.get(parameter, parameter)
+
+    def read(self, parameter: str) -> Tensor:
+        """The stored tensor of a parameter, tied names resolved."""
+        return self.source.read(self.stored_name(parameter))
+
+    def block_of(self, name: str) -> str:
+        """The block that a module or parameter belongs to, "" for what lies outside the repeated blocks."""
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:end])
+            if prefix in self.blocks:
+                return prefix
+        return ""
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(info.nbytes for info in self.source.tensors.values())

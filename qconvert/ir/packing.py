@@ -1,0 +1,55 @@
+"""The bytes of quantized tensors, as compressed-tensors and ONNX Runtime lay them out.
+
+int4 and int8 codes are stored unsigned, u = q + 2^(bits-1), low nibble first along the input axis. For a
+little-endian machine these bytes serve both readers: compressed-tensors' int32 `weight_packed` and
+MatMulNBits' `B`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack_codes(q: Tensor, bits: int) -> Tensor:
+    """Signed codes [rows, columns] int8 -> bytes [rows, ceil(columns * bits / 8)] uint8.
+
+    int4: byte j holds u[2j] | u[2j+1] << 4; an odd last nibble is padded with 0.
+    """
+    unsigned = (q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    if bits == 8:
+        return unsigned
+    if unsigned.shape[1] % 2:
+        unsigned = torch.nn.functional.pad(unsigned, (0, 1))
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_codes`: bytes [rows, ceil(columns * bits / 8)] -> signed codes [rows, columns] int8."""
+    if bits == 4:
+        packed = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+    return (packed.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def pack_int32(q: Tensor, bits: int) -> Tensor:
+    """compressed-tensors' pack-quantized form: codes [rows, columns] -> int32 [rows, ceil(columns * bits / 32)]."""
+    packed = pack_codes(q, bits)
+    padding = -packed.shape[1] % 4
+    if padding:
+        packed = torch.nn.functional.pad(packed, (0, padding))
+    return packed.contiguous().view(torch.int32)
+
+
+def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_int32`: int32 [rows, words] -> codes [rows, columns] int8."""
+    return unpack_codes(packed.contiguous().view(torch.uint8)[:, : -(-columns * bits // 8)], bits, columns)
+
+
+def pack_zero_point_int32(zero_point: Tensor, bits: int) -> Tensor:
+    """compressed-tensors packs zero points [out, groups] along the *output* axis: int32 [ceil(out * bits / 32), groups]."""
+    return pack_int32(zero_point.T.contiguous(), bits).T.contiguous()
+
+
+def unpack_zero_point_int32(packed: Tensor, bits: int, out_features: int) -> Tensor:
+    """Inverse of `pack_zero_point_int32`: -> [out, groups] int8."""
+    return unpack_int32(packed.T.contiguous(), bits, out_features).T.contiguous()

@@ -1,0 +1,71 @@
+"""Plan: what a run will do, known from the headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qconvert.ir.layer import LayerKind
+from qconvert.ir.model import TensorInfo
+from qconvert.ir.report import KeptFloat
+from qconvert.ir.scheme import QuantScheme
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer that will be quantized.
+
+    weight: [out, in] after transposing (Conv1D) or flattening (Conv2d).
+    """
+
+    name: str
+    kind: LayerKind
+    out_features: int
+    in_features: int
+    scheme: QuantScheme
+
+    @property
+    def disk_tensors(self) -> dict[str, TensorInfo]:
+        """Suffix -> what model.safetensors holds for it, in compressed-tensors' layout (scales as float16)."""
+        scheme, out, width = self.scheme, self.out_features, self.in_features
+        groups = width // scheme.group_size(width)
+        scale = TensorInfo(torch.float16, (out, groups))
+        if scheme.activation_bits and self.kind != "conv2d":
+            tensors = {"weight": TensorInfo(torch.int8, (out, width)), "weight_scale": scale}
+            if not scheme.symmetric:
+                tensors["weight_zero_point"] = TensorInfo(torch.int8, (out, groups))
+            return tensors
+        tensors = {
+            "weight_packed": TensorInfo(torch.int32, (out, -(-width * scheme.bits // 32))),
+            "weight_scale": scale,
+            "weight_shape": TensorInfo(torch.int64, (2,)),
+        }
+        if not scheme.symmetric:
+            tensors["weight_zero_point"] = TensorInfo(torch.int32, (-(-out * scheme.bits // 32), groups))
+        return tensors
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.disk_tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will happen to every tensor of the model.
+
+    scheme: the scheme of the layers that no rule names.
+    layers: by name, in the model's order.
+    kept_float: modules that stay as they are, each with the reason.
+    calibrated: whether calibration data is needed.
+    weights_bytes: exact size of model.safetensors' tensor data (float16 scales).
+    peak_bytes: estimate of the largest amount of memory held at once while quantizing.
+    """
+
+    scheme: QuantScheme
+    layers: Mapping[str, LayerPlan]
+    kept_float: tuple[KeptFloat, ...]
+    calibrated: bool
+    weights_bytes: int
+    peak_bytes: int

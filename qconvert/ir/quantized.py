@@ -1,0 +1,74 @@
+"""QuantizedTensor: the one record that quantizers produce and the writer, exporter and verifier consume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qconvert.ir import affine
+from qconvert.ir.scheme import QuantScheme
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outliers:
+    """Input columns that stay in float beside the int8 matrix (LLM.int8).
+
+    columns: [n] int64, sorted.
+    weight: [out, n] float32.
+    """
+
+    columns: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """weight [out, in] ~ (q - zero_point) * scale.
+
+    q: [out, in] int8, signed and unpacked; *all* columns, outliers included, so that any loader can use it.
+    scale: [out, groups] float32 (per tensor [1, 1]), already rounded to what is stored; may be negative.
+    zero_point: like scale, int8; None for symmetric schemes.
+    input_scale: [in] float32 or None: q holds `weight * input_scale`, the consumer computes
+        `(x / input_scale) @ dequantize(q)^T`. Only what could not be folded has one.
+    outliers: columns that consumers which know of them take from `outliers.weight` instead of q.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: QuantScheme
+    input_scale: Tensor | None = None
+    outliers: Outliers | None = None
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]: what `x @ weight^T` is computed with, outliers and input scale put in."""
+        weight = affine.dequantize(self.q, self.scale, self.zero_point, self.scheme)
+        if self.outliers is not None:
+            weight[:, self.outliers.columns] = self.outliers.weight
+        if self.input_scale is not None:
+            weight = weight / self.input_scale
+        return weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedLayer:
+    """A quantized tensor with the name it is for, and ||W - dequantize(q)|| / ||W|| (Frobenius)."""
+
+    name: str
+    tensor: QuantizedTensor
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedBlock:
+    """One finished block.
+
+    layers: its quantized layers.
+    tensors: float tensors that differ from the source because a scale was folded into them, by full name.
+    """
+
+    name: str
+    layers: tuple[QuantizedLayer, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,120 @@
+"""Report: the verdict of a run and its evidence, exactly as report.json holds it (schema 1).
+
+Every number has its unit in its name. A metric that a task has no use for is None here and absent in the JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Status = Literal["passed", "failed", "not-run"]
+Task = Literal["causal-lm", "encoder", "module"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Samples(_Part):
+    calibration: int
+    evaluation: int
+
+
+class Size(_Part):
+    """weights_bytes: every byte of tensor data that the artifact ships; ratio: weights_bytes / source_bytes."""
+
+    source_bytes: int
+    weights_bytes: int
+    graph_bytes: int
+    ratio: float
+    average_bits: float
+
+
+class Parity(_Part):
+    """The artifact against its own dequantized weights. target: a provider, or "transformers" for the loader check."""
+
+    target: str
+    status: Status
+    max_relative_error: float | None = None
+    reason: str | None = None
+
+
+class Fidelity(_Part):
+    """The artifact against the float model. kl in nats; perplexity over the evaluation windows; top1 the share of
+    positions (or rows) with the same most likely answer; cosine the mean over samples."""
+
+    target: str
+    status: Status
+    kl: float | None = None
+    top1: float | None = None
+    perplexity: float | None = None
+    perplexity_float: float | None = None
+    cosine: float | None = None
+    max_abs: float | None = None
+    reason: str | None = None
+
+
+class Latency(_Part):
+    """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float."""
+
+    target: str
+    status: Status
+    threads: int | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    float_p50_ms: float | None = None
+    speedup: float | None = None
+    reason: str | None = None
+
+
+class GateResult(_Part):
+    metric: str
+    comparison: Literal["<=", ">="]
+    limit: float
+    value: float | None
+    passed: bool
+
+
+class LayerReport(_Part):
+    """relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers."""
+
+    name: str
+    scheme: str
+    relative_error: float
+    bytes: int
+
+
+class KeptFloat(_Part):
+    name: str
+    reason: str
+
+
+class Report(_Part):
+    """passed: True, False, or None where nothing was run."""
+
+    passed: bool | None
+    task: Task
+    quantizer: str
+    scheme: str
+    samples: Samples
+    size: Size
+    parity: tuple[Parity, ...] = ()
+    fidelity: tuple[Fidelity, ...] = ()
+    latency: tuple[Latency, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+    kept_float: tuple[KeptFloat, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of report.json."""
+        document = self.model_dump(mode="json")
+        for part in ("fidelity", "latency"):
+            document[part] = [
+                {key: value for key, value in entry.items() if value is not None or key == "status"} for entry in document[part]
+            ]
+        return {"schema": 1, **document}

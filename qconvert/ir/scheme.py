@@ -1,0 +1,98 @@
+"""QuantScheme: how numbers are stored, and its text form ("int4-g32-asym")."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qconvert.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for a whole weight. weight [out, in] -> scale [1, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale per output channel. weight [out, in] -> scale [out, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale per `group_size` consecutive inputs. weight [out, in] -> scale [out, in / group_size]."""
+
+    group_size: int
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+
+# The block sizes that ONNX Runtime's MatMulNBits has kernels for.
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+_SCHEME = re.compile(r"int(?P<bits>4|8)(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?(?P<a8>-a8)?")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantScheme:
+    """The number format of one quantized weight.
+
+    bits: 4 or 8, of the weight.
+    symmetric: no zero point.
+    activation_bits: 8 for int8 activations (dynamic, one scale per row), None for float activations.
+    """
+
+    bits: int
+    symmetric: bool
+    granularity: Granularity
+    activation_bits: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> QuantScheme:
+        """Inverse of `str`; without a granularity, per channel is meant.
+
+        Raises UsageError QC-SCHEME-001 for a text that is no scheme.
+        """
+        match = _SCHEME.fullmatch(text)
+        if match is None or (match["group"] and int(match["group"]) not in GROUP_SIZES):
+            raise UsageError(
+                "QC-SCHEME-001",
+                f"'{text}' is not a scheme",
+                hint="write int4 or int8, then -tensor, -channel or -gN "
+                f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8: for example int4-g32-asym, "
+                "int8-channel-a8",
+            )
+        granularity: Granularity = PerChannel()
+        if match["granularity"] == "tensor":
+            granularity = PerTensor()
+        elif match["group"]:
+            granularity = PerGroup(int(match["group"]))
+        return QuantScheme(int(match["bits"]), not match["asym"], granularity, 8 if match["a8"] else None)
+
+    def __str__(self) -> str:
+        match self.granularity:
+            case PerTensor():
+                granularity = "tensor"
+            case PerChannel():
+                granularity = "channel"
+            case PerGroup(group_size):
+                granularity = f"g{group_size}"
+        asym = "" if self.symmetric else "-asym"
+        return f"int{self.bits}-{granularity}{asym}{f'-a{self.activation_bits}' if self.activation_bits else ''}"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code. Symmetric int8 leaves out -128 so that the range is balanced;
+        symmetric int4 uses all 16 codes, because its scale follows the signed maximum (ir/affine.py)."""
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (-high, high) if self.symmetric and self.bits == 8 else (low, high)
+
+    def group_size(self, in_features: int) -> int:
+        """How many consecutive inputs of one output channel share a scale."""
+        return self.granularity.group_size if isinstance(self.granularity, PerGroup) else in_features
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of scale and zero_point: [out, groups], per tensor [1, 1]."""
+        if isinstance(self.granularity, PerTensor):
+            return 1, 1
+        return out_features, in_features // self.group_size(in_features)

@@ -1,0 +1,38 @@
+"""Every hook of qconvert. A plugin implements any of them with `from qconvert import hookimpl`.
+
+Nothing heavy is imported here: plugins are found before it is known whether torch is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pluggy import HookspecMarker
+
+if TYPE_CHECKING:
+    from qconvert.ir.model import Model
+    from qconvert.ir.report import Report
+    from qconvert.plugin.quantizer import Quantizer
+    from qconvert.recipe import Recipe
+
+hookspec = HookspecMarker("qconvert")
+
+
+@hookspec
+def register_quantizers() -> list[type[Quantizer]]:  # type: ignore[empty-body]
+    """Called once, when a command first needs a quantizer. Returns the Quantizer classes that the plugin brings."""
+
+
+@hookspec(firstresult=True)
+def load_model(source: str) -> Model | None:
+    """Called for every `--model SOURCE` once `pkg:` is resolved to a path. Third parties are asked before the built-ins.
+
+    source: what the user wrote, e.g. a path.
+    Returns None for a source that is not the plugin's, else a Model whose tensors are read lazily. Raises InputError for
+    a source that is the plugin's but damaged.
+    """
+
+
+@hookspec
+def conversion_finished(recipe: Recipe, report: Report) -> None:
+    """Called after the output was published and the report is final, e.g. to log it. Must not change the output."""

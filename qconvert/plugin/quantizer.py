@@ -1,0 +1,52 @@
+"""The Quantizer contract: one algorithm, its options, and what it needs to know."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from qconvert.ir import affine
+from qconvert.ir.layer import Layer, LinearGroup
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin.observer import Observer
+
+
+class Quantizer(ABC):
+    """Turns one layer's weight into a QuantizedTensor.
+
+    Subclasses are frozen dataclasses: their fields are the user's options, with types, defaults and docs.
+    A quantizer changes none of its inputs and draws no random numbers: the same layer gives the same bytes.
+
+    name: what the user types, kebab-case.
+    default_scheme: used where the recipe names none.
+    observers: statistics that it needs of each linear's input; () means no calibration data is needed.
+    """
+
+    name: ClassVar[str]
+    default_scheme: ClassVar[QuantScheme]
+    observers: ClassVar[tuple[type[Observer], ...]] = ()
+
+    def refuses(self, scheme: QuantScheme) -> str | None:
+        """Why this quantizer can't produce `scheme`, as half a sentence for the user; None if it can."""
+        return None
+
+    def prepare(self, group: LinearGroup) -> LinearGroup:
+        """Optionally choose one `input_scale` [in] for linears that share an input.
+
+        Returns the group with `input_scale` set and layer weights as they were. qconvert folds the scale into the
+        producer where that is exact, and then calls `quantize` with the scaled weights and statistics.
+        """
+        return group
+
+    @abstractmethod
+    def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Quantize `layer.weight` [out, in] to `scheme`."""
+
+
+def round_to_nearest(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1.0) -> QuantizedTensor:
+    """Quantize weight [out, in] to the nearest code of a range that covers it, shrunk by `clip` (see ir.affine)."""
+    scale, zero_point = affine.choose_qparams(weight, scheme, clip)
+    return QuantizedTensor(affine.quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)

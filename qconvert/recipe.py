@@ -1,0 +1,142 @@
+"""Recipe: all that a run needs, in one document (YAML in, JSON Schema out)."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from qconvert.errors import QConvertError, UsageError
+from qconvert.ir.scheme import QuantScheme
+
+
+def _parse_scheme(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return QuantScheme.parse(value)
+    except QConvertError as error:  # pydantic collects ValueErrors and names the field
+        raise ValueError(f"{error.message}; {error.hint}") from error
+
+
+def _parse_rule_scheme(value: object) -> object:
+    return None if value == "float" else _parse_scheme(value)
+
+
+SchemeField = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str)]
+RuleSchemeField = Annotated[
+    QuantScheme | None,
+    BeforeValidator(_parse_rule_scheme),
+    PlainSerializer(lambda scheme: "float" if scheme is None else str(scheme)),
+]
+Target = Literal["cpu", "cuda"]
+Layout = Literal["transformers", "onnx"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Rule(_Part):
+    """Which scheme the layers that match `pattern` (fnmatch on the full module name) get; the first match wins."""
+
+    pattern: str
+    scheme: RuleSchemeField  # None keeps the layer in float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From the command line: 'PATTERN=SCHEME' or 'PATTERN=float'."""
+        pattern, separator, scheme = text.rpartition("=")
+        if not separator or not pattern:
+            raise UsageError(
+                "QC-RECIPE-002", f"'{text}' is not a rule", hint="write --rule 'PATTERN=SCHEME' or --rule 'PATTERN=float'"
+            )
+        return cls(pattern=pattern, scheme=scheme)  # type: ignore[arg-type]
+
+
+class Gate(_Part):
+    """A limit that the artifact must keep, e.g. kl <= 0.2 or cosine >= 0.99."""
+
+    metric: Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
+    comparison: Literal["<=", ">="]
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From the command line: 'kl<=0.2'."""
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
+        try:
+            if match is None:
+                raise ValueError
+            return cls(metric=match[1], comparison=match[2], limit=float(match[3]))  # type: ignore[arg-type]
+        except ValueError as error:  # pydantic's ValidationError is a ValueError
+            metrics = ", ".join(cls.model_fields["metric"].annotation.__args__)  # type: ignore[union-attr]
+            raise UsageError(
+                "QC-RECIPE-003", f"'{text}' is not a gate", hint=f"write METRIC<=LIMIT or METRIC>=LIMIT with a metric of {metrics}"
+            ) from error
+
+
+class DataSpec(_Part):
+    """Where samples come from and how many are taken."""
+
+    source: str | None = Field(None, description="a .txt, .jsonl, .parquet or .npz file, or 'builtin'; unset: the default of the task")
+    samples: int = Field(32, ge=1, description="how many samples: token windows, sentences or rows")
+    length: int = Field(256, ge=8, description="tokens per sample, for text")
+
+
+class Recipe(_Part):
+    """One conversion. Every field can be given on the command line, which overrides the file."""
+
+    model: str = Field(description="a Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads")
+    output: Path = Field(description="folder to write; must not exist unless force is set")
+    quantizer: str = "per-channel"
+    scheme: SchemeField | None = Field(None, description="unset: the quantizer's default")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the quantizer")
+    rules: tuple[Rule, ...] = ()
+    calibration: DataSpec = DataSpec()
+    evaluation: DataSpec = DataSpec(samples=24)
+    seed: int = Field(0, ge=0)
+    targets: tuple[Target, ...] = ("cpu",)
+    layout: Layout = "transformers"
+    device: str = Field("cpu", description="where blocks run during calibration: cpu or cuda")
+    gates: tuple[Gate, ...] = ()
+    verify: bool = True
+    allow_unverified: bool = False
+    force: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        """Validate what a file and the command line gave. Raises UsageError QC-RECIPE-001 with every wrong field."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors())
+            known = ", ".join(cls.model_fields)
+            raise UsageError("QC-RECIPE-001", f"the recipe is not valid: {problems}", hint=f"fields are {known}") from error
+
+    def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
+        """The scheme of the layer `name`: the first rule that matches, else the recipe's, else `default`."""
+        for rule in self.rules:
+            if fnmatchcase(name, rule.pattern):
+                return rule.scheme
+        return self.scheme or default
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, paths relative to the working directory.
+
+    Raises UsageError QC-RECIPE-004 if it can't be read or is no mapping.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no mapping of fields")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(
+            "QC-RECIPE-004", f"recipe {path}: {error}", hint="give a YAML file with at least 'model:' and 'output:'"
+        ) from error
+    return settings
