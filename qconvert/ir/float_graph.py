@@ -1,0 +1,77 @@
+"""A template with every opaque node made a plain float op: the baseline that artifacts are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir
+from onnx_ir import DataType, Value
+
+from qconvert.ir.template import DOMAIN
+
+
+def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> onnx_ir.Model:
+    """A copy of the template's graph in plain float32 ops.
+
+    shapes: of every parameter of the model. Weights are initializers without data under their parameter names, to be
+    fed by ir.runtime.memory_session.
+    """
+    model = template.clone()
+    for node in list(model.graph):
+        if node.domain == DOMAIN:
+            nodes, output = lower_float(model.graph, node, shapes)
+            substitute(model.graph, node, nodes, output)
+    return model
+
+
+def parameter(graph: onnx_ir.Graph, name: str, shape: tuple[int, ...], dtype: DataType = DataType.FLOAT) -> Value:
+    """The initializer without data called `name`, made if it is not there yet."""
+    if name not in graph.initializers:
+        tensor = onnx_ir.LazyTensor(_no_data, dtype=dtype, shape=onnx_ir.Shape(shape), name=name)
+        value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(dtype), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _no_data() -> onnx_ir.TensorProtocol:
+    raise AssertionError("the data of a parameter is fed to the session")
+
+
+def lower_float(
+    graph: onnx_ir.Graph, node: onnx_ir.Node, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[onnx_ir.Node], Value]:
+    """The float nodes that compute what the opaque `node` stands for, and their output."""
+    x = node.inputs[0]
+    assert x is not None
+    if node.op_type in ("BlockInput", "BlockOutput"):
+        identity = onnx_ir.node("Identity", [x])
+        return [identity], identity.outputs[0]
+    name = node.attributes["module"].as_string()
+    weight = parameter(graph, f"{name}.weight", shapes[f"{name}.weight"])
+    bias = parameter(graph, f"{name}.bias", shapes[f"{name}.bias"]) if f"{name}.bias" in shapes else None
+    if node.op_type == "Embedding":
+        gather = onnx_ir.node("Gather", [weight, x], name=f"{name}/Gather")
+        return [gather], gather.outputs[0]
+    if node.op_type == "Conv":
+        attributes = {key: value for key, value in node.attributes.items() if key != "module"}
+        conv = onnx_ir.Node("", "Conv", [x, weight, *([bias] if bias else [])], list(attributes.values()), name=f"{name}/Conv")
+        return [conv], conv.outputs[0]
+    nodes = []
+    if node.attributes["kind"].as_string() == "linear":
+        transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/Transpose")
+        nodes.append(transpose)
+        weight = transpose.outputs[0]
+    nodes.append(onnx_ir.node("MatMul", [x, weight], name=f"{name}/MatMul"))
+    if bias is not None:
+        nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{name}/Add"))
+    return nodes, nodes[-1].outputs[0]
+
+
+def substitute(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Node], output: Value) -> None:
+    """Put `nodes` in the place of `node`; `output` takes over name, type and uses of its output."""
+    old = node.outputs[0]
+    graph.insert_before(node, nodes)
+    output.name, old.name = old.name, f"{old.name}/opaque"
+    output.shape, output.type = old.shape, old.type
+    onnx_ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

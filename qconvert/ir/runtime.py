@@ -1,0 +1,69 @@
+"""ONNX Runtime sessions, over files or over graphs in memory that are fed from mapped tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+from torch import Tensor
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def available(target: str) -> bool:
+    """Whether this machine's ONNX Runtime has the provider of a target."""
+    return PROVIDERS[target] in onnxruntime.get_available_providers()
+
+
+def session_options(threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
+
+
+def file_session(path: Path, target: str = "cpu", threads: int = 0) -> Any:
+    """A session over a model file and the external data beside it."""
+    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDERS[target]])
+
+
+def memory_session(
+    model: onnx_ir.Model, read: Callable[[str], Tensor], threads: int = 0, config: Mapping[str, str] | None = None
+) -> Any:
+    """A session over a graph in memory.
+
+    Initializers without data (see ir/template.py) are taken from `read(name)`, without a copy where the tensor is a
+    mapped one. config: session configuration entries.
+    """
+    options = session_options(threads)
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    names, values = [], []
+    clone = model.clone()
+    for name, initializer in clone.graph.initializers.items():
+        tensor = initializer.const_value
+        if isinstance(tensor, onnx_ir.LazyTensor):
+            assert initializer.shape is not None
+            array = to_numpy(read(name), tensor.dtype).reshape([int(d) for d in initializer.shape])
+            names.append(name)
+            values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype.value))
+            initializer.const_value = onnx_ir.ExternalTensor(
+                "fed", 0, array.nbytes, tensor.dtype, shape=onnx_ir.Shape(array.shape), name=name
+            )
+    if names:
+        options.add_external_initializers(names, values)
+    data = onnx_ir.to_proto(clone).SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS["cpu"]])
+    session.fed = values  # the session reads them as long as it lives
+    return session
+
+
+def to_numpy(tensor: Tensor, dtype: onnx_ir.DataType) -> np.ndarray[Any, Any]:
+    """A numpy array of an ONNX type; zero-copy where the types agree."""
+    if dtype == onnx_ir.DataType.FLOAT:
+        return np.ascontiguousarray(tensor.float().numpy())
+    return np.ascontiguousarray(tensor.numpy())

@@ -1,0 +1,59 @@
+"""Trace: the float graph of a model, from one block of each kind, checked against the model itself."""
+
+from __future__ import annotations
+
+import logging
+
+from qconvert.errors import InputError
+from qconvert.ir.model import Model
+from qconvert.ir.template import Template
+from qconvert.trace.capture import FORMS, Captured, capture
+from qconvert.trace.check import TOLERANCE, relative_error
+from qconvert.trace.cleanup import drop_reshape_pairs, remove_unused
+from qconvert.trace.groups import input_groups
+from qconvert.trace.opaque import representatives
+from qconvert.trace.stamp import stamp
+
+logger = logging.getLogger("qconvert")
+
+
+def trace(model: Model) -> Template:
+    """Trace one block of each kind, check it numerically, and stamp out the whole graph.
+
+    Raises InputError QC-EXPORT-001 if no way of tracing the model computes what the model computes.
+    """
+    kinds = representatives(model)
+    blocks = list(dict.fromkeys(kinds.values()))
+    captured = _first_that_is_right(model, blocks)
+    graph = captured.graph.graph
+    stamp(graph, kinds)
+    drop_reshape_pairs(graph)
+    remove_unused(captured.graph)
+    constants = {name: value for name, value in captured.constants.items() if name in graph.initializers}
+    return Template(captured.graph, kinds, input_groups(graph), constants)
+
+
+def _first_that_is_right(model: Model, blocks: list[str]) -> Captured:
+    """The capture in the fastest form that agrees with torch."""
+    failures = []
+    for form in FORMS[model.task]:
+        try:
+            captured = capture(model, blocks, form)
+            error = relative_error(model, captured, blocks)
+        except InputError:
+            raise
+        except Exception as failure:
+            # Any form may meet something that it can't trace, and the exporter raises all kinds of errors; the next
+            # form is tried, and if none is left, all reasons are told.
+            failures.append(f"{form}: {type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}")
+            logger.debug("%s can't be traced as %s", model.name, form, exc_info=True)
+            continue
+        if error <= TOLERANCE:
+            return captured
+        failures.append(f"{form}: differs from the model by {error:.1e} of its largest output")
+        logger.debug("%s traced as %s is off by %.1e", model.name, form, error)
+    raise InputError(
+        "QC-EXPORT-001",
+        f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(failures)}",
+        hint="check that the model runs in torch with batches of different length; QCONVERT_DEBUG=1 shows the traces",
+    )

@@ -1,0 +1,183 @@
+"""Attention as one ONNX Runtime op: GroupQueryAttention for decoders, MultiHeadAttention for encoders.
+
+transformers models look their attention up by name; under the names registered here they emit the op and skip the
+building of masks, which the op does itself. What an architecture computes beyond that (relative positions, say) is
+lost silently, so a template made this way is used only after a numeric check (trace/check.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+DECODER, ENCODER = "qconvert-decoder", "qconvert-encoder"
+
+
+@dataclass
+class AttentionContext:
+    """What the attention of every block needs from the graph around it, for the duration of one trace.
+
+    past: layer index -> (key, value) [batch, kv_heads, past, head_size]; present likewise, filled by the blocks.
+    last_token: [batch] int32, index of each row's last valid position; total: int32 scalar, length of the longest row.
+    padding: [batch, sequence] int32, 1 where a token is (encoders).
+    rotary: (cos, sin) [positions, rotary_dim / 2] if the op is to rotate queries and keys itself.
+    rotated: whether the block that is being traced asked for rotation.
+    """
+
+    past: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    last_token: Tensor | None = None
+    total: Tensor | None = None
+    padding: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    rotated: bool = False
+
+
+_context = AttentionContext()
+
+
+@contextmanager
+def attention_context() -> Iterator[AttentionContext]:
+    """A fresh context for one trace."""
+    global _context
+    previous, _context = _context, AttentionContext()
+    try:
+        yield _context
+    finally:
+        _context = previous
+
+
+def _joined(x: Tensor) -> Tensor:
+    """[batch, heads, sequence, head_size] -> [batch, sequence, heads * head_size]."""
+    batch, heads, sequence, size = x.shape
+    return x.transpose(1, 2).reshape(batch, sequence, heads * size)
+
+
+def group_query_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """com.microsoft::GroupQueryAttention on query [batch, heads, sequence, head_size], key and value with kv_heads."""
+    batch, heads, sequence, size = query.shape
+    kv_heads = key.shape[1]
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    past_key, past_value = _context.past[index]
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "scale": float(scaling if scaling is not None else size**-0.5),
+    }
+    if sliding_window:
+        attributes["local_window_size"] = int(sliding_window)
+    if softcap:
+        attributes["softcap"] = float(softcap)
+    assert _context.last_token is not None
+    assert _context.total is not None
+    inputs = [_joined(query), _joined(key), _joined(value), past_key, past_value, _context.last_token, _context.total]
+    if _context.rotary is not None and _context.rotated:
+        attributes["do_rotary"] = 1
+        inputs += _context.rotary
+        _context.rotated = False
+    cache = (batch, kv_heads, past_key.shape[2] + sequence, size)
+    out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        inputs,
+        attrs=attributes,
+        dtypes=(torch.float32,) * 3,
+        shapes=[(batch, sequence, heads * size), cache, cache],
+        version=1,
+    )
+    _context.present[index] = present_key, present_value
+    return out.view(batch, sequence, heads, size), None
+
+
+def multi_head_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """com.microsoft::MultiHeadAttention on query, key and value [batch, heads, sequence, head_size]."""
+    batch, heads, sequence, size = query.shape
+    assert _context.padding is not None
+    out = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (_joined(query), _joined(key), _joined(value), None, _context.padding),
+        attrs={"num_heads": heads, "scale": float(scaling if scaling is not None else size**-0.5)},
+        dtype=torch.float32,
+        shape=(batch, sequence, heads * size),
+        version=1,
+    )
+    return out.view(batch, sequence, heads, size), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(DECODER, group_query_attention)
+ALL_ATTENTION_FUNCTIONS.register(ENCODER, multi_head_attention)
+
+
+class NoCache:
+    """Takes the place of a KV cache in the trace: keys and values pass through, the attention op does the caching."""
+
+    is_compileable = False
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+
+@contextmanager
+def rotation_left_to_attention(module: nn.Module) -> Iterator[None]:
+    """Make the model's own rotation of queries and keys a no-op that only notes that it was asked for."""
+    owners = {sys.modules[type(part).__module__] for part in module.modules()}
+    patched = {owner: owner.apply_rotary_pos_emb for owner in owners if hasattr(owner, "apply_rotary_pos_emb")}
+
+    def leave_to_attention(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _context.rotated = True
+        return query, key
+
+    try:
+        for owner in patched:
+            owner.apply_rotary_pos_emb = leave_to_attention  # type: ignore[attr-defined]
+        yield
+    finally:
+        for owner, function in patched.items():
+            owner.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
+
+
+def rotary_caches(module: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
+    """The (cos, sin) [positions, rotary_dim / 2] that GroupQueryAttention rotates with.
+
+    Raises ValueError where the model has no rotary embedding of that kind.
+    """
+    found = [part for name, part in module.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    if len(found) != 1:
+        raise ValueError(f"the model has {len(found)} rotary embeddings")
+    with torch.no_grad():
+        try:
+            cos, sin = found[0](torch.zeros(1), torch.arange(positions)[None])
+            short, _ = found[0](torch.zeros(1), torch.arange(8)[None])
+        except TypeError as error:
+            raise ValueError("the rotary embedding differs per layer type") from error
+    half = cos.shape[-1] // 2
+    if not torch.equal(short[0], cos[0, :8]) or not torch.equal(cos[..., :half], cos[..., half:]):
+        raise ValueError("the rotary embedding depends on the length, or is interleaved")
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

@@ -1,0 +1,132 @@
+"""The skeleton that is traced: one block of each kind, with every linear, convolution and embedding an opaque node."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qconvert.ir.model import Model
+from qconvert.ir.template import DOMAIN
+
+
+class Opaque(nn.Module):
+    """Stands for a module in the trace: one node of the qconvert domain that names it.
+
+    shape: gives the output shape for an input.
+    """
+
+    def __init__(self, kind: str, name: str, shape: Callable[[Tensor], tuple[Any, ...]], attributes: dict[str, Any]) -> None:
+        super().__init__()
+        self.kind, self.name, self.shape, self.attributes = kind, name, shape, attributes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{self.kind}",
+            (x,),
+            attrs={"module": self.name, **self.attributes},
+            dtype=torch.float32,
+            shape=self.shape(x),
+            version=1,
+        )
+
+
+def opaque(name: str, module: nn.Module) -> Opaque | None:
+    """The stand-in for a linear, Conv1D, Conv2d or embedding; None for anything that computes something else.
+
+    A subclass with a forward of its own (a scaled embedding, say) is traced as it is: only the forward that we know is
+    replaced. The same goes for convolutions that pad with anything but zeros.
+    """
+    match module:
+        case nn.Linear() if type(module).forward is nn.Linear.forward:
+            out = module.out_features
+            return Opaque("Linear", name, lambda x: (*x.shape[:-1], out), {"kind": "linear"})
+        case Conv1D():
+            width = module.nf
+            return Opaque("Linear", name, lambda x: (*x.shape[:-1], width), {"kind": "conv1d"})
+        case nn.Embedding() if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+            dim = module.embedding_dim
+            return Opaque("Embedding", name, lambda x: (*x.shape, dim), {})
+        case nn.Conv2d() if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            return _opaque_conv(name, module)
+    return None
+
+
+def _opaque_conv(name: str, conv: nn.Conv2d) -> Opaque:
+    padding = [int(p) for p in conv.padding]
+
+    def shape(x: Tensor) -> tuple[Any, ...]:
+        spatial = [
+            (x.shape[2 + i] + 2 * padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+            for i in range(2)
+        ]
+        return (x.shape[0], conv.out_channels, *spatial)
+
+    return Opaque(
+        "Conv",
+        name,
+        shape,
+        {
+            "strides": list(conv.stride),
+            "pads": padding * 2,
+            "dilations": list(conv.dilation),
+            "group": conv.groups,
+            "kernel_shape": list(conv.kernel_size),
+        },
+    )
+
+
+def kind_of(block: nn.Module) -> tuple[Any, ...]:
+    """What makes two blocks the same computation: classes, plain attributes and parameter shapes, all but their index."""
+    parts: list[Any] = []
+    for name, module in block.named_modules():
+        attributes = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key not in ("layer_idx", "training")
+        }
+        parts.append((name, type(module).__qualname__, tuple(sorted(attributes.items()))))
+    parts.extend((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+    return tuple(parts)
+
+
+def representatives(model: Model) -> dict[str, str]:
+    """Block -> the first block of the same kind."""
+    first: dict[tuple[Any, ...], str] = {}
+    return {name: first.setdefault(kind_of(model.module.get_submodule(name)), name) for name in model.blocks}
+
+
+def shortened(model: Model, blocks: list[str]) -> nn.Module:
+    """A copy of the skeleton that keeps only `blocks`, under their old names in `Opaque` and in `layer_idx`.
+
+    Lists in the config that have one entry per block (layer_types) are cut to match.
+    """
+    module = copy.deepcopy(model.module)
+    if not blocks:
+        return module
+    parent, _, _ = blocks[0].rpartition(".")
+    kept = [int(name.rpartition(".")[2]) for name in blocks]
+    layers = module.get_submodule(parent)
+    assert isinstance(layers, nn.ModuleList)
+    config = getattr(module, "config", None)
+    if config is not None:
+        for key, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == len(layers):
+                setattr(config, key, [value[i] for i in kept])
+        config.num_hidden_layers = len(kept)
+    module.set_submodule(parent, nn.ModuleList([layers[i] for i in kept]))
+    return module
+
+
+def original_name(name: str, blocks: list[str]) -> str:
+    """The full model's name of a module or parameter of the shortened one."""
+    for position, block in enumerate(blocks):
+        parent, _, _ = block.rpartition(".")
+        prefix = f"{parent}.{position}"
+        if name == prefix or name.startswith(prefix + "."):
+            return block + name[len(prefix) :]
+    return name
