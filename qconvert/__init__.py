@@ -1,1 +1,40 @@
-"""qconvert: trained checkpoints into small, fast, portable artifacts that are proven to work."""
+"""qconvert: trained checkpoints into small, fast, portable artifacts that are proven to work.
+
+Names are resolved at first use (PEP 562), so that importing qconvert imports neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qconvert.ir.report import Report
+    from qconvert.pipeline import convert
+    from qconvert.plugin import hookimpl
+    from qconvert.recipe import Recipe
+
+    __version__: str
+
+__all__ = ["Recipe", "Report", "__version__", "convert", "hookimpl"]
+
+_HOMES = {
+    "Recipe": "qconvert.recipe",
+    "Report": "qconvert.ir.report",
+    "convert": "qconvert.pipeline",
+    "hookimpl": "qconvert.plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qconvert")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'qconvert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

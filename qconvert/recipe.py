@@ -47,15 +47,18 @@ class Rule(_Part):
     pattern: str
     scheme: RuleSchemeField  # None keeps the layer in float
 
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.pattern)
+
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the command line: 'PATTERN=SCHEME' or 'PATTERN=float'."""
+        """From the command line: 'PATTERN=SCHEME' or 'PATTERN=float'. Raises UsageError QC-RECIPE-002, QC-SCHEME-001."""
         pattern, separator, scheme = text.rpartition("=")
         if not separator or not pattern:
             raise UsageError(
                 "QC-RECIPE-002", f"'{text}' is not a rule", hint="write --rule 'PATTERN=SCHEME' or --rule 'PATTERN=float'"
             )
-        return cls(pattern=pattern, scheme=scheme)  # type: ignore[arg-type]
+        return cls(pattern=pattern, scheme=None if scheme == "float" else QuantScheme.parse(scheme))
 
 
 class Gate(_Part):
@@ -72,18 +75,20 @@ class Gate(_Part):
         try:
             if match is None:
                 raise ValueError
-            return cls(metric=match[1], comparison=match[2], limit=float(match[3]))  # type: ignore[arg-type]
+            return cls(metric=match[1], comparison=match[2], limit=float(match[3]))
         except ValueError as error:  # pydantic's ValidationError is a ValueError
             metrics = ", ".join(cls.model_fields["metric"].annotation.__args__)  # type: ignore[union-attr]
             raise UsageError(
-                "QC-RECIPE-003", f"'{text}' is not a gate", hint=f"write METRIC<=LIMIT or METRIC>=LIMIT with a metric of {metrics}"
+                "QC-RECIPE-003",
+                f"'{text}' is not a gate",
+                hint=f"write METRIC<=LIMIT or METRIC>=LIMIT, METRIC one of {metrics}",
             ) from error
 
 
 class DataSpec(_Part):
     """Where samples come from and how many are taken."""
 
-    source: str | None = Field(None, description="a .txt, .jsonl, .parquet or .npz file, or 'builtin'; unset: the default of the task")
+    source: str | None = Field(None, description=".txt, .jsonl, .parquet or .npz file, or 'builtin'; unset: the task's default")
     samples: int = Field(32, ge=1, description="how many samples: token windows, sentences or rows")
     length: int = Field(256, ge=8, description="tokens per sample, for text")
 
@@ -121,9 +126,12 @@ class Recipe(_Part):
     def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
         """The scheme of the layer `name`: the first rule that matches, else the recipe's, else `default`."""
         for rule in self.rules:
-            if fnmatchcase(name, rule.pattern):
+            if rule.matches(name):
                 return rule.scheme
         return self.scheme or default
+
+    def has_rule(self, name: str) -> bool:
+        return any(rule.matches(name) for rule in self.rules)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

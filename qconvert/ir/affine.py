@@ -40,23 +40,31 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1
             scale = extreme / low
         else:
             scale = groups.abs().amax(-1) / high
-        return round_scale(scale * clip), None
+        return round_scale(scale * clip, scheme), None
     # Zero is always representable: padding, ReLU zeros and masked inputs must map back to exactly 0.
     smallest = groups.amin(-1).clamp(max=0.0) * clip
     largest = groups.amax(-1).clamp(min=0.0) * clip
-    scale = round_scale((largest - smallest) / (high - low))
+    scale = round_scale((largest - smallest) / (high - low), scheme)
     zero_point = (low - torch.round(smallest / scale)).clamp(low, high)
     return scale, zero_point.to(torch.int8)
 
 
-def round_scale(scale: Tensor) -> Tensor:
-    """The value of `scale` as it will be stored: float16 where all of it fits, else float32.
+def round_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
+    """The value of `scale` as it will be stored; codes are computed with it, so they are right for what is stored.
 
-    Rounding happens before codes are computed, so that they are right for the stored scale. Zero scales (and
-    those that even float32 cannot divide by) become 1: their groups hold nothing but zeros to that precision.
+    float16 schemes: rounded to float16, or left in float32 where that under- or overflows. Asymmetric int4: rounded to 7
+    significant bits, so that (q - zero_point) * scale, 4 bits by 7, is exact even in float16 arithmetic; the range then
+    moves by at most 0.4 %.
+    Zero scales, and those that even float32 cannot divide by, become 1: their groups hold nothing but zeros to that
+    precision.
     """
     scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    return scale.half().float() if fits_float16(scale) else scale
+    if scheme.scale_dtype == torch.float32 or not fits_float16(scale):
+        return scale
+    if scheme.symmetric:
+        return scale.half().float()
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.round(mantissa * 128) / 128, exponent)
 
 
 def fits_float16(scale: Tensor) -> bool:

@@ -12,6 +12,7 @@ from qconvert.ir.report import LayerReport
 WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"
 GRAPH = "model.onnx"
+GRAPHS = {"cpu": GRAPH, "cuda": "model.cuda.onnx"}
 MANIFEST = "qconvert.json"
 REPORT = "report.json"
 CARD = "README.md"
@@ -38,3 +39,7 @@ class Written:
 
     tensors: Mapping[str, StoredTensor]
     layers: tuple[LayerReport, ...]
+
+# Metadata on the last node of a layer with int8 activations: its module, and the value that the layer reads.
+LAYER_KEY = "qconvert.layer"
+INPUT_KEY = "qconvert.input"

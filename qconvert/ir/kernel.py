@@ -14,7 +14,7 @@ from torch import Tensor
 from qconvert.ir import affine, packing
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.scheme import GROUP_SIZES, PerGroup
+from qconvert.ir.scheme import GROUP_SIZES, PerGroup, QuantScheme
 
 
 def block_size(plan: LayerPlan) -> int:
@@ -29,9 +29,15 @@ def is_padded(plan: LayerPlan) -> bool:
     return plan.in_features % block_size(plan) != 0
 
 
-def stored_scale(scale: Tensor) -> Tensor:
+def stored_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
     """The scale in the dtype that it is stored in, without loss: it was rounded by affine.round_scale."""
-    return scale.half() if affine.fits_float16(scale) else scale
+    return scale.half() if scheme.scale_dtype == torch.float16 and affine.fits_float16(scale) else scale
+
+
+def stored_outliers(weight: Tensor) -> Tensor:
+    """Float columns in half the space where the quantizer has rounded them to float16 already."""
+    half = weight.half()
+    return half if torch.equal(half.float(), weight) else weight
 
 
 def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -40,7 +46,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
     kernel_scale [out, blocks]: the scale repeated per block.
     kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
-    outlier_columns [n] int64, outlier_weight [n, out], outlier_mask [in] float32 with zeros at the outliers.
+    outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] float32 with zeros at the outliers.
     input_factor [in] float32: what the input is multiplied by, 1 / input_scale.
     """
     extra: dict[str, Tensor] = {}
@@ -56,7 +62,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
             mask = torch.ones(plan.in_features)
             mask[tensor.outliers.columns] = 0
             extra["outlier_columns"] = tensor.outliers.columns
-            extra["outlier_weight"] = tensor.outliers.weight.T
+            extra["outlier_weight"] = stored_outliers(tensor.outliers.weight.T)
             extra["outlier_mask"] = mask
         return extra
     size, bits = block_size(plan), plan.scheme.bits
@@ -66,7 +72,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
         extra["kernel_weight"] = packing.pack_codes(padded, bits).reshape(plan.out_features, blocks, -1)
     per_block = blocks // tensor.scale.shape[1]
     if tensor.scale.shape != (plan.out_features, blocks):
-        extra["kernel_scale"] = stored_scale(tensor.scale).repeat_interleave(per_block, 1).expand(plan.out_features, -1)
+        extra["kernel_scale"] = stored_scale(tensor.scale, plan.scheme).repeat_interleave(per_block, 1).expand(plan.out_features, -1)
     if tensor.zero_point is not None:
         repeated = tensor.zero_point.repeat_interleave(per_block, 1).expand(plan.out_features, -1)
         extra["kernel_zero_point"] = packing.pack_codes(repeated, bits)

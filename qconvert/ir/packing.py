@@ -16,19 +16,21 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
 
     int4: byte j holds u[2j] | u[2j+1] << 4; an odd last nibble is padded with 0.
     """
-    unsigned = (q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned: Tensor = (q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     if bits == 8:
         return unsigned
     if unsigned.shape[1] % 2:
         unsigned = torch.nn.functional.pad(unsigned, (0, 1))
-    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    packed: Tensor = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_codes`: bytes [rows, ceil(columns * bits / 8)] -> signed codes [rows, columns] int8."""
     if bits == 4:
         packed = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
-    return (packed.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = (packed.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return codes
 
 
 def pack_int32(q: Tensor, bits: int) -> Tensor:
@@ -37,12 +39,14 @@ def pack_int32(q: Tensor, bits: int) -> Tensor:
     padding = -packed.shape[1] % 4
     if padding:
         packed = torch.nn.functional.pad(packed, (0, padding))
-    return packed.contiguous().view(torch.int32)
+    # Flat first: a single row or column may be "contiguous" with strides that view() does not take.
+    return packed.flatten().view(torch.int32).reshape(packed.shape[0], -1)
 
 
 def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_int32`: int32 [rows, words] -> codes [rows, columns] int8."""
-    return unpack_codes(packed.contiguous().view(torch.uint8)[:, : -(-columns * bits // 8)], bits, columns)
+    octets = packed.flatten().view(torch.uint8).reshape(packed.shape[0], -1)
+    return unpack_codes(octets[:, : -(-columns * bits // 8)], bits, columns)
 
 
 def pack_zero_point_int32(zero_point: Tensor, bits: int) -> Tensor:

@@ -28,10 +28,10 @@ class LayerPlan:
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:
-        """Suffix -> what model.safetensors holds for it, in compressed-tensors' layout (scales as float16)."""
+        """Suffix -> what model.safetensors holds for it, in compressed-tensors' layout."""
         scheme, out, width = self.scheme, self.out_features, self.in_features
         groups = width // scheme.group_size(width)
-        scale = TensorInfo(torch.float16, (out, groups))
+        scale = TensorInfo(scheme.scale_dtype, (out, groups))
         if scheme.activation_bits and self.kind != "conv2d":
             tensors = {"weight": TensorInfo(torch.int8, (out, width)), "weight_scale": scale}
             if not scheme.symmetric:
@@ -59,7 +59,7 @@ class Plan:
     layers: by name, in the model's order.
     kept_float: modules that stay as they are, each with the reason.
     calibrated: whether calibration data is needed.
-    weights_bytes: exact size of model.safetensors' tensor data (float16 scales).
+    weights_bytes: exact size of model.safetensors' tensor data (a scale beyond float16's range adds two bytes).
     peak_bytes: estimate of the largest amount of memory held at once while quantizing.
     """
 

@@ -71,6 +71,14 @@ class Latency(_Part):
     reason: str | None = None
 
 
+class Evidence(_Part):
+    """What verification measured."""
+
+    parity: tuple[Parity, ...] = ()
+    fidelity: tuple[Fidelity, ...] = ()
+    latency: tuple[Latency, ...] = ()
+
+
 class GateResult(_Part):
     metric: str
     comparison: Literal["<=", ">="]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ def file_session(path: Path, target: str = "cpu", threads: int = 0) -> Any:
 
 
 def memory_session(
-    model: onnx_ir.Model, read: Callable[[str], Tensor], threads: int = 0, config: Mapping[str, str] | None = None
+    model: onnx_ir.Model, read: Callable[[str], Tensor], threads: int = 0, folder: Path | None = None, prepack: bool = True
 ) -> Any:
     """A session over a graph in memory.
 
     Initializers without data (see ir/template.py) are taken from `read(name)`, without a copy where the tensor is a
-    mapped one. config: session configuration entries.
+    mapped one. folder: where the graph's external data lies. prepack: let kernels copy weights into faster layouts.
     """
     options = session_options(threads)
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     names, values = [], []
     clone = model.clone()
     for name, initializer in clone.graph.initializers.items():

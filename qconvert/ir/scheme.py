@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from qconvert.errors import UsageError
 
 
@@ -86,6 +88,17 @@ class QuantScheme:
         symmetric int4 uses all 16 codes, because its scale follows the signed maximum (ir/affine.py)."""
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return (-high, high) if self.symmetric and self.bits == 8 else (low, high)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in: float16, where that serves every reader, else float32.
+
+        transformers multiplies (q - zero_point) * scale in the scale's own dtype where it has to dequantize (asymmetric
+        schemes, outliers). int4 scales are rounded so that the product is exact in float16 (affine.round_scale); 8-bit
+        codes leave no room for that. One scale per channel is so few that float32 costs nothing.
+        """
+        grouped = isinstance(self.granularity, PerGroup)
+        return torch.float16 if self.bits == 4 or (grouped and self.symmetric) else torch.float32
 
     def group_size(self, in_features: int) -> int:
         """How many consecutive inputs of one output channel share a scale."""

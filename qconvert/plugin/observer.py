@@ -30,6 +30,11 @@ class Observer(ABC):
     def finalize(self) -> Tensor:
         """The statistic. Called once, after at least one row."""
 
+    @staticmethod
+    @abstractmethod
+    def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        """The statistic as it were if every input row had been divided by `scale` [in]."""
+
 
 class AbsMax(Observer):
     """Largest magnitude of each input column: [in]."""
@@ -50,6 +55,10 @@ class AbsMax(Observer):
     def finalize(self) -> Tensor:
         assert self.value is not None
         return self.value
+
+    @staticmethod
+    def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        return statistic / scale
 
 
 class Gram(Observer):
@@ -74,3 +83,7 @@ class Gram(Observer):
     def finalize(self) -> Tensor:
         assert self.total is not None
         return self.total / self.rows
+
+    @staticmethod
+    def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        return statistic / scale / scale[:, None]

@@ -33,8 +33,8 @@ class Quantizer(ABC):
         """Why this quantizer can't produce `scheme`, as half a sentence for the user; None if it can."""
         return None
 
-    def prepare(self, group: LinearGroup) -> LinearGroup:
-        """Optionally choose one `input_scale` [in] for linears that share an input.
+    def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        """Optionally choose one `input_scale` [in] for linears that share an input; `schemes` are theirs, in order.
 
         Returns the group with `input_scale` set and layer weights as they were. qconvert folds the scale into the
         producer where that is exact, and then calls `quantize` with the scaled weights and statistics.

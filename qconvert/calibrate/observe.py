@@ -1,0 +1,243 @@
+"""Walking through a model block by block, with observers on the inputs of its layers."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconvert.errors import UsageError
+from qconvert.ir.forward import BlockRunner, StopForward
+from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup, Producer
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.template import InputGroup
+from qconvert.plugin.observer import Observer
+from qconvert.plugin.quantizer import Quantizer
+
+
+def calibrate(
+    model: Model,
+    plan: Plan,
+    groups: Sequence[InputGroup],
+    quantizer: Quantizer,
+    batches: Sequence[Batch],
+    device: str = "cpu",
+    done: frozenset[str] = frozenset(),
+) -> Iterator[Block]:
+    """The model's units in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a time.
+
+    Units without a planned layer are left out. With a quantizer that has no observers nothing is run, and the blocks carry
+    neither statistics nor tensors. Otherwise each block is run once, on the float outputs of the block before.
+
+    groups: which layers share an input; a planned layer that is in none is a group of its own.
+    batches: calibration samples, see `qconvert.ir.samples.Samples`.
+    device: where blocks run; what is yielded is on the CPU.
+    done: units that are not needed (a resumed run has them); samples still pass through them.
+
+    Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, and what BlockRunner raises.
+    """
+    members = _groups_by_unit(model, plan, groups)
+    units = (*model.blocks, "")
+    pending = [unit for unit in units if unit in members and unit not in done]
+    if not pending:
+        return
+    if not quantizer.observers:
+        for unit in pending:
+            yield Block(unit, tuple(_linear_group(model, plan, group, None) for group in members[unit]))
+        return
+    runner = BlockRunner(model, device=device)
+    runner.start(batches)
+    for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):
+        if unit in pending:
+            yield _observed_block(runner, index, plan, members[unit], quantizer)
+        else:
+            runner.run_block(index)
+
+
+def _observed_block(runner: BlockRunner, index: int, plan: Plan, groups: Sequence[InputGroup], quantizer: Quantizer) -> Block:
+    model = runner.model
+    unit = (*model.blocks, "")[index]
+    watch = _Watch(model, plan, groups, quantizer)
+    inputs = list(runner.hidden[:1])
+    with runner.weights_of(unit), watch.hooked():
+        for batch, sample in enumerate(runner.batches):
+            watch.mask = _padding_mask(sample)
+            if unit:
+                runner.hidden[batch] = runner.call_block(index, batch, runner.hidden[batch])
+            else:
+                runner.run_outside(batch)
+    stats = watch.finalize()
+    tensors = {
+        name: model.read(name).float() for group in groups if group.producer for name in _parameters(model, group.producer.name)
+    }
+    members = tuple(_linear_group(model, plan, group, found) for group, found in zip(groups, stats, strict=True))
+    run = partial(_run_block, runner, index, inputs[0]) if unit else partial(runner.run_outside, 0)
+    expected = list(runner.hidden[:1]) if unit else None
+    return Block(unit, members, tensors, partial(_relative_change, runner, unit, run, expected))
+
+
+def _run_block(runner: BlockRunner, index: int, hidden: Tensor) -> list[Tensor]:
+    return [runner.call_block(index, 0, hidden)]
+
+
+def _relative_change(
+    runner: BlockRunner,
+    unit: str,
+    run: Callable[[], list[Tensor]],
+    expected: list[Tensor] | None,
+    replaced: Mapping[str, Tensor],
+) -> float:
+    """max |out' - out| / max |out| over the first calibration batch, inf if anything is not finite.
+
+    replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
+    """
+    model = runner.model
+    unknown = [
+        name for name in replaced if name not in _parameters(model, name.rpartition(".")[0]) or model.block_of(name) != unit
+    ]
+    if unknown:
+        raise ValueError(f"{unknown} are no parameters of {unit!r}")
+
+    def read(name: str) -> Tensor:
+        return replaced[name].reshape(model.module.get_parameter(name).shape) if name in replaced else model.read(name)
+
+    if expected is None:  # outside the blocks, where outputs (logits) are too large to keep
+        with runner.weights_of(unit):
+            expected = run()
+    with runner.weights_of(unit, read):
+        changed = run()
+    worst = 0.0
+    for before, after in zip(expected, changed, strict=True):
+        largest = max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
+        difference = (after - before).abs().max().item()
+        worst = max(worst, difference / largest if math.isfinite(difference) else math.inf)
+    return worst
+
+
+class _Watch:
+    """Observers on the first layer of every group of a unit.
+
+    mask: [rows, tokens] bool, False at padding; None where nothing is padded. Of the batch that runs.
+    """
+
+    def __init__(self, model: Model, plan: Plan, groups: Sequence[InputGroup], quantizer: Quantizer) -> None:
+        self.mask: Tensor | None = None
+        self.model = model
+        self.plan = plan
+        self.groups = groups
+        self.observers: list[list[Observer]] = [[observer() for observer in quantizer.observers] for _ in groups]
+        self.rows = [0] * len(groups)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        hooks = [
+            self.model.module.get_submodule(group.layers[0]).register_forward_pre_hook(partial(self._see, index))
+            for index, group in enumerate(self.groups)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self.groups[index].layers[0]
+        rows = _patches(module, args[0]) if self.plan.layers[name].kind == "conv2d" else self._token_rows(args[0])
+        if len(rows):
+            self.rows[index] += len(rows)
+            for observer in self.observers[index]:
+                observer.update(rows.float())
+        if name == self.model.output_head:  # nothing comes after the head, and its logits are expensive
+            raise StopForward
+
+    def _token_rows(self, value: Tensor) -> Tensor:
+        """[..., in] -> [n, in], padding left out where the leading axes are those of the mask."""
+        if self.mask is not None and value.dim() == 3 and value.shape[:2] == self.mask.shape:
+            return value[self.mask]
+        return value.reshape(-1, value.shape[-1])
+
+    def finalize(self) -> list[CalibrationStats]:
+        unseen = [group.layers for group, rows in zip(self.groups, self.rows, strict=True) if not rows]
+        if unseen:
+            names = [name for layers in unseen for name in layers]
+            raise UsageError(
+                "QC-CALIB-001",
+                f"no calibration sample reached {', '.join(map(repr, names[:5]))} ({len(names)} layers in all saw 0 rows)",
+                hint=f"keep it in float with --rule '{names[0]}=float', or calibrate on more varied data",
+            )
+        return [
+            CalibrationStats(rows, {observer.name: observer.finalize().cpu() for observer in observers})
+            for rows, observers in zip(self.rows, self.observers, strict=True)
+        ]
+
+
+def _padding_mask(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return None if mask is None or mask.all() else mask.bool()
+
+
+def _patches(module: nn.Module, images: Tensor) -> Tensor:
+    """What a Conv2d multiplies its flattened kernels with: [n, in/groups * kh * kw]."""
+    assert isinstance(module, nn.Conv2d)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = nn.functional.pad(images, module._reversed_padding_repeated_twice, mode=mode)  # "same" worked out by torch
+    columns = nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    per_group = columns.reshape(len(images), module.groups, -1, columns.shape[-1])
+    return per_group.transpose(2, 3).flatten(0, 2)
+
+
+def _groups_by_unit(model: Model, plan: Plan, groups: Sequence[InputGroup]) -> dict[str, list[InputGroup]]:
+    """The planned layers of every unit, those with a common input together, with producers that can be folded into."""
+    units: dict[str, list[InputGroup]] = defaultdict(list)
+    grouped: set[str] = set()
+    for group in groups:
+        layers = tuple(name for name in group.layers if name in plan.layers)
+        if layers:
+            unit = model.block_of(layers[0])
+            foldable = len(layers) == len(group.layers) and _may_fold(model, unit, group)
+            units[unit].append(replace(group, layers=layers, producer=group.producer if foldable else None))
+            grouped.update(layers)
+    for name in plan.layers:
+        if name not in grouped:
+            units[model.block_of(name)].append(InputGroup((name,), None))
+    return dict(units)
+
+
+def _may_fold(model: Model, unit: str, group: InputGroup) -> bool:
+    """A scale can move into the producer only where the unit holds all that changes, and nothing else uses it.
+
+    (A layer of the group that stays in float would have to be scaled too; so would the other user of a tied weight.)
+    """
+    names = [*group.layers, *([group.producer.name] if group.producer else [])]
+    tied = {*model.tied, *model.tied.values()}
+    return all(model.block_of(name) == unit and not tied.intersection(_parameters(model, name)) for name in names)
+
+
+def _linear_group(model: Model, plan: Plan, group: InputGroup, stats: CalibrationStats | None) -> LinearGroup:
+    producer: Producer | None = group.producer if stats else None
+    return LinearGroup(tuple(_layer(model, plan, name, stats) for name in group.layers), producer, stats)
+
+
+def _layer(model: Model, plan: Plan, name: str, stats: CalibrationStats | None) -> Layer:
+    kind, bias = plan.layers[name].kind, f"{name}.bias"
+    weight = model.read(f"{name}.weight").float()
+    if kind == "conv1d":
+        weight = weight.T.contiguous()
+    return Layer(name, kind, weight.flatten(1), model.read(bias).float() if bias in _parameters(model, name) else None, stats)
+
+
+def _parameters(model: Model, name: str) -> list[str]:
+    """Full names of the parameters that a module itself has, [] where there is no such module."""
+    try:
+        module = model.module.get_submodule(name)
+    except AttributeError:
+        return []
+    return [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]

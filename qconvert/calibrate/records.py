@@ -1,0 +1,118 @@
+"""Reading data files: records of text, and arrays."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qconvert.errors import InputError, UsageError
+
+BUILTIN = "builtin"
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+ARRAYS_SUFFIX = ".npz"
+MIN_PROSE_WORDS = 8  # shorter paragraphs of the builtin text are headings and captions
+
+
+def read_records(source: str) -> Iterator[str]:
+    """Texts, one by one, never blank: the lines of a .txt, the "text" of each line of a .jsonl, the column "text" of a
+    .parquet, or the paragraphs of `builtin`.
+
+    Raises InputError QC-DATA-001 for a file that is missing, unreadable or damaged, QC-DATA-003 for a record without a
+    text; UsageError QC-DATA-002 for a source that is none of these.
+    """
+    if source == BUILTIN:
+        yield from _builtin_prose()
+        return
+    path = Path(source)
+    readers = {".txt": _lines, ".jsonl": _json_texts, ".parquet": _parquet_texts}
+    if path.suffix not in readers:
+        raise UsageError(
+            "QC-DATA-002",
+            f"{source!r} is no source of text",
+            hint=f"give '{BUILTIN}' or a file that ends in {', '.join(TEXT_SUFFIXES)} or {ARRAYS_SUFFIX}",
+        )
+    with _readable(path):
+        for text in readers[path.suffix](path):
+            if text.strip():
+                yield text
+
+
+def read_arrays(source: str) -> dict[str, Tensor]:
+    """The arrays of an .npz file. Pickled objects are refused. Raises InputError QC-DATA-001."""
+    path = Path(source)
+    with _readable(path), np.load(path, allow_pickle=False) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one bare array, not a .npz archive of named ones")
+        return {name: torch.from_numpy(archive[name]) for name in archive.files}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        yield
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        raise InputError(
+            "QC-DATA-001", f"data file {str(path)!r} can't be read: {error}", hint="check the path and the file"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as file:
+        yield from file
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise _bad_record(path, f"line {number} is not JSON: {error}") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise _bad_record(path, f'line {number} has no string field "text"')
+        yield text
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        if columns.get("text") not in ("string", "large_string", "string_view"):
+            raise _bad_record(path, f'it has no column "text" of strings, but {columns}')
+        for batch in file.iter_batches(columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+def _builtin_prose() -> Iterator[str]:
+    """English technical prose that every Python brings along: paragraphs of the language reference."""
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            text = " ".join(paragraph.split())
+            is_prose = text[:1].isupper() and text[-1:] in (".", ":") and "::=" not in text and ">>>" not in text
+            if is_prose and text.count(" ") >= MIN_PROSE_WORDS - 1:
+                yield text
+
+
+def _bad_record(path: Path, problem: str) -> InputError:
+    return InputError("QC-DATA-003", f"{str(path)!r}: {problem}", hint='every record needs a string named "text"')

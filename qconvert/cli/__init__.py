@@ -1,0 +1,48 @@
+"""The command line. One module per command, imported when that command is asked for: `--help` needs none of torch,
+transformers, pydantic or plugins."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+from qconvert.cli.exits import exit_codes
+
+COMMANDS = {
+    "run": "qconvert.cli.run",
+    "plan": "qconvert.cli.plan",
+    "verify": "qconvert.cli.verify",
+}
+
+
+class Commands(click.Group):
+    """Commands by name, each the object of that name in its module."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # Errors in flags come before --json is parsed, hence the look at the arguments themselves.
+        with exit_codes(as_json="--json" in ctx.args):
+            return super().invoke(ctx)
+
+
+@click.command(cls=Commands, context_settings={"max_content_width": 120})
+def main() -> None:
+    """Turns a trained checkpoint into small, fast, portable artifacts, and proves that they work.
+
+    \b
+    qconvert run --model DIR --output OUT --quantizer awq --scheme int4-g32
+
+    \b
+    Exit codes: 0 done, 1 a gate was missed, 2 usage, 3 input rejected, 4 a plugin failed, 5 parity failed,
+    6 resources, 7 a target could not be run here, 70 internal error, 130 interrupted.
+    """

@@ -1,0 +1,70 @@
+"""The only place where errors become exit codes, and reports become verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from qconvert.cli.stdout import emit
+from qconvert.errors import QConvertError
+
+if TYPE_CHECKING:
+    from qconvert.ir.report import Report
+
+GATE_MISSED = 1
+INTERNAL = 70
+INTERRUPTED = 130
+
+
+def verdict(report: Report) -> int:
+    """0 for passed and for not verified (which the user asked for), 1 for a missed gate. Failed parity is an error."""
+    return GATE_MISSED if report.passed is False else 0
+
+
+@contextmanager
+def exit_codes(*, as_json: bool) -> Iterator[None]:
+    """Exits with the code of what was raised; its text goes to stderr, and as the one JSON document to stdout."""
+    try:
+        yield
+    except QConvertError as error:
+        _fail(error.code, error.message, error.hint, error.exit_code, as_json)
+    except click.UsageError as error:
+        if as_json:  # click prints the usage to stderr and exits with 2
+            emit(_document("QC-USAGE-001", error.format_message(), _help_hint(error)))
+        raise
+    except (KeyboardInterrupt, click.Abort):
+        _fail("QC-INTERRUPT-001", "interrupted", "run the same command again to resume", INTERRUPTED, as_json)
+    except (click.exceptions.Exit, SystemExit):
+        raise
+    except Exception as error:
+        _fail(
+            "QC-INTERNAL-001",
+            f"internal error: {type(error).__name__}: {error}",
+            "this is a bug of qconvert: set QCONVERT_DEBUG=1 to see the traceback, and report it",
+            INTERNAL,
+            as_json,
+        )
+
+
+def _fail(code: str, message: str, hint: str, exit_code: int, as_json: bool) -> None:
+    if os.environ.get("QCONVERT_DEBUG"):
+        traceback.print_exc()
+    click.echo(f"error [{code}] {message}\n  next: {hint}", err=True)
+    if as_json:
+        emit(_document(code, message, hint))
+    sys.exit(exit_code)
+
+
+def _document(code: str, message: str, hint: str) -> str:
+    return json.dumps({"error": {"code": code, "message": message, "hint": hint}}, indent=2)
+
+
+def _help_hint(error: click.UsageError) -> str:
+    return f"see {error.ctx.command_path} --help" if error.ctx else "see qconvert --help"

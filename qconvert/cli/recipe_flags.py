@@ -1,0 +1,127 @@
+"""The flags of `run` and `plan`: a recipe file, and what overrides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qconvert.errors import UsageError
+
+if TYPE_CHECKING:
+    from qconvert.recipe import Recipe
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+TARGETS = click.Choice(["cpu", "cuda"])
+
+_DECORATORS = (
+    click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),
+    click.option(
+        "--model", metavar="SOURCE", help="A Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads."
+    ),
+    click.option("--output", metavar="DIR", help="Folder to write; must not exist unless --force is given."),
+    click.option(
+        "--quantizer", metavar="NAME", help="Algorithm: absmax, zero-point, per-channel, awq, llm-int8, or a plugin's."
+    ),
+    click.option(
+        "--scheme", metavar="S", help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym."
+    ),
+    click.option("--option", "options", metavar="K=V", multiple=True, help="Option of the quantizer."),
+    click.option(
+        "--rule",
+        "rules",
+        metavar="PATTERN=S",
+        multiple=True,
+        help="Scheme of the layers that match, or 'float'; first match wins.",
+    ),
+    click.option("--calibration", metavar="SRC", help=".txt, .jsonl, .parquet or .npz file, or 'builtin'."),
+    click.option("--evaluation", metavar="SRC", help="The same, for the comparison with the float model."),
+    click.option("--target", "targets", type=TARGETS, multiple=True, help="Where the artifact is to run; may be repeated."),
+    click.option("--layout", type=click.Choice(["transformers", "onnx"]), help="Who must be able to read model.safetensors."),
+    click.option("--device", metavar="DEV", help="Where blocks run during calibration: cpu or cuda."),
+    click.option(
+        "--gate", "gates", metavar="'kl<=0.2'", multiple=True, help="Limit that the artifact must keep; may be repeated."
+    ),
+    click.option("--no-verify", is_flag=True, help="Do not run the artifact; the report then says that nothing is proven."),
+    click.option("--allow-unverified", is_flag=True, help="Exit 0 although a target could not be run here."),
+    click.option("--force", is_flag=True, help="Replace an existing output folder."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+)
+
+
+def recipe_flags(function: Function) -> Function:
+    """Give a command every flag of a recipe."""
+    for decorator in reversed(_DECORATORS):
+        function = decorator(function)
+    return function
+
+
+def recipe_of(flags: Mapping[str, Any]) -> Recipe:
+    """The recipe file with the flags on top, given as click hands them over: None, () or False where one is unset.
+
+    Rules go before the file's (the first match wins), a gate replaces the file's for the same metric, options are merged
+    by name, a data source keeps the file's sample counts; all else is replaced.
+
+    Raises UsageError QC-USAGE-002 for a K=V that isn't, QC-USAGE-003 without model or output, and what Recipe raises.
+    """
+    from qconvert.ir.scheme import QuantScheme
+    from qconvert.recipe import Gate, Recipe, Rule, read_recipe
+
+    settings = read_recipe(flags["recipe_file"]) if flags["recipe_file"] else {}
+    for key in ("model", "output", "quantizer", "targets", "layout", "device", "allow_unverified", "force"):
+        if flags[key]:
+            settings[key] = flags[key]
+    if flags["scheme"]:
+        settings["scheme"] = QuantScheme.parse(flags["scheme"])
+    if flags["no_verify"]:
+        settings["verify"] = False
+    if flags["options"]:
+        settings["options"] = _part(settings, "options", dict) | dict(map(_option, flags["options"]))
+    if flags["rules"]:
+        settings["rules"] = [*map(Rule.parse, flags["rules"]), *_part(settings, "rules", list)]
+    if flags["gates"]:
+        gates = [Gate.parse(text) for text in flags["gates"]]
+        replaced = {gate.metric for gate in gates}
+        kept = [
+            gate for gate in _part(settings, "gates", list) if not (isinstance(gate, dict) and gate.get("metric") in replaced)
+        ]
+        settings["gates"] = [*kept, *gates]
+    for key in ("calibration", "evaluation"):
+        if flags[key]:
+            settings[key] = _part(settings, key, dict) | {"source": flags[key]}
+    flag = {"model": "--model SOURCE", "output": "--output DIR"}
+    missing = [key for key in flag if key not in settings]
+    if missing:
+        raise UsageError(
+            "QC-USAGE-003",
+            f"no {' and no '.join(missing)} given",
+            hint=f"add {' '.join(flag[key] for key in missing)}, or name it in a recipe file",
+        )
+    return Recipe.from_settings(settings)
+
+
+def _part(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:
+    """What the file holds under `key`, empty if nothing."""
+    value = settings.get(key) or kind()
+    if not isinstance(value, kind):
+        expected = "a mapping" if kind is dict else "a list"
+        raise UsageError("QC-USAGE-004", f"the recipe's '{key}' is {value!r}", hint=f"write {expected} there")
+    return value
+
+
+def _option(text: str) -> tuple[str, object]:
+    """'K=V' -> (K, V as a YAML scalar): 'bits=4' is an int, 'clip=true' a bool, 'name=x' a text."""
+    import yaml
+
+    key, separator, value = text.partition("=")
+    try:
+        if not separator or not key:
+            raise ValueError
+        return key, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(
+            "QC-USAGE-002", f"{text!r} is not an option", hint="write --option NAME=VALUE, e.g. --option grid=20"
+        ) from error

@@ -1,0 +1,24 @@
+"""What `run` and `verify` say at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+
+from qconvert.cli.exits import verdict
+from qconvert.cli.stdout import emit
+from qconvert.report.table import table
+
+if TYPE_CHECKING:
+    from qconvert.ir.report import Report
+
+
+def show(report: Report, folder: Path, console: Console, *, as_json: bool) -> NoReturn:
+    """The table on stderr, the folder (or the JSON document) on stdout, the verdict as exit code."""
+    console.print(table(report))
+    emit(json.dumps(report.document(), indent=2) if as_json else str(folder))
+    sys.exit(verdict(report))

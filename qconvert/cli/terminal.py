@@ -1,0 +1,102 @@
+"""stderr: progress, warnings and tables for the person who waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+
+class StderrConsole(Console):
+    """A console on stderr. A reader that has gone is no reason to stop, nor to exit with 1 as rich would."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class TerminalProgress:
+    """One bar per stage on a terminal, one line per stage elsewhere (logs of build machines)."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Bars(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            auto_refresh=True,
+        )
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, total: int | None) -> None:
+        if not self._console.is_terminal:
+            self._console.print(Text(f"qconvert: {name}"), soft_wrap=True)
+            return
+        self._end_stage()
+        self._bars.start()
+        self._task = self._bars.add_task(name, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        if self._task is not None:
+            self._bars.advance(self._task, n)
+
+    def close(self) -> None:
+        self._end_stage()
+        if self._bars.tasks:  # stopping what never began would print an empty line
+            self._bars.stop()
+
+    def _end_stage(self) -> None:
+        if self._task is not None:
+            task = next(each for each in self._bars.tasks if each.id == self._task)
+            self._bars.update(self._task, total=task.total or task.completed or 1, completed=task.total or task.completed or 1)
+            self._bars.stop_task(self._task)
+            self._task = None
+
+
+class _Warnings(logging.Handler):
+    """qconvert's own warnings, one paragraph each, above any bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(Text.assemble(("warning: ", "yellow"), record.getMessage()), soft_wrap=True)
+
+
+@contextmanager
+def working(console: Console) -> Iterator[TerminalProgress]:
+    """While a command works: progress and qconvert's warnings are shown, what libraries say is not.
+
+    What anything prints to stdout goes to stderr, so that stdout holds the result alone.
+    """
+    # Read when these libraries are imported, which is after this. "-all": torch's own handlers start at errors.
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler, logger, progress = _Warnings(console), logging.getLogger("qconvert"), TerminalProgress(console)
+    logger.addHandler(handler)
+    silence = logging.NullHandler()  # without any handler, Python prints the libraries' warnings itself
+    logging.getLogger().addHandler(silence)
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield progress
+            finally:
+                progress.close()  # while stdout is still redirected: bars give back the stdout that they found
+    finally:
+        logger.removeHandler(handler)
+        logging.getLogger().removeHandler(silence)

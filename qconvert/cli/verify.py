@@ -1,0 +1,45 @@
+"""`qconvert verify`: runs an artifact again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qconvert.cli.recipe_flags import TARGETS
+
+
+@click.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--target", "targets", type=TARGETS, multiple=True, help="Where to run it; may be repeated. Default: all it was made for."
+)
+@click.option(
+    "--evaluation", metavar="SRC", help=".txt, .jsonl, .parquet or .npz file, or 'builtin'. Default: that of its recipe."
+)
+@click.option(
+    "--gate",
+    "gates",
+    metavar="'kl<=0.2'",
+    multiple=True,
+    help="Limit that it must keep; may be repeated. Default: its recipe's.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates: tuple[str, ...], as_json: bool) -> None:
+    """Run an artifact again.
+
+    Opens the files in OUT and compares with the float source, if that is there.
+
+    stdout: the folder, or with --json the report.
+    """
+    from qconvert.cli.report import show
+    from qconvert.cli.terminal import StderrConsole, working
+    from qconvert.recipe import Gate
+
+    console = StderrConsole()
+    with working(console) as progress:
+        parsed = tuple(map(Gate.parse, gates))
+        from qconvert import pipeline
+
+        report = pipeline.verify(folder, targets, evaluation, parsed, progress)
+    show(report, folder, console, as_json=as_json)

@@ -1,0 +1,106 @@
+"""Export: the template lowered to a target's kernels, its initializers pointing into the written files."""
+
+from __future__ import annotations
+
+import onnx_ir
+from onnx_ir import Value
+
+from qconvert.export.graph import GraphBuilder
+from qconvert.export.lower_cpu import MICROSOFT, CpuLowering
+from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, Written
+from qconvert.ir.float_graph import lower_float, substitute
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.reader import read_tensor
+from qconvert.ir.template import DOMAIN, Template
+from qconvert.workdir import Stage
+
+IR_VERSION = 10
+
+
+def export(template: Template, model: Model, plan: Plan, written: Written, stage: Stage) -> None:
+    """Write model.onnx into `stage.folder`.
+
+    Every tensor but small constants is external data in model.safetensors or the sidecar.
+    """
+    graph = template.graph.clone()
+    stored = dict(written.tensors)
+    for name, tensor in template.constants.items():
+        stored[name] = stage.sidecar.append(name, tensor)
+    stage.sidecar.sync()
+    builder = GraphBuilder(graph.graph, stored)
+    outlier_columns = {
+        name: tuple(read_tensor(stage.folder, stored[key]).tolist())
+        for name in plan.layers
+        if (key := f"{name}.outlier_columns") in stored
+    }
+    lowering = CpuLowering(builder, outlier_columns)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters(remove_duplicate=False)}
+    for node in [node for node in graph.graph if node.domain == DOMAIN]:
+        name = node.attributes["module"].as_string()
+        if name in plan.layers:
+            bias = builder.float32(builder.external(f"{name}.bias")) if f"{name}.bias" in shapes else None
+            output = lowering.lower(plan.layers[name], node, bias)
+            substitute(graph.graph, node, builder.take_nodes(), output)
+        else:
+            substitute(graph.graph, node, *lower_float(graph.graph, node, shapes))
+    _bind(graph.graph, builder, model)
+    _finish(graph)
+    onnx_ir.save(graph, stage.folder / GRAPH)
+
+
+def _bind(graph: onnx_ir.Graph, builder: GraphBuilder, model: Model) -> None:
+    """Point the initializers that have no data yet at their stored tensors; tied ones become one."""
+    for name, value in list(graph.initializers.items()):
+        if name in builder.stored and not isinstance(value.const_value, onnx_ir.LazyTensor | onnx_ir.ExternalTensor):
+            _rebind(graph, value, builder, name)  # a constant of the trace, now in the sidecar
+        elif isinstance(value.const_value, onnx_ir.LazyTensor):
+            _rebind(graph, value, builder, model.stored_name(name))
+
+
+def _rebind(graph: onnx_ir.Graph, value: Value, builder: GraphBuilder, stored_name: str) -> None:
+    """Let the users of `value` read the stored tensor, as float32 where it is a narrower float.
+
+    An embedding's rows are cast after they are gathered, so that the table is never widened as a whole.
+    """
+    uses = list(value.uses())
+    name = value.name
+    assert name is not None
+    was_float = value.dtype == onnx_ir.DataType.FLOAT
+    del graph.initializers[name]
+    target = builder.external(stored_name)
+    first = graph[0]
+    narrow = was_float and target.dtype != onnx_ir.DataType.FLOAT
+    for node, index in uses:
+        if not narrow:
+            node.replace_input_with(index, target)
+        elif node.op_type == "Gather" and index == 0:
+            node.replace_input_with(0, target)
+            rows = node.outputs[0]
+            readers = list(rows.uses())
+            cast = builder.float32(_typed(rows, target))
+            graph.insert_after(node, builder.take_nodes())
+            for reader, position in readers:
+                reader.replace_input_with(position, cast)
+        else:
+            node.replace_input_with(index, builder.float32(target))
+            graph.insert_before(first, builder.take_nodes())
+
+
+def _typed(value: Value, like: Value) -> Value:
+    value.type = like.type
+    return value
+
+
+def _finish(model: onnx_ir.Model) -> None:
+    """Leave nothing in the file that depends on the machine: traces, paths, versions of tools."""
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    keep = {node: dict(node.metadata_props) for node in model.graph if LAYER_KEY in node.metadata_props}
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    for node, properties in keep.items():
+        node.metadata_props.update({key: properties[key] for key in (LAYER_KEY, INPUT_KEY)})
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "qconvert", None
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports[MICROSOFT] = 1
+    model.graph.name = "qconvert"

@@ -1,0 +1,78 @@
+"""Building blocks of lowered graphs: initializers that point into the artifact's files, and small constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+from onnx_ir import DataType, Node, Value
+
+from qconvert.ir.artifact import StoredTensor
+
+ONNX_TYPES = {
+    torch.float32: DataType.FLOAT,
+    torch.float16: DataType.FLOAT16,
+    torch.bfloat16: DataType.BFLOAT16,
+    torch.float64: DataType.DOUBLE,
+    torch.int64: DataType.INT64,
+    torch.int32: DataType.INT32,
+    torch.int8: DataType.INT8,
+    torch.uint8: DataType.UINT8,
+    torch.bool: DataType.BOOL,
+}
+
+
+class GraphBuilder:
+    """Adds nodes and initializers to the graph that is being lowered.
+
+    nodes: what was added for the opaque node at hand, in order.
+    """
+
+    def __init__(self, graph: onnx_ir.Graph, stored: Mapping[str, StoredTensor]) -> None:
+        self.graph = graph
+        self.stored = stored
+        self.nodes: list[Node] = []
+
+    def take_nodes(self) -> list[Node]:
+        nodes, self.nodes = self.nodes, []
+        return nodes
+
+    def op(
+        self, op_type: str, inputs: Sequence[Value | None], name: str, domain: str = "", **attributes: Any
+    ) -> Value:
+        """Add a node and give its first output."""
+        node = onnx_ir.node(op_type, list(inputs), attributes, domain=domain, name=name)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> Value:
+        """A small initializer kept in the graph itself; the same name gives the same value."""
+        if name not in self.graph.initializers:
+            tensor = onnx_ir.tensor(array, name=name)
+            self._register(name, tensor, tensor.dtype, array.shape)
+        return self.graph.initializers[name]
+
+    def external(self, name: str, shape: Sequence[int] | None = None, dtype: DataType | None = None) -> Value:
+        """The stored tensor `name` as an initializer, optionally under another shape or type of the same bytes."""
+        if name not in self.graph.initializers:
+            stored = self.stored[name]
+            onnx_type = dtype or ONNX_TYPES[stored.dtype]
+            onnx_shape = tuple(stored.shape if shape is None else shape)
+            tensor = onnx_ir.ExternalTensor(
+                stored.file, stored.offset, stored.nbytes, onnx_type, shape=onnx_ir.Shape(onnx_shape), name=name
+            )
+            self._register(name, tensor, onnx_type, onnx_shape)
+        return self.graph.initializers[name]
+
+    def float32(self, value: Value) -> Value:
+        """`value`, cast if it is not float32; casts of initializers fold when the model is loaded."""
+        if value.dtype == DataType.FLOAT:
+            return value
+        return self.op("Cast", [value], f"{value.name}/Cast", to=DataType.FLOAT)
+
+    def _register(self, name: str, tensor: Any, dtype: DataType, shape: Sequence[int]) -> None:
+        value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(dtype), const_value=tensor)
+        self.graph.register_initializer(value)

@@ -1,0 +1,179 @@
+"""Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
+
+    weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
+    int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
+                      1/127, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
+    outliers          the row form on what is left when the outlier columns are masked out, plus their float product
+    conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+from onnx_ir import DataType, Value
+
+from qconvert.export.graph import GraphBuilder
+from qconvert.ir import kernel
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
+from qconvert.ir.plan import LayerPlan
+
+MICROSOFT = "com.microsoft"
+
+# A row of zeros is divided by this instead of 0. Well above float32's subnormals, far below any activation that matters.
+SMALLEST_ROW = 1e-12
+
+
+class CpuLowering:
+    """Lowers one layer after the other; what layers with a common input share is made once.
+
+    outlier_columns: layer -> its outlier columns, for the layers that have some.
+    """
+
+    def __init__(self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]]) -> None:
+        self.builder = builder
+        self.outlier_columns = outlier_columns
+        self._inputs: dict[tuple[Value, object], Value] = {}
+        self._rows: dict[Value, tuple[Value, Value]] = {}
+
+    def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
+        """Add the nodes for `node` to the builder and give their output."""
+        x = node.inputs[0]
+        assert x is not None
+        if plan.kind == "conv2d":
+            return self._conv2d(plan, node, x, bias)
+        x = self._scaled_input(plan, x)
+        if plan.scheme.activation_bits:
+            return self._row_form(plan, x, bias)
+        return self._matmul_nbits(plan, x, bias)
+
+    def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
+        """x / input_scale where a scale could not be folded; linears with a common input were given one scale."""
+        name = f"{plan.name}.input_factor"
+        if name not in self.builder.stored:
+            return x
+        if (x, "input_factor") not in self._inputs:
+            factor = self.builder.external(name)
+            self._inputs[x, "input_factor"] = self.builder.op("Mul", [x, factor], f"{plan.name}/ScaleInput")
+        return self._inputs[x, "input_factor"]
+
+    def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
+        builder, name, bits = self.builder, plan.name, plan.scheme.bits
+        size = kernel.block_size(plan)
+        blocks = -(-plan.in_features // size)
+        packed = f"{name}.kernel_weight" if kernel.is_padded(plan) else f"{name}.weight_packed"
+        weight = builder.external(packed, (plan.out_features, blocks, size * bits // 8), DataType.UINT8)
+        scale_name = f"{name}.kernel_scale" if f"{name}.kernel_scale" in builder.stored else f"{name}.weight_scale"
+        scale = builder.float32(builder.external(scale_name))
+        zero_point = None if plan.scheme.symmetric else builder.external(f"{name}.kernel_zero_point")
+        inputs = [x, weight, scale, zero_point, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return builder.op(
+            "MatMulNBits",
+            inputs,
+            f"{name}/MatMulNBits",
+            MICROSOFT,
+            K=plan.in_features,
+            N=plan.out_features,
+            bits=bits,
+            block_size=size,
+            accuracy_level=4,
+        )
+
+    def _row_form(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
+        builder, name = self.builder, plan.name
+        columns = self.outlier_columns.get(name, ())
+        quantized, largest = self._quantized_rows(self._without(x, columns, plan), name)
+        weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
+        scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
+        inputs: list[Value | None] = [quantized, weight, self._unit(), scale, self._unit_zero_point()]
+        if not plan.scheme.symmetric:
+            inputs.append(builder.external(f"{name}.weight_zero_point", (plan.out_features,)))
+        product = builder.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", MICROSOFT)
+        output = builder.op("Mul", [product, largest], f"{name}/RestoreRows")
+        if columns:
+            output = builder.op("Add", [output, self._outlier_product(x, columns, plan)], f"{name}/AddOutliers")
+        if bias is not None:
+            output = builder.op("Add", [output, bias], f"{name}/AddBias")
+        producer = output.producer()
+        assert producer is not None
+        assert x.name is not None
+        # The verifier finds the cluster by these, to run it alone and to replace it.
+        producer.metadata_props[LAYER_KEY] = name
+        producer.metadata_props[INPUT_KEY] = x.name
+        return output
+
+    def _quantized_rows(self, x: Value, name: str) -> tuple[Value, Value]:
+        """(uint8 rows, largest magnitude of each row), made once per input."""
+        if x not in self._rows:
+            builder = self.builder
+            magnitude = builder.op("Abs", [x], f"{name}/Abs")
+            axes = builder.constant("qconvert/last_axis", np.array([-1], np.int64))
+            largest = builder.op("ReduceMax", [magnitude, axes], f"{name}/RowMax", keepdims=1)
+            floor = builder.constant("qconvert/smallest_row", np.array(SMALLEST_ROW, np.float32))
+            largest = builder.op("Max", [largest, floor], f"{name}/RowFloor")
+            rows = builder.op("Div", [x, largest], f"{name}/NormalizeRows")
+            quantized = builder.op("QuantizeLinear", [rows, self._unit(), self._unit_zero_point()], f"{name}/QuantizeRows")
+            self._rows[x] = quantized, largest
+        return self._rows[x]
+
+    def _unit(self) -> Value:
+        return self.builder.constant("qconvert/row_scale", np.array(1 / 127, np.float32))
+
+    def _unit_zero_point(self) -> Value:
+        return self.builder.constant("qconvert/row_zero_point", np.array(128, np.uint8))
+
+    def _without(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
+        """x with the outlier columns set to 0, so that they neither stretch the rows nor enter the int8 product."""
+        if not columns:
+            return x
+        if (x, columns) not in self._inputs:
+            mask = self.builder.external(f"{plan.name}.outlier_mask")
+            self._inputs[x, columns] = self.builder.op("Mul", [x, mask], f"{plan.name}/MaskOutliers")
+        return self._inputs[x, columns]
+
+    def _outlier_product(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
+        builder, name = self.builder, plan.name
+        if (x, ("gathered", columns)) not in self._inputs:
+            indices = builder.external(f"{name}.outlier_columns")
+            gathered = builder.op("Gather", [x, indices], f"{name}/GatherOutliers", axis=-1)
+            self._inputs[x, ("gathered", columns)] = gathered
+        weight = builder.float32(builder.external(f"{name}.outlier_weight"))
+        return builder.op("MatMul", [self._inputs[x, ("gathered", columns)], weight], f"{name}/OutlierMatMul")
+
+    def _conv2d(self, plan: LayerPlan, node: onnx_ir.Node, x: Value, bias: Value | None) -> Value:
+        weight = self._dequantized(plan, node)
+        attributes = [value for key, value in node.attributes.items() if key != "module"]
+        inputs = [x, weight] if bias is None else [x, weight, bias]
+        conv = onnx_ir.Node("", "Conv", inputs, attributes, name=f"{plan.name}/Conv")
+        self.builder.nodes.append(conv)
+        return conv.outputs[0]
+
+    def _dequantized(self, plan: LayerPlan, node: onnx_ir.Node) -> Value:
+        """The float kernel [out, in / groups, kh, kw], from ops that fold when the model is loaded."""
+        builder, name, bits, out = self.builder, plan.name, plan.scheme.bits, plan.out_features
+        per_word = 32 // bits
+        words = -(-plan.in_features // per_word)
+        dtype = DataType.UINT4 if bits == 4 else DataType.UINT8
+        codes = builder.op(
+            "Cast", [builder.external(f"{name}.weight_packed", (out, words * per_word), dtype)], f"{name}/Codes", to=DataType.FLOAT
+        )
+        if words * per_word != plan.in_features:
+            ends = builder.constant(f"{name}/width", np.array([plan.in_features], np.int64))
+            start = builder.constant("qconvert/zero", np.array([0], np.int64))
+            axis = builder.constant("qconvert/axis_1", np.array([1], np.int64))
+            codes = builder.op("Slice", [codes, start, ends, axis], f"{name}/Unpad")
+        groups = plan.in_features // plan.scheme.group_size(plan.in_features)
+        shape = builder.constant(f"{name}/grouped", np.array([out, groups, -1], np.int64))
+        codes = builder.op("Reshape", [codes, shape], f"{name}/Group")
+        if plan.scheme.symmetric:
+            zero_point = builder.constant(f"qconvert/zero_point_int{bits}", np.array(2 ** (bits - 1), np.float32))
+        else:
+            zero_point = builder.float32(builder.external(f"{name}.kernel_zero_point", (out, groups, 1)))
+        centred = builder.op("Sub", [codes, zero_point], f"{name}/Centre")
+        scale = builder.float32(builder.external(f"{name}.weight_scale", (out, groups, 1)))
+        weight = builder.op("Mul", [centred, scale], f"{name}/Dequantize")
+        kernel_shape = node.attributes["kernel_shape"].as_ints()
+        full = builder.constant(f"{name}/kernel_shape", np.array([out, -1, *kernel_shape], np.int64))
+        return builder.op("Reshape", [weight, full], f"{name}/Kernel")

@@ -1,0 +1,99 @@
+"""Verification in a process of its own, so that nothing of the conversion's memory can prop up what is on disk.
+
+The child gets a request (folder and recipe) on stdin, writes progress as JSON lines to stdout, and its report or its
+error to a scratch file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from qconvert import errors
+from qconvert.errors import QConvertError, ResourceError
+from qconvert.ir.progress import Progress
+from qconvert.ir.report import Report
+from qconvert.recipe import Recipe
+
+
+def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Report:
+    """Measure the artifact in `folder`. scratch: a folder for the answer.
+
+    Raises what the child raised, and ResourceError QC-VERIFY-002 if it died.
+    """
+    result = scratch / "report.json"
+    request = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "result": str(result)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "qconvert.fresh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        json.dump(request, child.stdin)
+        child.stdin.close()
+        for line in child.stdout:
+            _pass_on(line, progress)
+    if not result.exists():
+        raise ResourceError(
+            "QC-VERIFY-002",
+            f"the verifying process ended with code {child.returncode} and no answer",
+            hint="a negative code is a signal, -9 often a lack of memory: free some, or take --no-verify and run "
+            "qconvert verify on a larger machine",
+        )
+    answer = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in answer:
+        error = answer["error"]
+        raise getattr(errors, error["class"])(error["code"], error["message"], hint=error["hint"])
+    return Report.model_validate(answer["report"])
+
+
+def _pass_on(line: str, progress: Progress) -> None:
+    try:
+        event = json.loads(line)
+        if "stage" in event:
+            progress.stage(event["stage"], event["total"])
+        else:
+            progress.advance(event["advance"])
+    except (ValueError, TypeError, KeyError):
+        sys.stderr.write(line)  # something printed by a library or a plugin
+
+
+class _ToParent:
+    """Progress as JSON lines."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        self._send({"stage": name, "total": total})
+
+    def advance(self, n: int = 1) -> None:
+        self._send({"advance": n})
+
+    def _send(self, event: dict[str, Any]) -> None:
+        print(json.dumps(event), flush=True)
+
+
+def main() -> None:
+    """Answer one request."""
+    # The parent has shown every warning already, and takes stdout for progress.
+    logging.getLogger().addHandler(logging.NullHandler())
+    warnings.simplefilter("ignore")
+    from qconvert import pipeline
+
+    request = json.load(sys.stdin)
+    recipe = Recipe.model_validate(request["recipe"])
+    answer: dict[str, Any]
+    try:
+        report = pipeline.measure(Path(request["folder"]), recipe, _ToParent())
+        answer = {"report": report.model_dump(mode="json")}
+    except QConvertError as error:
+        answer = {
+            "error": {"class": type(error).__name__, "code": error.code, "message": error.message, "hint": error.hint}
+        }
+    Path(request["result"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""How a quantized layer lies in model.safetensors: compressed-tensors' layout, and what its readers can't take.
+
+    pack-quantized   weight_packed, weight_scale, weight_shape [, weight_zero_point packed along the outputs]
+    int-quantized    weight (int8), weight_scale [, weight_zero_point]: layers with int8 activations
+
+Per-tensor scales are repeated per output channel, because the layout has no fast form of its own for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconvert.ir import kernel, packing
+from qconvert.ir.plan import LayerPlan
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import PerGroup, PerTensor
+
+# The order in a block: tensors of one suffix are adjacent, so that one external initializer can span q, k and v.
+SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+def is_packed(plan: LayerPlan) -> bool:
+    """Whether the layer is pack-quantized; else it is int-quantized."""
+    return "weight_packed" in plan.disk_tensors
+
+
+def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """Suffix -> tensor of model.safetensors, as `plan.disk_tensors` says; a scale beyond float16 is float32."""
+    out, bits = plan.out_features, plan.scheme.bits
+    packed = is_packed(plan)
+    tensors = {
+        "weight_packed" if packed else "weight": packing.pack_int32(tensor.q, bits) if packed else tensor.q,
+        "weight_scale": kernel.stored_scale(tensor.scale, plan.scheme).expand(out, -1),
+    }
+    if packed:
+        tensors["weight_shape"] = torch.tensor([out, plan.in_features])
+    if tensor.zero_point is not None:
+        zero_point = tensor.zero_point.expand(out, -1)
+        tensors["weight_zero_point"] = packing.pack_zero_point_int32(zero_point, bits) if packed else zero_point
+    return tensors
+
+
+def decode(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+    """Inverse of `encode`, without input scale and outliers: those are in the sidecar."""
+    scheme = plan.scheme
+    rows = 1 if isinstance(scheme.granularity, PerTensor) else plan.out_features
+    zero_point = tensors.get("weight_zero_point")
+    q = tensors.get("weight")
+    if q is None:
+        q = packing.unpack_int32(tensors["weight_packed"], scheme.bits, plan.in_features)
+        if zero_point is not None:
+            zero_point = packing.unpack_zero_point_int32(zero_point, scheme.bits, plan.out_features)
+    return QuantizedTensor(q, tensors["weight_scale"][:rows].float(), None if zero_point is None else zero_point[:rows], scheme)
+
+
+def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:
+    """The layer's scheme in the words of compressed-tensors' `config_groups`, without targets.
+
+    outliers: some layer of the model keeps float columns, so the int8 matrices are meant for float activations.
+    """
+    scheme = plan.scheme
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
+    if isinstance(scheme.granularity, PerGroup):
+        weights |= {"strategy": "group", "group_size": scheme.granularity.group_size}
+    else:
+        weights |= {"strategy": "channel"}
+    activations = None
+    if scheme.activation_bits and not outliers:
+        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "format": "pack-quantized" if is_packed(plan) else "int-quantized",
+        "input_activations": activations,
+        "output_activations": None,
+        "weights": weights,
+    }
+
+
+def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
+    """Whether transformers can load the layer only with `"dequantize": true`.
+
+    Measured with transformers 5.23 and compressed-tensors 0.20: packed zero points fail with a shape mismatch, and
+    int-quantized weights without quantized activations fail at the first forward. Both load with `dequantize`.
+    """
+    return not plan.scheme.symmetric if is_packed(plan) else outliers
+
+
+def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False) -> str | None:
+    """Why transformers could not load these layers from one folder, as half a sentence; None if it can.
+
+    outliers: the quantizer keeps float columns beside the int8 matrix (llm-int8).
+
+    With `"dequantize": true`, transformers applies the first group's scheme to every layer (silently wrong, or an
+    error), so a layer that needs it allows no second scheme beside it. Everything else mixes freely.
+    """
+    layers = tuple(layers)
+    for layer in layers:
+        if layer.kind != "linear":
+            return f"'{layer.name}' is a {layer.kind}, and the transformers layout holds quantized nn.Linear only"
+    groups: list[tuple[LayerPlan, dict[str, Any]]] = []
+    for layer in layers:
+        group = config_group(layer, outliers=outliers)
+        if all(group != known for _, known in groups):
+            groups.append((layer, group))
+    needy = next((layer for layer in layers if must_dequantize(layer, outliers=outliers)), None)
+    if needy is None or len(groups) == 1:
+        return None
+    other = next(layer for layer, group in groups if group != config_group(needy, outliers=outliers))
+    kind = "outlier columns" if needy.scheme.symmetric else "zero points"
+    return (
+        f"'{needy.name}' ({needy.scheme}) has {kind}, which transformers loads only where every quantized layer has the "
+        f"same scheme, but '{other.name}' is {other.scheme}"
+    )

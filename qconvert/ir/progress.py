@@ -1,0 +1,28 @@
+"""Progress: how stages tell how far they are. The command line shows it; a library call stays silent."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Stages follow one another; steps count in the latest one."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A stage begins, and the one before has ended. total: its number of steps, None if it isn't known."""
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more steps of the stage are done."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        pass
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+
+silent = Silent()

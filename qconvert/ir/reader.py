@@ -1,0 +1,149 @@
+"""Tensors from the bytes of an output folder, also of one that is still being written.
+
+Format of model.safetensors: 8 bytes header length (little-endian), a JSON header, tensor data without gaps
+(https://github.com/huggingface/safetensors#format). The sidecar has no header: qconvert.json holds its index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconvert.errors import InputError
+from qconvert.ir import layout
+from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS, StoredTensor, Written
+from qconvert.ir.plan import LayerPlan
+from qconvert.ir.quantized import Outliers, QuantizedTensor
+from qconvert.ir.report import LayerReport
+
+# safetensors' names of the dtypes
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, little-endian; no copy where it is contiguous already."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return flat.numpy().data
+
+
+def tensor_record(tensor: StoredTensor) -> dict[str, Any]:
+    """The JSON form of a StoredTensor, without its file."""
+    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "offset": tensor.offset}
+
+
+def stored_tensor(file: str, record: Mapping[str, Any]) -> StoredTensor:
+    """Inverse of `tensor_record`."""
+    dtype, shape = DTYPES[record["dtype"]], tuple(record["shape"])
+    return StoredTensor(file, dtype, shape, record["offset"], dtype.itemsize * torch.Size(shape).numel())
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a finished folder lies, weights and sidecar together.
+
+    Raises InputError QC-READ-001 if a file is missing or its index is damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError(f"its header should have {length} bytes, more than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        index = {
+            name: stored_tensor(WEIGHTS, {**entry, "offset": 8 + length + entry["data_offsets"][0]})
+            for name, entry in header.items()
+        }
+        sidecar = read_manifest(folder)["sidecar"]
+        return index | {name: stored_tensor(SIDECAR, record) for name, record in sidecar.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
+        ) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """qconvert.json of an output folder. Raises InputError QC-READ-001 if it can't be read."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return manifest
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
+        ) from error
+
+
+def read_written(folder: Path) -> Written:
+    """What the write stage left in a folder, from its files."""
+    layers = tuple(LayerReport.model_validate(layer) for layer in read_manifest(folder)["layers"])
+    return Written(read_index(folder), layers)
+
+
+def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
+    """A copy of one stored tensor. Raises InputError QC-READ-002 where the file ends too early."""
+    path = folder / tensor.file
+    if not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    # A fresh buffer: tensors lie at any offset, and torch wants them aligned.
+    buffer = bytearray(tensor.nbytes)
+    try:
+        with path.open("rb") as file:
+            file.seek(tensor.offset)
+            count = file.readinto(buffer)
+    except OSError as error:
+        raise InputError("QC-READ-001", f"{path} can't be read: {error}", hint="convert again") from error
+    if count != tensor.nbytes:
+        raise InputError(
+            "QC-READ-002",
+            f"{path} is cut off: a tensor of {tensor.nbytes} bytes at {tensor.offset}, but {count} bytes are there",
+            hint="copy the folder again, or convert again",
+        )
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+
+
+def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor]) -> QuantizedTensor:
+    """The quantized tensor of a layer, with outliers and input scale from the sidecar.
+
+    tensors: `read_index` of a finished folder, or what a stage has journalled so far.
+    Raises InputError QC-READ-003 if one of its tensors is missing.
+    """
+
+    def read(suffix: str) -> Tensor:
+        name = f"{plan.name}.{suffix}"
+        if name not in tensors:
+            raise InputError(
+                "QC-READ-003", f"{folder} holds no tensor {name!a}", hint="convert again: the folder is not complete"
+            )
+        return read_tensor(folder, tensors[name])
+
+    tensor = layout.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors})
+    outliers = input_scale = None
+    if f"{plan.name}.outlier_columns" in tensors:
+        outliers = Outliers(read("outlier_columns"), read("outlier_weight").T.float())
+    if f"{plan.name}.input_factor" in tensors:
+        input_scale = 1 / read("input_factor")
+    return QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme, input_scale, outliers)

@@ -1,0 +1,30 @@
+"""Samples: the data that a run calibrates on and the data that it is judged by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qconvert.ir import report
+from qconvert.ir.layer import Batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples:
+    """Two disjoint sets of model inputs: no evaluation sample has been calibrated on.
+
+    A batch maps input names to tensors with the samples as first axis. Text models: input_ids and attention_mask,
+    [rows, tokens] int64, padded on the right. A "module": what its forward takes.
+
+    calibration: () where the quantizer needs none.
+    """
+
+    calibration: tuple[Batch, ...]
+    evaluation: tuple[Batch, ...]
+
+    @property
+    def counts(self) -> report.Samples:
+        return report.Samples(calibration=_rows(self.calibration), evaluation=_rows(self.evaluation))
+
+
+def _rows(batches: tuple[Batch, ...]) -> int:
+    return sum(next(iter(batch.values())).shape[0] for batch in batches)

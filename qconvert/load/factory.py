@@ -1,0 +1,204 @@
+"""module:FACTORY: a PyTorch module that the user's own code builds, with example inputs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconvert.errors import InputError
+from qconvert.ir.model import Model, TensorInfo
+
+SCHEME = "module:"
+
+_FORMS = "write module:package.module:function or module:path/to/file.py:function"
+_CONTRACT = (
+    "FACTORY() must return (module, example_inputs); inputs are a tensor, a tuple of tensors, or a dict from name to tensor"
+)
+
+
+def load_factory(source: str) -> Model:
+    """Call the factory that `source` names and describe the module that it returns, which is left as it is.
+
+    Forms: module:package.module:function, module:package.module.function, module:path/to/file.py:function.
+    Raises InputError: QC-INPUT-021 where the factory can't be found or raises, 022 for what it returns.
+    """
+    code, factory = _find(source)
+    try:
+        returned = factory()
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            "QC-INPUT-021",
+            f"{source!r} raised {type(error).__name__}: {error}",
+            hint="call the factory in Python and repair it",
+        ) from error
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], nn.Module)):
+        raise _broken(source, f"returned {_kind(returned)}")
+    module, inputs = returned
+    example_inputs = _named_inputs(source, module, inputs)
+    tensors = MemorySource(module, source)
+    return Model(
+        name=type(module).__name__,
+        task="module",
+        module=_skeleton(source, module),
+        source=tensors,
+        tied=tensors.tied,
+        input_names=tuple(example_inputs),
+        example_inputs=example_inputs,
+        input_files=_files_of(code),
+    )
+
+
+def _find(source: str) -> tuple[ModuleType, Callable[[], Any]]:
+    target = source.removeprefix(SCHEME)
+    place, colon, function = target.rpartition(":")
+    if not colon:
+        place, _, function = target.rpartition(".")
+    if not place or not function.isidentifier():
+        raise InputError("QC-INPUT-021", f"{source!r} names no factory", hint=_FORMS)
+    try:
+        code = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            "QC-INPUT-021", f"{source!r}: {place} can't be imported: {type(error).__name__}: {error}", hint=_FORMS
+        ) from error
+    factory = getattr(code, function, None)
+    if not callable(factory):
+        raise InputError("QC-INPUT-021", f"{source!r}: {place} has no function {function!r}", hint=_FORMS)
+    return code, factory
+
+
+def _import_module(name: str) -> ModuleType:
+    _search_first(Path.cwd())  # as `python -m` does
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    _search_first(path.resolve().parent)  # as `python FILE` does
+    name = f"_qconvert_factory_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None  # both exist for every path that ends in .py
+    code = module_from_spec(spec)
+    sys.modules[name] = code  # dataclasses and pickle look their module up there
+    spec.loader.exec_module(code)
+    return code
+
+
+def _search_first(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _files_of(code: ModuleType) -> dict[str, Path]:
+    return {Path(code.__file__).name: Path(code.__file__)} if code.__file__ else {}
+
+
+class MemorySource:
+    """The tensors of a module in memory, by state-dict name. A TensorSource.
+
+    tied: name -> name of the tensor that it shares its memory with.
+    """
+
+    def __init__(self, module: nn.Module, source: str) -> None:
+        """Raises InputError QC-INPUT-022 for tensors without data (meta device)."""
+        owners: dict[tuple[object, ...], str] = {}
+        self.tied: dict[str, str] = {}
+        self._held: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict().items():
+            if not isinstance(tensor, Tensor):  # a module's extra state
+                continue
+            if tensor.is_meta:
+                raise _broken(source, f"{name!r} is on the meta device and holds no data")
+            owner = owners.setdefault(_memory(tensor), name) if tensor.numel() else name
+            if owner == name:
+                self._held[name] = tensor.detach()
+            else:
+                self.tied[name] = owner
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._held.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._held[name].cpu().contiguous()
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors have in common if and only if they are the same view of the same memory."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _skeleton(source: str, module: nn.Module) -> nn.Module:
+    """A copy of the module's structure: parameters on meta and in float32 (if floating), buffers copied."""
+    try:
+        # deepcopy takes from its memo what was copied before: weights never are.
+        memo: dict[int, Any] = {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
+        skeleton = copy.deepcopy(module, memo)
+    except Exception as error:  # whatever __deepcopy__ of the user's classes raises
+        raise _broken(source, f"the module can't be copied: {type(error).__name__}: {error}") from error
+    for part in skeleton.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.cpu().float() if buffer.is_floating_point() else buffer.cpu())
+    return skeleton.eval()
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+def _named_inputs(source: str, module: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Example inputs by the names of forward's parameters, in the order given."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, tuple | list):
+        if len(inputs) > len(names):
+            raise _broken(
+                source, f"{len(inputs)} example inputs, but forward names {len(names)} ({', '.join(names) or 'none'})"
+            )
+        inputs = dict(zip(names, inputs, strict=False))
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise _broken(source, f"example inputs are {_kind(inputs)}")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for name, tensor in inputs.items():
+        if name not in names and not takes_any:
+            raise _broken(source, f"forward has no parameter {name!r}; it has {', '.join(names) or 'none'}")
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            raise _broken(source, f"example input {name!r} is {_kind(tensor)}; a tensor whose first axis counts rows is wanted")
+    rows = _rows(inputs.values())
+    if len(rows) > 1 or 0 in rows:
+        raise _broken(
+            source, f"example inputs have {', '.join(map(str, sorted(rows)))} rows; the same number, at least 1, is wanted"
+        )
+    return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
+
+
+def _rows(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.shape[0] for tensor in tensors}
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _broken(source: str, problem: str) -> InputError:
+    return InputError("QC-INPUT-022", f"{source!r}: {problem}", hint=_CONTRACT)

@@ -1,0 +1,175 @@
+"""A checkpoint folder: which files belong to it, and that none of them lies elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from qconvert.errors import InputError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Pickles, which can run code when they are opened.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Weights for other programs; what is converted here replaces them.
+OTHER_WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf", ".h5", ".msgpack", ".ot")
+# config.json is rewritten with the output, and the source's model card describes the source: we write our own.
+# Code is never run and the keys of config.json that name it are dropped, so it does not travel either.
+NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
+NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json", ".py", ".pyc")
+
+_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+log = logging.getLogger("qconvert")
+
+
+def contained(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`, followed through symlinks only inside the folder or into a Hugging Face cache.
+
+    The cache keeps `snapshots/<revision>/<name>` as links to `blobs/<hash>` beside `snapshots`.
+    Raises InputError QC-INPUT-009 for everything that leads elsewhere.
+    """
+    path = folder / name
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise InputError("QC-INPUT-009", f"{name!a} in {folder} can't be followed: {error}", hint="repair the link") from error
+    in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    if _points_outside(name) or not (target.is_relative_to(root) or in_cache):
+        raise InputError(
+            "QC-INPUT-009",
+            f"{name!a} leads out of the folder {folder}",
+            hint="put the file itself into the folder: files elsewhere are never read",
+        )
+    return path
+
+
+def _points_outside(name: str) -> bool:
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return posix.is_absolute() or bool(windows.anchor) or ".." in posix.parts or ".." in windows.parts
+
+
+def read_weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file name of a sharded checkpoint, None for one that is a single file. No weight file is opened.
+
+    Raises InputError QC-INPUT-002 where there are no weights, 003 for pickles only, 010 for an index that is no such
+    map, 009 for one that names a path outside the folder.
+    """
+    if os.path.lexists(folder / SINGLE):  # the order in which transformers looks
+        return None
+    if not os.path.lexists(folder / INDEX):
+        raise _no_weights(folder)
+    weight_map = read_json(contained(folder, INDEX), "QC-INPUT-010").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(
+            "QC-INPUT-010",
+            f"{INDEX} in {folder} has no weight_map from tensor names to file names",
+            hint="download the checkpoint again, or save it again with save_pretrained",
+        )
+    return weight_map
+
+
+def weight_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The paths of weight files by name: all of them are in the folder, and none has been opened.
+
+    Raises InputError QC-INPUT-009 for one that lies elsewhere, 010 for one that is missing.
+    """
+    paths = {name: contained(folder, name) for name in names}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise InputError(
+                "QC-INPUT-010",
+                f"weight file {name!a} is missing in {folder} ({len(paths)} expected)",
+                hint="download the checkpoint again, complete",
+            )
+    return paths
+
+
+def _no_weights(folder: Path) -> InputError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        return InputError(
+            "QC-INPUT-003",
+            f"{folder} holds pickled weights only ({', '.join(map(ascii, pickles[:3]))}): opening a pickle can run code",
+            hint="in an environment that you trust, load the model with transformers' from_pretrained and call "
+            "save_pretrained(FOLDER): that writes model.safetensors",
+        )
+    return InputError(
+        "QC-INPUT-002",
+        f"{folder} holds no weights: neither {SINGLE} nor {INDEX}",
+        hint="give the folder of a complete checkpoint",
+    )
+
+
+def read_json(path: Path, code: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError `code` with the reason if there is none."""
+    refuse_git_lfs_pointer(path)
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            code, f"{path} can't be read as a JSON object: {error}", hint="download the file again, complete"
+        ) from error
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice. Raises ValueError: readers disagree on which of two values counts."""
+    try:
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"it is a {type(document).__name__}, not an object")
+    return document
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!a} occurs more than once")
+    return document
+
+
+def refuse_git_lfs_pointer(path: Path) -> None:
+    """Raises InputError QC-INPUT-004 where git left a pointer in place of the file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER:
+            raise InputError(
+                "QC-INPUT-004",
+                f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself",
+                hint="run `git lfs install` and `git lfs pull` in the folder",
+            )
+
+
+def carried_files(folder: Path) -> dict[str, Path]:
+    """Every file that travels with the model (tokenizer, generation config, ...), by its path relative to the folder.
+
+    Sub-folders such as 1_Pooling count, hidden ones do not. Raises InputError QC-INPUT-009 for a link out of the folder.
+    """
+    return dict(sorted(_walk(folder)))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    for parent, subfolders, names in os.walk(folder):
+        here = Path(parent)
+        for name in [*subfolders]:
+            if name.startswith("."):
+                subfolders.remove(name)
+            elif (here / name).is_symlink():  # os.walk does not descend into it
+                log.warning("the linked folder %s is not carried over", ascii(str((here / name).relative_to(folder))))
+        for name in names:
+            relative = (here / name).relative_to(folder).as_posix()
+            if relative not in NOT_CARRIED and not name.endswith(NOT_CARRIED_SUFFIXES) and (here / name).is_file():
+                yield relative, contained(folder, relative)

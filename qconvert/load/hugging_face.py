@@ -1,0 +1,147 @@
+"""Hugging Face folders: config.json, safetensors, tokenizer. No code of the checkpoint runs, no weight is read early."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from qconvert.errors import InputError
+from qconvert.ir.model import EncodeText, Model, TensorSource
+from qconvert.ir.report import Task
+from qconvert.load import names, skeleton
+from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json
+from qconvert.load.names import RenamedSource
+from qconvert.load.safetensors import open_folder
+from qconvert.load.tokenizer import text_encoder
+
+log = logging.getLogger("qconvert")
+
+
+def load_folder(folder: Path) -> Model:
+    """The checkpoint in a folder as transformers' save_pretrained writes it.
+
+    Raises InputError: QC-INPUT-001 for no such folder, and what folder, safetensors, skeleton and names raise.
+    """
+    if not folder.is_dir():
+        raise _no_folder(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError("QC-INPUT-002", f"{folder} has no {CONFIG}", hint="give the folder of a Hugging Face checkpoint")
+    config_path = contained(folder, CONFIG)
+    source = open_folder(folder)
+    files = carried_files(folder)
+    index = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
+    return model_from_config(
+        folder.resolve().name,
+        read_json(config_path, "QC-INPUT-011"),
+        source,
+        files=files,
+        input_files={CONFIG: config_path, **index, **source.paths, **files},
+        encode_text=text_encoder(files, folder),
+    )
+
+
+def _no_folder(path: Path) -> InputError:
+    if not path.exists():
+        return InputError(
+            "QC-INPUT-001",
+            f"source {str(path)!a} does not exist",
+            hint="check the path; model ids are not downloaded: give a folder",
+        )
+    if path.suffix in PICKLES:
+        return InputError(
+            "QC-INPUT-003",
+            f"{path} is a pickle: opening it can run code",
+            hint="load it in an environment that you trust, and save it with save_pretrained or give it as module:FACTORY",
+        )
+    hint = {
+        ".gguf": "install the plugin qconvert-gguf, which loads GGUF files",
+        ".safetensors": f"give the folder that holds it, with its {CONFIG}",
+    }
+    return InputError(
+        "QC-INPUT-002",
+        f"{path} is a file, and no installed plugin loads it",
+        hint=hint.get(path.suffix, "give a Hugging Face folder, or install a loader plugin (qconvert plugins list)"),
+    )
+
+
+def model_from_config(
+    name: str,
+    config: Mapping[str, Any],
+    source: TensorSource,
+    *,
+    files: Mapping[str, Path | bytes],
+    input_files: Mapping[str, Path],
+    encode_text: EncodeText | None,
+) -> Model:
+    """A Model from what a Hugging Face folder holds, wherever it comes from: for loader plugins.
+
+    config: what config.json says; source: its tensors under names that transformers' from_pretrained would accept;
+    files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017.
+    """
+    fitted = _fit(skeleton.checked_config(config), source)
+    module, task = fitted.module, fitted.task
+    return Model(
+        name=name,
+        task=task,
+        module=module,
+        source=fitted.source,
+        blocks=skeleton.repeated_blocks(module),
+        tied=fitted.tied,
+        output_head=skeleton.output_head(module) if task == "causal-lm" else None,
+        input_names=skeleton.input_names(module, task),
+        encode_text=encode_text,
+        config={**fitted.config, "architectures": [type(module).__name__]},
+        files=files,
+        input_files=input_files,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitted:
+    """A skeleton and the stored tensors that fill it completely."""
+
+    config: Mapping[str, Any]
+    module: PreTrainedModel
+    task: Task
+    source: RenamedSource
+    tied: Mapping[str, str]
+
+
+def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
+    """Build what a checked config describes and find its tensors; where the config claims too much, it is corrected."""
+    module, task = skeleton.build_skeleton(config)
+    stored = names.module_names(module, source)
+    tied = names.resolve_ties(module, source, stored)
+    if tied is None:
+        log.warning("config.json ties weights that are stored with different values: they are kept apart")
+        return _fit({**config, "tie_word_embeddings": False}, source)
+    missing = names.missing_names(module, stored, tied)
+    if task == "encoder" and _only_head(module, missing):
+        # Many sentence encoders name the class that they were trained as, but were saved without its head.
+        base = skeleton.base_class_name(config["model_type"])
+        log.warning("the checkpoint holds no complete head for %s: loaded as %s", type(module).__name__, base)
+        return _fit({**config, "architectures": [base]}, source)
+    names.refuse_missing(module, missing)
+    renamed = RenamedSource(source, stored)
+    names.check_shapes(module, renamed)
+    _fill_buffers(module, renamed)
+    return _Fitted(config, module, task, renamed, tied)
+
+
+def _only_head(module: PreTrainedModel, missing: list[str]) -> bool:
+    """Whether all that is missing belongs to the head on top of the base model."""
+    prefix = f"{module.base_model_prefix}."
+    return bool(missing) and module.base_model is not module and not any(name.startswith(prefix) for name in missing)
+
+
+def _fill_buffers(module: PreTrainedModel, source: RenamedSource) -> None:
+    """Buffers are real from the start: take the stored values of those that belong to the checkpoint."""
+    persistent = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if name in persistent and name in source.tensors:
+            buffer.copy_(source.read(name))

@@ -1,0 +1,185 @@
+"""From config.json to a module without weights: transformers' own classes only, no code of the checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from qconvert.errors import InputError
+from qconvert.ir.report import Task
+
+# Keys that make transformers import code of the checkpoint, or fetch attention and other kernels and run them.
+CODE_KEYS = re.compile(
+    r"auto_map|custom_pipelines|trust_remote_code|_?(attn|experts)_implementation\w*|(use|allow_all)_kernels|kernel_config"
+)
+# Keys that say that weights are stored in a quantized form.
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+
+log = logging.getLogger("qconvert")
+
+
+def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without the keys that would run code, which are named in a warning.
+
+    Raises InputError: QC-INPUT-011 without a model_type that transformers knows, 012 if only the checkpoint's own code
+    knows it, 013 if the weights are quantized already.
+    """
+    for key in QUANTIZED_KEYS:
+        if config.get(key):
+            method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
+            raise InputError(
+                "QC-INPUT-013",
+                f"config.json has {key} (quant_method {method!a}): the source is quantized already",
+                hint="give the float checkpoint that it was made from",
+            )
+    clean, dropped = _without_code_keys(config)
+    model_type = clean.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        if "auto_map" in dropped:
+            raise InputError(
+                "QC-INPUT-012",
+                f"config.json needs code of the checkpoint: key auto_map, model_type {model_type!a}. "
+                "qconvert never runs such code",
+                hint="use a model type that transformers has itself, or module:FACTORY with code that you trust",
+            )
+        raise InputError(
+            "QC-INPUT-011",
+            f"config.json: model_type {model_type!a} is unknown to transformers {transformers.__version__}",
+            hint="check model_type; for a module of your own use module:FACTORY",
+        )
+    if dropped:
+        log.warning("config.json: ignored %s; transformers' own %s is used", ", ".join(sorted(dropped)), model_type)
+    return clean
+
+
+def _without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    clean: dict[str, Any] = {}
+    dropped: set[str] = set()
+    for key, value in config.items():
+        if CODE_KEYS.fullmatch(key):
+            dropped.add(key)
+            continue
+        if isinstance(value, Mapping):
+            value, inner = _without_code_keys(value)
+            dropped |= inner
+        clean[key] = value
+    return clean, dropped
+
+
+def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
+    """The module that a checked config describes, in eval mode, and its task.
+
+    Parameters are on the meta device, buffers real. Raises InputError: QC-INPUT-011 for values that the class does not
+    take, 014 for kinds of models that are not converted.
+    """
+    try:
+        parsed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # each config class checks in its own way
+        raise _bad_values(error) from error
+    model_class = _model_class(config, parsed)
+    if reason := _unsupported(model_class, parsed):
+        raise _not_converted(model_class.__name__, reason)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = model_class(parsed)
+        module.tie_weights()  # moving parameters to meta one by one has untied them
+    except Exception as error:  # sizes that do not go together, or that no memory can hold
+        raise _bad_values(error) from error
+    if experts := next((name for name, part in module.named_modules() if _is_mixture(name, part)), None):
+        raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
+    is_decoder = model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return module.eval().requires_grad_(False), "causal-lm" if is_decoder else "encoder"
+
+
+def _bad_values(error: Exception) -> InputError:
+    return InputError("QC-INPUT-011", f"config.json can't be used: {error}", hint="compare it with the publisher's config.json")
+
+
+def base_class_name(model_type: str) -> str:
+    """The class that AutoModel uses: the model without a head."""
+    name = MODEL_MAPPING_NAMES.get(model_type, "")
+    return name if isinstance(name, str) else name[0]
+
+
+def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel]:
+    names = config.get("architectures") or [base_class_name(config["model_type"])]
+    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else ""
+    found: Any = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel)
+    if not is_model or not isinstance(parsed, found.config_class):
+        raise InputError(
+            "QC-INPUT-011",
+            f"config.json: architectures {names!a} is no class of transformers {transformers.__version__} "
+            f"for model_type {config['model_type']!a}",
+            hint=f"set it to the class that the weights were saved from, e.g. [{base_class_name(config['model_type'])!r}]",
+        )
+    model_class: type[PreTrainedModel] = found
+    return model_class
+
+
+def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
+    if getattr(parsed, "is_encoder_decoder", False):
+        return "an encoder-decoder (sequence to sequence) model"
+    modalities = model_class.input_modalities
+    if modalities not in ("text", ["text"], ("text",)) or model_class.main_input_name != "input_ids":
+        kinds = modalities if isinstance(modalities, str) else ", ".join(modalities)
+        return f"a model of {kinds} that reads {model_class.main_input_name}"
+    if model_class._is_stateful:
+        return "a recurrent model (state-space layers instead of a KV cache)"
+    return None
+
+
+def _is_mixture(name: str, part: nn.Module) -> bool:
+    return name.rpartition(".")[2] == "experts" or re.search(r"Moe|MoE|Experts", type(part).__name__) is not None
+
+
+def _not_converted(architecture: str, found: str) -> InputError:
+    return InputError(
+        "QC-INPUT-014",
+        f"{architecture} is {found}, which qconvert does not convert",
+        hint="decoder-only language models and text encoders are converted; wrap other modules with module:FACTORY",
+    )
+
+
+def repeated_blocks(module: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the repeated blocks, "model.layers.0", ...: the outermost ModuleList that holds most parameters.
+
+    () where its elements are of several classes, or where it is not passed once per hidden layer (ALBERT runs one
+    layer many times).
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, part in module.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(part, nn.ModuleList) and len(part) > 0 and not nested:
+            lists[name] = part
+    if not lists:
+        return ()
+    name, blocks = max(lists.items(), key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    layers = getattr(module.config, "num_hidden_layers", len(blocks))
+    if len({type(block) for block in blocks}) > 1 or len(blocks) != layers:
+        return ()
+    return tuple(f"{name}.{index}" for index in range(len(blocks)))
+
+
+def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
+    """Tensor inputs of the forward: token types only where the model tells more than one type apart."""
+    names = ("input_ids", "attention_mask")
+    takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
+    if task == "encoder" and takes_types and getattr(module.config, "type_vocab_size", 0) > 1:
+        return (*names, "token_type_ids")
+    return names
+
+
+def output_head(module: PreTrainedModel) -> str:
+    """The module name of a causal language model's head."""
+    head = module.get_output_embeddings()
+    return next(str(name) for name, part in module.named_modules() if part is head)

@@ -1,0 +1,99 @@
+"""The whole story: load, trace, plan, calibrate, quantize, write, export, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qconvert import verdict
+from qconvert.calibrate import calibrate, read_samples
+from qconvert.export import export
+from qconvert.fresh import verify_in_fresh_process
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.progress import Progress, silent
+from qconvert.ir.report import Report
+from qconvert.ir.template import Template
+from qconvert.load import load
+from qconvert.plan import plan as make_plan
+from qconvert.plugin.manager import PluginManager, plugin_manager
+from qconvert.quantize import quantize
+from qconvert.recipe import Gate, Recipe
+from qconvert.report.files import write_report
+from qconvert.trace import trace
+from qconvert.verify import verify as verify_artifact
+from qconvert.workdir import open_stage
+from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
+
+
+def convert(recipe: Recipe, progress: Progress = silent) -> Report:
+    """Turn a checkpoint into an artifact, prove that it works, publish it and say how good it is.
+
+    Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
+    """
+    plugins = plugin_manager()
+    quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
+    model, template, plan = _understand(recipe, plugins, progress)
+    samples = read_samples(model, recipe, plan.calibrated)
+    inputs = file_digests(model.input_files)
+    with open_stage(recipe.output, run_digest(recipe, inputs), force=recipe.force, inputs=model.input_files.values()) as stage:
+        stage.require_space(plan.weights_bytes)
+        progress.stage("quantize", len(model.blocks) or 1)
+        done = frozenset(stage.done_blocks())
+        blocks = calibrate(model, plan, template.groups, quantizer, samples.calibration, recipe.device, done)
+        quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=recipe.layout == "onnx")
+        written = write(quantized, model, plan, stage, recipe.layout)
+        progress.stage("export", None)
+        export(template, model, plan, written, stage)
+        write_manifest(stage, recipe, inputs, written, plugins.distribution_of(quantizer))
+        if recipe.verify:
+            report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)
+        else:
+            report = verdict.make_report(recipe, model, plan, samples, stage.folder, evidence=None)
+        verdict.refuse_wrong(report)
+        write_report(report, recipe, model.name, stage.folder)
+        stage.publish()
+    plugins.conversion_finished(recipe, report)
+    verdict.refuse_unverified(report, recipe)
+    return report
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What `convert` would do, from the headers alone. Raises what `convert` would raise before it reads a weight."""
+    return _understand(recipe, plugin_manager(), silent)[2]
+
+
+def verify(
+    folder: Path,
+    targets: Sequence[str] = (),
+    evaluation: str | None = None,
+    gates: Sequence[Gate] = (),
+    progress: Progress = silent,
+) -> Report:
+    """Run a published artifact again; what is not given is taken from the recipe in its manifest."""
+    recipe = published_recipe(folder, targets, evaluation, gates)
+    report = measure(folder, recipe, progress)
+    verdict.refuse_wrong(report)
+    verdict.refuse_unverified(report, recipe)
+    return report
+
+
+def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
+    """The report on an artifact that `recipe` made, from its files alone."""
+    model, template, plan = _understand(recipe, plugin_manager(), progress)
+    samples = read_samples(model, recipe, plan.calibrated)
+    loadable = recipe.layout == "transformers" and model.config is not None
+    evidence = verify_artifact(
+        folder, model, template, plan, samples.evaluation, recipe.targets, progress, with_transformers=loadable
+    )
+    return verdict.make_report(recipe, model, plan, samples, folder, evidence)
+
+
+def _understand(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Model, Template, Plan]:
+    """All that is known before a weight is read (but for one block, on which the template is checked)."""
+    quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
+    progress.stage("load", None)
+    model = load(recipe.model, plugins.load_model)
+    progress.stage("trace", None)
+    template = trace(model)
+    return model, template, make_plan(model, template, recipe, quantizer)

@@ -1,0 +1,175 @@
+"""Plan: what a run will do with every module, and why not, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qconvert.errors import UsageError
+from qconvert.ir import layout
+from qconvert.ir.layer import LayerKind
+from qconvert.ir.model import Model
+from qconvert.ir.plan import LayerPlan, Plan
+from qconvert.ir.report import KeptFloat
+from qconvert.ir.scheme import PerGroup, QuantScheme
+from qconvert.ir.template import Template
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.recipe import Recipe
+
+
+def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
+    """Decide on every module of the model.
+
+    Raises UsageError QC-PLAN-001 to QC-PLAN-007 for a scheme that the quantizer, the kernels or the layout can't carry,
+    for group sizes that do not divide (all layers are listed), and for rules that match nothing.
+    """
+    default = recipe.scheme or quantizer.default_scheme
+    _check_scheme(default, quantizer)
+    for rule in recipe.rules:
+        if rule.scheme is not None:
+            _check_scheme(rule.scheme, quantizer)
+    layers, kept = _sort_modules(model, template, recipe, default)
+    _check_rules(recipe, [*layers, *(entry.name for entry in kept)])
+    if not layers:
+        raise UsageError(
+            "QC-PLAN-006",
+            f"no layer of {model.name} would be quantized: " + "; ".join(sorted({entry.reason for entry in kept})),
+            hint="check the rules, and that the model has linear or Conv2d layers",
+        )
+    _check_groups(layers.values())
+    _check_layout(layers.values(), recipe, quantizer, model)
+    if "cuda" in recipe.targets:
+        _check_cuda(layers.values())
+    replaced = {model.stored_name(f"{name}.weight") for name in layers}
+    unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
+    return Plan(
+        default,
+        layers,
+        tuple(kept),
+        calibrated=bool(quantizer.observers),
+        weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
+        peak_bytes=_peak_bytes(model, layers),
+    )
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """What kind of layer a module is; None for what qconvert does not quantize."""
+    match module:
+        case nn.Linear() if type(module).forward is nn.Linear.forward:
+            return "linear"
+        case Conv1D():
+            return "conv1d"
+        case nn.Conv2d() if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            return "conv2d"
+    return None
+
+
+def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
+    """[out, in] of a layer's weight after transposing or flattening."""
+    weight = module.get_parameter("weight")
+    if kind == "conv1d":
+        return weight.shape[1], weight.shape[0]
+    return weight.shape[0], weight[0].numel()
+
+
+def _sort_modules(
+    model: Model, template: Template, recipe: Recipe, default: QuantScheme
+) -> tuple[dict[str, LayerPlan], list[KeptFloat]]:
+    """Every module with a weight of its own: planned, or kept in float for a reason."""
+    reached = {name for group in template.groups for name in group.layers}
+    layers: dict[str, LayerPlan] = {}
+    kept = []
+    for name, module in model.module.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        kind = layer_kind(module)
+        scheme = recipe.scheme_of(name, default)
+        if kind is None:
+            reason = f"{type(module).__name__} is not quantized"
+        elif model.stored_name(f"{name}.weight") != f"{name}.weight":
+            reason = f"shares its weight with {model.stored_name(f'{name}.weight').removesuffix('.weight')}, which stays in float"
+        elif name not in reached:
+            reason = "the exported graph does not use it as a layer"
+        elif scheme is None:
+            reason = "a rule keeps it in float"
+        elif name == model.output_head and not recipe.has_rule(name):
+            reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
+        else:
+            layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), scheme)
+            continue
+        kept.append(KeptFloat(name=name, reason=reason))
+    return layers, kept
+
+
+def _check_scheme(scheme: QuantScheme, quantizer: Quantizer) -> None:
+    if scheme.activation_bits and (scheme.bits == 4 or isinstance(scheme.granularity, PerGroup)):
+        raise UsageError(
+            "QC-PLAN-001",
+            f"{scheme}: int8 activations have fast kernels only with int8 weights per tensor or channel",
+            hint="take int8-channel-a8, or leave out -a8",
+        )
+    reason = quantizer.refuses(scheme)
+    if reason is not None:
+        raise UsageError(
+            "QC-PLAN-002",
+            f"quantizer {quantizer.name} can't produce {scheme}: {reason}",
+            hint=f"its default is {quantizer.default_scheme}",
+        )
+
+
+def _check_rules(recipe: Recipe, names: list[str]) -> None:
+    for rule in recipe.rules:
+        if not any(rule.matches(name) for name in names):
+            raise UsageError(
+                "QC-PLAN-003",
+                f"the rule '{rule.pattern}' matches no layer",
+                hint=f"patterns are fnmatch on full module names, such as {names[0]}",
+            )
+
+
+def _check_groups(layers: Iterable[LayerPlan]) -> None:
+    """Fault 14: all layers whose width the group size does not divide, at once, before any work is done."""
+    odd = [layer for layer in layers if layer.in_features % layer.scheme.group_size(layer.in_features)]
+    if odd:
+        listed = ", ".join(f"{layer.name} ({layer.in_features} inputs, {layer.scheme})" for layer in odd)
+        raise UsageError(
+            "QC-PLAN-004",
+            f"the group size does not divide the width of {len(odd)} layers: {listed}",
+            hint=f"take a smaller group or -channel, or keep them in float: --rule '{odd[0].name}=float'",
+        )
+
+
+def _check_layout(layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quantizer, model: Model) -> None:
+    if recipe.layout == "onnx" or model.config is None:
+        return
+    reason = layout.transformers_refuses(layers, outliers=quantizer.name == "llm-int8")
+    if reason is not None:
+        raise UsageError(
+            "QC-PLAN-005",
+            f"transformers could not load this folder: {reason}",
+            hint="add --layout onnx for a folder that serves ONNX Runtime alone, or choose one scheme that it can",
+        )
+
+
+def _check_cuda(layers: Iterable[LayerPlan]) -> None:
+    for layer in layers:
+        if not layer.scheme.symmetric:
+            symmetric = str(layer.scheme).replace("-asym", "")
+            raise UsageError(
+                "QC-PLAN-007",
+                f"{layer.name}: the CUDA provider's kernels take no zero points ({layer.scheme})",
+                hint=f"take {symmetric}, or leave out --target cuda",
+            )
+
+
+def _peak_bytes(model: Model, layers: dict[str, LayerPlan]) -> int:
+    """The largest unit in float32, with its codes, and one layer's working copies."""
+    units: dict[str, int] = {}
+    for name, parameter in model.module.named_parameters():
+        unit = model.block_of(name)
+        units[unit] = units.get(unit, 0) + parameter.numel() * torch.float32.itemsize
+    largest_layer = max(layer.out_features * layer.in_features for layer in layers.values())
+    return max(units.values()) + 6 * torch.float32.itemsize * largest_layer

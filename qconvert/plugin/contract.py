@@ -1,0 +1,165 @@
+"""Holds quantizers to their contract, before anything is written.
+
+What a plugin raises, changes or returns wrongly becomes a PluginError that names plugin, version and layer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qconvert.errors import PluginError, QConvertError
+from qconvert.ir import affine
+from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin.distribution import distribution_of
+from qconvert.plugin.quantizer import Quantizer
+
+
+def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+    """`quantizer.prepare(group, schemes)`: the same layers, and an input_scale [in] that is finite and positive, or None.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
+    """
+    where = ", ".join(layer.name for layer in group.layers)
+    with _guarded(quantizer, "prepare", where, group.layers, group.stats):
+        prepared = quantizer.prepare(group, schemes)
+    if not isinstance(prepared, LinearGroup):
+        raise _broken(quantizer, where, f"prepare returned {type(prepared).__name__}, not a LinearGroup")
+    kept = len(prepared.layers) == len(group.layers) and all(
+        new.name == old.name and new.weight is old.weight for new, old in zip(prepared.layers, group.layers, strict=True)
+    )
+    if not kept:
+        raise _broken(quantizer, where, "prepare returned other layers or weights; it may only set input_scale")
+    if prepared.input_scale is not None:
+        problem = _input_scale_problem(prepared.input_scale, group.layers[0].weight.shape[1])
+        if problem:
+            raise _broken(quantizer, where, problem)
+    return prepared
+
+
+def quantize(quantizer: Quantizer, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+    """`quantizer.quantize(layer, scheme)`, checked.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
+    """
+    with _guarded(quantizer, "quantize", layer.name, (layer,)):
+        tensor = quantizer.quantize(layer, scheme)
+    return checked(tensor, layer, scheme, quantizer)
+
+
+def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantizer: Quantizer) -> QuantizedTensor:
+    """`tensor`, if it is what QuantizedTensor promises for this layer [out, in] and scheme.
+
+    Raises PluginError QC-PLUGIN-008 with the first thing that is wrong.
+    """
+    for problem in _problems(tensor, layer.weight.shape, scheme):
+        raise _broken(quantizer, layer.name, problem)
+    return tensor
+
+
+def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme) -> Iterator[str]:
+    """What is wrong, in the order in which one check relies on those before it."""
+    if not isinstance(tensor, QuantizedTensor):
+        yield f"quantize returned {type(tensor).__name__}, not a QuantizedTensor"
+    if tensor.scheme != scheme:
+        yield f"asked for {scheme}, it quantized to {tensor.scheme}"
+    out_features, in_features = weight_shape
+    low, high = scheme.code_range
+    yield from _unlike("q", tensor.q, torch.int8, (out_features, in_features))
+    yield from _outside("q", tensor.q, low, high)
+
+    qparams_shape = scheme.scale_shape(out_features, in_features)
+    yield from _unlike("scale", tensor.scale, torch.float32, qparams_shape)
+    unusable = ~torch.isfinite(tensor.scale) | (tensor.scale == 0)
+    if unusable.any():
+        row, group = unusable.nonzero()[0].tolist()
+        yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
+    if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
+        yield "scale is not rounded to what is stored; apply qconvert.ir.affine.round_scale before computing codes"
+
+    if scheme.symmetric and tensor.zero_point is not None:
+        yield f"{scheme} is symmetric, but it returned a zero_point"
+    if not scheme.symmetric:
+        if tensor.zero_point is None:
+            yield f"{scheme} is asymmetric, but it returned no zero_point"
+        else:
+            yield from _unlike("zero_point", tensor.zero_point, torch.int8, qparams_shape)
+            yield from _outside("zero_point", tensor.zero_point, low, high)
+
+    if tensor.input_scale is not None:
+        problem = _input_scale_problem(tensor.input_scale, in_features)
+        if problem:
+            yield problem
+    if tensor.outliers is not None:
+        columns = tensor.outliers.columns
+        yield from _unlike("outliers.columns", columns, torch.int64, (len(columns),))
+        yield from _outside("outliers.columns", columns, 0, in_features - 1)
+        if not (columns[1:] > columns[:-1]).all():
+            yield f"outliers.columns are not sorted and unique: {columns.tolist()[:8]}"
+        yield from _unlike("outliers.weight", tensor.outliers.weight, torch.float32, (out_features, len(columns)))
+        if not torch.isfinite(tensor.outliers.weight).all():
+            yield "outliers.weight is not finite"
+
+
+def _unlike(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[str]:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        yield f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+
+
+def _outside(name: str, values: Tensor, low: int, high: int) -> Iterator[str]:
+    if values.numel() and (values.min() < low or values.max() > high):
+        yield f"{name} holds {int(values.min())}..{int(values.max())}, outside {low}..{high}"
+
+
+def _input_scale_problem(scale: Tensor, in_features: int) -> str | None:
+    for problem in _unlike("input_scale", scale, torch.float32, (in_features,)):
+        return problem
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        return "input_scale is not finite and positive"
+    return None
+
+
+@contextmanager
+def _guarded(
+    quantizer: Quantizer, method: str, where: str, layers: tuple[Layer, ...], shared: CalibrationStats | None = None
+) -> Iterator[None]:
+    """Turns what the plugin raises into a PluginError, and sees whether it wrote to its inputs."""
+    inputs = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+    statistics = {id(stats): stats for stats in (shared, *(layer.stats for layer in layers)) if stats is not None}
+    inputs += [tensor for stats in statistics.values() for tensor in stats.values.values()]
+    before = [_checksum(tensor) for tensor in inputs]
+    try:
+        yield
+    except QConvertError:
+        raise
+    except (Exception, SystemExit) as error:  # a plugin that calls sys.exit() must not look like our own exit
+        raise PluginError(
+            "QC-PLUGIN-007",
+            f"{_title(quantizer)} failed to {method} {where!a}: {type(error).__name__}: {error}",
+            hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
+        ) from error
+    if before != [_checksum(tensor) for tensor in inputs]:
+        raise _broken(quantizer, where, f"{method} changed its input in place; it must work on copies")
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of all bytes; crc32 is as fast as memory (4 GB/s measured) and sees permutations, which a sum does not."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _broken(quantizer: Quantizer, where: str, problem: str) -> PluginError:
+    return PluginError(
+        "QC-PLUGIN-008",
+        f"{_title(quantizer)} broke its contract at {where!a}: {problem}",
+        hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
+    )
+
+
+def _title(quantizer: Quantizer) -> str:
+    return f"quantizer '{quantizer.name}' of {distribution_of(quantizer)}"

@@ -1,0 +1,63 @@
+"""Quantize: each block's layers through the quantizer, checked before anyone else sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from qconvert.errors import InputError
+from qconvert.ir.layer import Block, Layer
+from qconvert.ir.plan import Plan
+from qconvert.ir.progress import Progress
+from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
+from qconvert.plugin import contract
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantize.fold import fold
+
+
+def quantize(
+    blocks: Iterable[Block], plan: Plan, quantizer: Quantizer, progress: Progress, *, keep_unfolded: bool
+) -> Iterator[QuantizedBlock]:
+    """Quantize block after block, lazily: nothing of a block is kept once the next is asked for.
+
+    keep_unfolded: input scales that can't be folded stay in the graph (`--layout onnx`).
+
+    Raises InputError QC-INPUT-011 for weights that are not finite; PluginError for a quantizer that breaks its contract.
+    """
+    schemes = {name: layer.scheme for name, layer in plan.layers.items()}
+    for block in blocks:
+        for layer in block.layers:
+            _check_finite(layer)
+        folded = fold(block, quantizer, schemes, keep_unfolded)
+        layers = []
+        for layer in folded.block.layers:
+            tensor = contract.quantize(quantizer, layer, schemes[layer.name])
+            if layer.name in folded.input_scales:
+                tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
+            layers.append(QuantizedLayer(layer.name, tensor, _relative_error(layer, tensor)))
+        yield QuantizedBlock(block.name, tuple(layers), folded.tensors)
+        progress.advance()
+
+
+def _check_finite(layer: Layer) -> None:
+    finite = torch.isfinite(layer.weight)
+    if bool(finite.all()):
+        return
+    bad = int((~finite).sum())
+    nans = int(torch.isnan(layer.weight).sum())
+    rows = (~finite).any(1).nonzero().flatten().tolist()
+    raise InputError(
+        "QC-INPUT-011",
+        f"tensor {layer.name}.weight holds {nans} NaN and {bad - nans} infinite values among {layer.weight.numel()}, "
+        f"first in output channel {rows[0]} ({len(rows)} channels in all)",
+        hint="the checkpoint is damaged or its training diverged: take an earlier one",
+    )
+
+
+def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
+    """||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
+    scaled = tensor.dequantize() if tensor.input_scale is None else tensor.dequantize() * tensor.input_scale
+    norm = float(layer.weight.norm())
+    return float((scaled - layer.weight).norm()) / norm if norm else 0.0

@@ -1,0 +1,160 @@
+"""Put input scales into the weights around them, where that changes nothing.
+
+A linear that reads x / s instead of x needs somebody to divide: the norm or linear that produces x does, in its weights,
+and the compressed-tensors layout needs no place for s. Whether the block still computes the same is checked by running
+it. What does not fold is not scaled, or stays an input scale where the layout has a place for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qconvert.ir.layer import Block, CalibrationStats, Layer, LinearGroup, Producer
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin import contract
+from qconvert.plugin.observer import Observer
+from qconvert.plugin.quantizer import Quantizer
+
+logger = logging.getLogger("qconvert")
+
+# Largest change of a block's output, relative to its largest value, that float32 rounding explains.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """block: with scaled weights and statistics. tensors: float tensors that changed. input_scales: what did not fold."""
+
+    block: Block
+    tensors: Mapping[str, Tensor]
+    input_scales: Mapping[str, Tensor]
+
+
+def fold(block: Block, quantizer: Quantizer, schemes: Mapping[str, QuantScheme], keep_unfolded: bool) -> Folded:
+    """Ask the quantizer for input scales and put them into the block.
+
+    keep_unfolded: leave scales that can't be folded as input scales, instead of doing without.
+    """
+    wanted = {}
+    for index, group in enumerate(block.groups):
+        if group.producer is None and not keep_unfolded:
+            continue
+        prepared = contract.prepare(quantizer, group, tuple(schemes[layer.name] for layer in group.layers))
+        if prepared.input_scale is not None:
+            wanted[index] = prepared.input_scale
+    foldable = _that_change_nothing(block, [index for index in wanted if block.groups[index].producer], wanted)
+    folded = _apply(block, {index: wanted[index] for index in foldable})
+    kept = {index: scale for index, scale in wanted.items() if index not in foldable} if keep_unfolded else {}
+    input_scales = {layer.name: scale for index, scale in kept.items() for layer in block.groups[index].layers}
+    groups = list(folded.block.groups)
+    for index, scale in kept.items():
+        groups[index] = _scaled(groups[index], scale, quantizer.observers)
+    for index in foldable:
+        groups[index] = dataclasses.replace(
+            groups[index],
+            layers=tuple(
+                dataclasses.replace(layer, stats=_divided(layer.stats, wanted[index], quantizer.observers))
+                for layer in groups[index].layers
+            ),
+        )
+    return Folded(dataclasses.replace(folded.block, groups=tuple(groups)), folded.tensors, input_scales)
+
+
+def _that_change_nothing(block: Block, candidates: Sequence[int], scales: Mapping[int, Tensor]) -> list[int]:
+    """The candidates whose folding leaves the block's output as it is: tried all at once, then one by one."""
+    if not candidates or block.relative_change is None:
+        return []
+
+    def change(indices: Sequence[int]) -> float:
+        applied = _apply(block, {index: scales[index] for index in indices})
+        assert block.relative_change is not None
+        return block.relative_change(_parameters(applied.block, indices, applied.tensors))
+
+    if change(candidates) <= TOLERANCE:
+        return list(candidates)
+    passed = []
+    for index in candidates:
+        error = change([index])
+        if error <= TOLERANCE:
+            passed.append(index)
+        else:
+            names = ", ".join(layer.name for layer in block.groups[index].layers)
+            logger.debug("the input scale of %s does not fold: the block's output moves by %.1e", names, error)
+    return passed
+
+
+def _apply(block: Block, scales: Mapping[int, Tensor]) -> Folded:
+    """Multiply the weights of the groups by their scales and divide the producers."""
+    weights = {layer.name: layer.weight for layer in block.layers}
+    biases = {layer.name: layer.bias for layer in block.layers}
+    tensors: dict[str, Tensor] = {}
+    for index, scale in scales.items():
+        group = block.groups[index]
+        assert group.producer is not None
+        for layer in group.layers:
+            weights[layer.name] = weights[layer.name] * scale
+        name = group.producer.name
+        factor = _producer_scale(group.producer, scale)
+        if name in weights:
+            weights[name] = weights[name] / factor[:, None]
+            bias = biases[name]
+            if bias is not None:
+                biases[name] = tensors[f"{name}.bias"] = bias / factor
+            continue
+        for suffix in ("weight", "bias"):
+            full = f"{name}.{suffix}"
+            if full in block.tensors:
+                old = tensors.get(full, block.tensors[full])
+                tensors[full] = old / (factor[:, None] if old.ndim == 2 else factor)
+    groups = tuple(
+        dataclasses.replace(
+            group,
+            layers=tuple(
+                dataclasses.replace(layer, weight=weights[layer.name], bias=biases[layer.name]) for layer in group.layers
+            ),
+        )
+        for group in block.groups
+    )
+    return Folded(dataclasses.replace(block, groups=groups), tensors, {})
+
+
+def _producer_scale(producer: Producer, scale: Tensor) -> Tensor:
+    """Scale per producer channel; inputs that are copies of one channel were given one scale."""
+    if producer.channels is None:
+        return scale
+    channels = torch.tensor(producer.channels)
+    return torch.ones(int(channels.max()) + 1).scatter(0, channels, scale)
+
+
+def _parameters(block: Block, indices: Sequence[int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter that folding `indices` changes, in the module's own shape."""
+    names = {layer.name for index in indices for layer in block.groups[index].layers}
+    names |= {producer.name for index in indices if (producer := block.groups[index].producer) is not None}
+    changed = dict(tensors)
+    for layer in block.layers:
+        if layer.name in names:
+            changed[f"{layer.name}.weight"] = layer.weight.T if layer.kind == "conv1d" else layer.weight
+    return changed
+
+
+def _scaled(group: LinearGroup, scale: Tensor, observers: tuple[type[Observer], ...]) -> LinearGroup:
+    layers: tuple[Layer, ...] = tuple(
+        dataclasses.replace(layer, weight=layer.weight * scale, stats=_divided(layer.stats, scale, observers))
+        for layer in group.layers
+    )
+    return dataclasses.replace(group, layers=layers)
+
+
+def _divided(
+    stats: CalibrationStats | None, scale: Tensor, observers: tuple[type[Observer], ...]
+) -> CalibrationStats | None:
+    if stats is None:
+        return None
+    return CalibrationStats(
+        stats.rows, {observer.name: observer.divided(stats.values[observer.name], scale) for observer in observers}
+    )

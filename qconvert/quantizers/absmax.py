@@ -1,0 +1,37 @@
+"""Absmax: symmetric round-to-nearest, the scale set by the largest magnitude.
+
+    scale = max |w| / 127          int8
+    scale = w[argmax |w|] / -8     int4, by the signed maximum
+    q     = round(w / scale)
+
+Source: T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section 2.1 (absmax).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qconvert.ir.layer import Layer
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin import hookimpl
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+
+
+@hookimpl
+def register_quantizers() -> list[type[Quantizer]]:
+    return [AbsMaxQuantizer]
+
+
+@dataclass(frozen=True)
+class AbsMaxQuantizer(Quantizer):
+    """Symmetric round-to-nearest. Needs no data."""
+
+    name = "absmax"
+    default_scheme = QuantScheme.parse("int8-tensor-a8")
+
+    def refuses(self, scheme: QuantScheme) -> str | None:
+        return None if scheme.symmetric else "absmax has no zero point; zero-point and per-channel have one"
+
+    def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        return round_to_nearest(layer.weight, scheme)

@@ -1,0 +1,119 @@
+"""AWQ: scale the input channels that matter before rounding to nearest, and clip what does not.
+
+    1. Linears that share an input x get one scale s per input channel: W diag(s) is quantized, x / s comes in.
+       s = m^a with m the root mean square of each channel; a is searched on a grid for the least output error
+       tr(D G D^T), where D = dequantize(quantize(W s)) / s - W and G = E[x x^T].
+    2. Each group's range is shrunk by the clip ratio that minimises its weight error weighted by E[x^2].
+
+Source: J. Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", sections 3.2 and
+5; the Gram matrix takes the place of re-running samples, since it gives the same output error exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qconvert.ir import affine
+from qconvert.ir.layer import Layer, LinearGroup
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import PerTensor, QuantScheme
+from qconvert.plugin import hookimpl
+from qconvert.plugin.observer import Gram
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+
+
+@hookimpl
+def register_quantizers() -> list[type[Quantizer]]:
+    return [AWQQuantizer]
+
+
+@dataclass(frozen=True)
+class AWQQuantizer(Quantizer):
+    """Activation-aware weight quantization, weights only.
+
+    grid: number of exponents between 0 and 1 that the scale search tries.
+    min_clip: smallest clip ratio that is tried; 1 turns clipping off.
+    """
+
+    grid: int = 20
+    min_clip: float = 0.7
+
+    name = "awq"
+    default_scheme = QuantScheme.parse("int4-g32-asym")
+    observers = (Gram,)
+
+    def refuses(self, scheme: QuantScheme) -> str | None:
+        if scheme.activation_bits:
+            return "AWQ quantizes weights only; leave out -a8"
+        if isinstance(scheme.granularity, PerTensor):
+            return "AWQ needs a scale per channel or group; take -channel or -gN"
+        return None
+
+    def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        if group.stats is None:
+            return group
+        gram = group.stats.values["gram"]
+        magnitude = _shared_by_producer(gram.diagonal().clamp(min=0).sqrt(), group)
+        if not bool((magnitude > 0).any()):
+            return group
+        best, best_error = None, _output_error(group.layers, schemes, gram, None)
+        for step in range(1, self.grid):
+            scale = _normalised(magnitude, step / self.grid)
+            error = _output_error(group.layers, schemes, gram, scale)
+            if error < best_error:
+                best, best_error = scale, error
+        return dataclasses.replace(group, input_scale=best)
+
+    def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        if layer.stats is None:
+            return round_to_nearest(layer.weight, scheme)
+        energy = layer.stats.values["gram"].diagonal().clamp(min=0)
+        return round_to_nearest(layer.weight, scheme, self._clip(layer.weight, scheme, energy))
+
+    def _clip(self, weight: Tensor, scheme: QuantScheme, energy: Tensor) -> Tensor:
+        """Per group [out, groups], the ratio with the least sum of E[x^2] (w - dequantize(q))^2."""
+        best_error: Tensor | None = None
+        best = torch.ones(scheme.scale_shape(*weight.shape))
+        for ratio in torch.linspace(1.0, self.min_clip, 7).tolist():
+            error = (round_to_nearest(weight, scheme, ratio).dequantize() - weight).square_() * energy
+            error = affine.grouped(error, scheme).sum(-1)
+            if best_error is None:
+                best_error = error
+            better = error < best_error
+            best = torch.where(better, ratio, best)
+            best_error = torch.where(better, error, best_error)
+        return best
+
+
+def _shared_by_producer(magnitude: Tensor, group: LinearGroup) -> Tensor:
+    """Input channels that are copies of one producer channel get one magnitude, their root mean square."""
+    if group.producer is None or group.producer.channels is None:
+        return magnitude
+    channels = torch.tensor(group.producer.channels)
+    size = int(channels.max()) + 1
+    total = torch.zeros(size).index_add(0, channels, magnitude.square())
+    count = torch.zeros(size).index_add(0, channels, torch.ones_like(magnitude))
+    return (total / count.clamp(min=1)).sqrt()[channels]
+
+
+def _normalised(magnitude: Tensor, exponent: float) -> Tensor:
+    """m^a, centred on 1 and kept within what float16 tensors can take."""
+    floor = magnitude[magnitude > 0].min()
+    scale = magnitude.clamp(min=floor).pow(exponent)
+    return (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-3, 1e3)
+
+
+def _output_error(layers: tuple[Layer, ...], schemes: tuple[QuantScheme, ...], gram: Tensor, scale: Tensor | None) -> float:
+    """Sum over the layers of E ||x D^T||^2 = tr(D G D^T), with `scale` [in] put into the weights and taken out again."""
+    total = 0.0
+    for layer, scheme in zip(layers, schemes, strict=True):
+        weight = layer.weight if scale is None else layer.weight * scale
+        difference = round_to_nearest(weight, scheme).dequantize().sub_(weight)
+        if scale is not None:
+            difference /= scale
+        total += float(torch.sum((difference @ gram) * difference))
+    return total

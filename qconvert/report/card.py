@@ -1,0 +1,170 @@
+"""The model card: README.md of an output folder. No absolute path gets into it, because it is published."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from qconvert.ir.report import Report, Task
+from qconvert.recipe import DataSpec, Recipe
+from qconvert.report import wording
+
+RUN: dict[Task, str] = {
+    "causal-lm": """\
+import numpy as np
+import onnxruntime as ort
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+ids = np.array([tokenizer.encode("The capital of France is")], dtype=np.int64)
+feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+for each in session.get_inputs():  # the cache, empty before the first token
+    if each.name.startswith("past_key_values."):
+        feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)
+logits = session.run(["logits"], feeds)[0]
+print(tokenizer.decode([int(logits[0, -1].argmax())]))""",
+    "encoder": """\
+import onnxruntime as ort
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+tokens = tokenizer(["A sentence.", "Another one."], padding=True, return_tensors="np")
+names = {each.name for each in session.get_inputs()}
+states = session.run(None, {name: value for name, value in tokens.items() if name in names})[0]
+print(states.shape)  # [sentences, tokens, features]""",
+    "module": """\
+import numpy as np
+import onnxruntime as ort
+
+session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+feeds = {}
+for each in session.get_inputs():  # put your rows in place of these zeros
+    shape = [size if isinstance(size, int) else 1 for size in each.shape]
+    feeds[each.name] = np.zeros(shape, dtype=np.int64 if "int64" in each.type else np.float32)
+print([output.shape for output in session.run(None, feeds)])""",
+}
+
+LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "encoder": "AutoModel"}
+
+
+def card(report: Report, recipe: Recipe, model_name: str) -> str:
+    """Markdown: what it is, how to run and load it, the evidence, and how to make it again."""
+    sections = (
+        f"# {_plain(model_name)}, {report.scheme}",
+        f"Made by qconvert from `{_code(model_name)}` with the quantizer `{_code(report.quantizer)}`: "
+        f"{wording.schemes(report.layers) or 'no'} layers, {wording.size(report)}.",
+        *_verdict(report),
+        *_usage(report, recipe),
+        "## Evidence",
+        _evidence(report),
+        *_notes(report),
+        "## Make it again",
+        f"```sh\n{_command(recipe, model_name)}\n```",
+        "`qconvert.json` holds the whole recipe, with seed and sample counts, and the digest of every file.",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _verdict(report: Report) -> Iterator[str]:
+    if report.passed is None:
+        yield "> **Not verified.** Nobody has run this artifact. Run `qconvert verify .` in this folder before you rely on it."
+    elif not report.passed:
+        yield f"> **{wording.verdict(report).capitalize()}.** See the evidence below."
+    for part in report.latency:
+        if part.speedup is not None and part.speedup < 1:
+            yield f"> On {part.target} it is {wording.speed(part)}."
+
+
+def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
+    yield "## Run it with ONNX Runtime"
+    yield f"In this folder, with `pip install onnxruntime{'' if report.task == 'module' else ' transformers'}`:"
+    yield f"```python\n{RUN[report.task]}\n```"
+    if "cuda" in recipe.targets:
+        yield "For CUDA, take `model.cuda.onnx` and `CUDAExecutionProvider`."
+    if report.task == "module":
+        return
+    yield "## Load it with transformers"
+    if recipe.layout == "onnx":
+        yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only `model.onnx` can read."
+        return
+    kind = LOAD[report.task]
+    yield "In this folder, with `pip install transformers compressed-tensors`:"
+    yield f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+
+
+def _evidence(report: Report) -> str:
+    rows: list[tuple[str, str, str, str]] = []
+    rows += [("parity with its own weights", part.target, part.status, wording.parity(part)) for part in report.parity]
+    rows += [("fidelity to the float model", part.target, part.status, wording.fidelity(part)) for part in report.fidelity]
+    rows += [("latency", part.target, part.status, wording.latency(part)) for part in report.latency]
+    rows += [("gate", "", "passed" if part.passed else "failed", wording.gate(part)) for part in report.gates]
+    rows += [
+        ("layer that lost most", "", layer.scheme, _lost(layer.name, layer.relative_error))
+        for layer in wording.worst(report.layers)[:1]
+    ]
+    rows += [
+        ("kept in float", "", str(len(names)), f"{reason}: {wording.some(names)}")
+        for reason, names in wording.reasons(report.kept_float)
+    ]
+    rows.append(
+        ("samples", "", "", f"{report.samples.calibration} for calibration, {report.samples.evaluation} for evaluation")
+    )
+    lines = ["| what | where | result | measured |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(map(_plain, row))} |" for row in rows])
+
+
+def _notes(report: Report) -> Iterator[str]:
+    notes = [_plain(warning) for warning in report.warnings]
+    schemes = {layer.scheme for layer in report.layers}
+    if any(not scheme.endswith("-a8") for scheme in schemes):
+        notes.append(
+            "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
+            "stored, but the kernel itself quantizes activations to int8, per row and block. The fidelity above includes that."
+        )
+    if any(scheme.endswith("-a8") for scheme in schemes):
+        notes.append("Layers whose scheme ends in -a8 quantize their activations to int8 at run time, with one scale per row.")
+    if notes:
+        yield "## Notes"
+        yield "\n".join(f"- {note}" for note in notes)
+
+
+def _command(recipe: Recipe, model_name: str) -> str:
+    """The flags that differ from the defaults. Paths lose their folders."""
+    source = recipe.model if re.match(r"[\w.]+:[\w.]", recipe.model) else model_name
+    words = ["qconvert", "run", "--model", source, "--output", "OUT", "--quantizer", recipe.quantizer]
+    if recipe.scheme is not None:
+        words += ["--scheme", str(recipe.scheme)]
+    for name, value in recipe.options.items():
+        words += ["--option", f"{name}={json.dumps(value)}"]  # JSON is YAML
+    for rule in recipe.rules:
+        words += ["--rule", f"{rule.pattern}={rule.scheme or 'float'}"]
+    words += _data("--calibration", recipe.calibration) + _data("--evaluation", recipe.evaluation)
+    words += [word for target in recipe.targets for word in ("--target", target)]
+    if recipe.layout != "transformers":
+        words += ["--layout", recipe.layout]
+    for gate in recipe.gates:
+        words += ["--gate", f"{gate.metric}{gate.comparison}{gate.limit:g}"]
+    return wording.printable(shlex.join(words))  # one line, so that nothing in it can end the code block
+
+
+def _data(flag: str, spec: DataSpec) -> list[str]:
+    return [flag, Path(spec.source).name] if spec.source else []
+
+
+def _lost(name: str, relative_error: float) -> str:
+    return f"{wording.printable(name)}: relative error {relative_error:.3g}"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML leave alone."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", wording.printable(text))
+
+
+def _code(text: str) -> str:
+    """Text between backticks."""
+    return wording.printable(text).replace("`", "'")

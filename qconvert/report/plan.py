@@ -1,0 +1,76 @@
+"""A Plan, as a table and as a JSON document."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qconvert.report import wording
+
+if TYPE_CHECKING:
+    from qconvert.ir.plan import LayerPlan, Plan
+
+
+def table(plan: Plan) -> RenderableType:
+    """Layers that differ in nothing but a block's number share a row: 'model.layers.*.mlp.up_proj', a pattern for --rule."""
+    rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    rows.add_column("layer", overflow="fold")
+    for title in ("count", "[out, in]"):
+        rows.add_column(Text(title), justify="right", no_wrap=True)  # as str it would be markup
+    rows.add_column("scheme", no_wrap=True)
+    rows.add_column("bytes", justify="right", no_wrap=True)
+    for name, alike in _alike(plan):
+        layer = alike[0]
+        shape = f"{layer.out_features}, {layer.in_features}"
+        rows.add_row(
+            Text(name), str(len(alike)), shape, str(layer.scheme), wording.byte_size(sum(each.nbytes for each in alike))
+        )
+    summary = Text("\n").join(
+        Text(line)
+        for line in (
+            f"{len(plan.layers)} layers to quantize, {plan.scheme} unless a rule says otherwise",
+            f"model.safetensors: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
+            f"memory while quantizing: about {wording.byte_size(plan.peak_bytes)}",
+            f"calibration data: {'needed' if plan.calibrated else 'not needed'}",
+            *(
+                f"{len(names)} kept in float, {wording.printable(reason)}: {wording.some(names)}"
+                for reason, names in wording.reasons(plan.kept_float)
+            ),
+        )
+    )
+    return Group(rows, Text(), summary)
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """The JSON document of `qconvert plan --json` (schema 1): every layer, every number in bytes."""
+    return {
+        "schema": 1,
+        "scheme": str(plan.scheme),
+        "calibrated": plan.calibrated,
+        "weights_bytes": plan.weights_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "layers": [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "shape": [layer.out_features, layer.in_features],
+                "scheme": str(layer.scheme),
+                "bytes": layer.nbytes,
+            }
+            for layer in plan.layers.values()
+        ],
+        "kept_float": [{"name": part.name, "reason": part.reason} for part in plan.kept_float],
+    }
+
+
+def _alike(plan: Plan) -> list[tuple[str, list[LayerPlan]]]:
+    """Layers by printable name. A row with one layer keeps its own name."""
+    rows: dict[tuple[str, int, int, str], list[LayerPlan]] = {}
+    for layer in plan.layers.values():
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        rows.setdefault((pattern, layer.out_features, layer.in_features, str(layer.scheme)), []).append(layer)
+    return [(wording.printable(key[0] if len(alike) > 1 else alike[0].name), alike) for key, alike in rows.items()]

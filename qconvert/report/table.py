@@ -1,0 +1,77 @@
+"""A Report on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qconvert.ir.report import Fidelity, Latency, LayerReport, Parity, Report
+from qconvert.report import wording
+
+STYLES = {"passed": "green", "failed": "bold red", "not-run": "yellow"}
+
+
+def table(report: Report) -> RenderableType:
+    """The verdict, then its evidence, one section per row."""
+    status = {True: "passed", False: "failed", None: "not-run"}[report.passed]
+    headline = Text.assemble(
+        (wording.verdict(report), STYLES[status]), f" - {wording.printable(report.quantizer)}, {report.scheme}, {report.task}"
+    )
+    sections = Table.grid(padding=(0, 2))
+    sections.add_column(style="bold", no_wrap=True)
+    sections.add_column(ratio=1, overflow="fold")
+    for title, content in _sections(report):
+        sections.add_row(title, content)
+    return Group(headline, sections)
+
+
+def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
+    yield "size", Text(wording.size(report))
+    if report.parity:
+        yield "parity", _checks((part, wording.parity(part)) for part in report.parity)
+    if report.fidelity:
+        yield "fidelity", _checks((part, wording.fidelity(part)) for part in report.fidelity)
+    if report.latency:
+        yield "latency", _checks((part, wording.latency(part)) for part in report.latency)
+    if report.gates:
+        yield "gates", Text("\n").join(Text(wording.gate(gate), "" if gate.passed else "bold red") for gate in report.gates)
+    yield "samples", Text(f"{report.samples.calibration} for calibration, {report.samples.evaluation} for evaluation")
+    yield (
+        "layers",
+        Text(f"{len(report.layers)} quantized: {wording.schemes(report.layers)}" if report.layers else "none quantized"),
+    )
+    if report.layers:
+        yield "worst", _worst(wording.worst(report.layers))
+    if report.kept_float:
+        yield (
+            "float",
+            Text("\n").join(
+                Text(f"{len(names)} kept, {wording.printable(reason)}: {wording.some(names)}")
+                for reason, names in wording.reasons(report.kept_float)
+            ),
+        )
+    if report.warnings:
+        yield "warnings", Text("\n").join(Text(wording.printable(warning), "yellow") for warning in report.warnings)
+
+
+def _checks(parts: Iterable[tuple[Parity | Fidelity | Latency, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1, overflow="fold")
+    for part, words in parts:
+        grid.add_row(part.target, Text(part.status, STYLES[part.status]), Text(words))
+    return grid
+
+
+def _worst(layers: list[LayerReport]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(overflow="fold")
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    for layer in layers:
+        grid.add_row(Text(wording.printable(layer.name)), layer.scheme, f"relative error {layer.relative_error:.3g}")
+    return grid

@@ -1,0 +1,117 @@
+"""The words and numbers that the views share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report
+
+WORST_LAYERS = 5
+
+
+def printable(name: str) -> str:
+    """A name from a checkpoint, harmless on a terminal: control characters and the like are escaped."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def byte_size(count: int) -> str:
+    """1234567 -> "1.2 MB": decimal units, as disks and downloads count."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:  # what would round to 1000.0
+        value /= 1000
+        del units[0]
+    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def verdict(report: Report) -> str:
+    """One line: passed, failed (by what) or not verified."""
+    if report.passed is None:
+        return "not verified"
+    if report.passed:
+        return "passed"
+    missed = sum(not gate.passed for gate in report.gates)
+    return f"failed: {missed} of {len(report.gates)} gates missed" if missed else "failed"
+
+
+def size(report: Report) -> str:
+    part = report.size
+    return (
+        f"{byte_size(part.weights_bytes)} of weights, {part.ratio:.3g} x the source's {byte_size(part.source_bytes)}; "
+        f"{part.average_bits:.3g} bits per quantized weight; graphs {byte_size(part.graph_bytes)}"
+    )
+
+
+def parity(part: Parity) -> str:
+    return _measured(part.reason, _number("max relative error ", part.max_relative_error, ".2g"))
+
+
+def fidelity(part: Fidelity) -> str:
+    against = _number(" (float ", part.perplexity_float, ".4g", ")")
+    return _measured(
+        part.reason,
+        _number("KL ", part.kl, ".3g", " nats"),
+        _number("top-1 ", part.top1, ".1%"),
+        _number("perplexity ", part.perplexity, ".4g", against),
+        _number("cosine ", part.cosine, ".5f"),
+        _number("max |difference| ", part.max_abs, ".3g"),
+    )
+
+
+def latency(part: Latency) -> str:
+    return _measured(
+        part.reason,
+        speed(part),
+        _number("p50 ", part.p50_ms, ".3g", _number(" ms (float ", part.float_p50_ms, ".3g", " ms)") or " ms"),
+        _number("p95 ", part.p95_ms, ".3g", " ms"),
+        _number("prefill ", part.prefill_tokens_per_s, ".0f", " tokens/s"),
+        _number("decode ", part.decode_tokens_per_s, ".0f", " tokens/s"),
+        _number("", part.threads, "d", " thread" if part.threads == 1 else " threads"),
+    )
+
+
+def speed(part: Latency) -> str:
+    """Plainly: whether the artifact is slower than float."""
+    if part.speedup is None:
+        return ""
+    if part.speedup < 1:
+        return f"slower than float: {part.speedup:.2f} x its speed"
+    return f"{part.speedup:.2f} x the speed of float"
+
+
+def gate(part: GateResult) -> str:
+    value = "not measured" if part.value is None else f"{part.value:.4g}"
+    return f"{part.metric} {part.comparison} {part.limit:.4g}: {value}, {'kept' if part.passed else 'MISSED'}"
+
+
+def worst(layers: Iterable[LayerReport]) -> list[LayerReport]:
+    """The layers that lost most, worst first."""
+    return sorted(layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
+
+
+def schemes(layers: Iterable[LayerReport]) -> str:
+    """ "210 int4-g32, 1 int8-channel": most first."""
+    counts = Counter(layer.scheme for layer in layers)
+    return ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
+
+
+def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
+    """Modules kept in float, by reason, in the order of first appearance."""
+    grouped: dict[str, list[str]] = {}
+    for part in kept:
+        grouped.setdefault(part.reason, []).append(printable(part.name))
+    return list(grouped.items())
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """ "a, b, c and 4 more"."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _number(before: str, value: float | None, form: str, after: str = "") -> str:
+    return "" if value is None else f"{before}{value:{form}}{after}"
+
+
+def _measured(reason: str | None, *parts: str) -> str:
+    return ", ".join(part for part in (*parts, printable(reason or "")) if part)

@@ -1,0 +1,99 @@
+"""From plan, written files and evidence to the report, and from the report to the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qconvert.errors import ParityError, TargetError
+from qconvert.ir.artifact import GRAPHS, Written
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.reader import read_written
+from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Report, Size
+from qconvert.ir.samples import Samples
+from qconvert.recipe import Gate, Recipe
+
+
+def make_report(
+    recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None
+) -> Report:
+    """Everything that is known about the artifact in `folder`; without evidence nothing is claimed to have passed."""
+    written = read_written(folder)
+    size = _size(model, plan, written, folder)
+    found = evidence or Evidence()
+    gates = tuple(_judge(gate, size, found) for gate in recipe.gates) if evidence else ()
+    failed = any(part.status == "failed" for part in (*found.parity, *found.fidelity, *found.latency))
+    return Report(
+        passed=None if evidence is None else not failed and all(gate.passed for gate in gates),
+        task=model.task,
+        quantizer=recipe.quantizer,
+        scheme=str(plan.scheme),
+        samples=samples.counts,
+        size=size,
+        parity=found.parity,
+        fidelity=found.fidelity,
+        latency=found.latency,
+        gates=gates,
+        layers=written.layers,
+        kept_float=plan.kept_float,
+    )
+
+
+def _size(model: Model, plan: Plan, written: Written, folder: Path) -> Size:
+    weights_bytes = sum(tensor.nbytes for tensor in written.tensors.values())
+    quantized = sum(layer.out_features * layer.in_features for layer in plan.layers.values())
+    graphs = [folder / name for name in GRAPHS.values()]
+    return Size(
+        source_bytes=model.source_bytes,
+        weights_bytes=weights_bytes,
+        graph_bytes=sum(path.stat().st_size for path in graphs if path.exists()),
+        ratio=weights_bytes / model.source_bytes,
+        average_bits=8 * sum(layer.bytes for layer in written.layers) / quantized,
+    )
+
+
+def _judge(gate: Gate, size: Size, evidence: Evidence) -> GateResult:
+    """A gate holds if every target that was run keeps it; a metric that nobody measured misses it."""
+    values = list(_values(gate.metric, size, evidence))
+    keeps = [value <= gate.limit if gate.comparison == "<=" else value >= gate.limit for value in values]
+    worst = max(values, default=None) if gate.comparison == "<=" else min(values, default=None)
+    return GateResult(
+        metric=gate.metric,
+        comparison=gate.comparison,
+        limit=gate.limit,
+        value=worst,
+        passed=bool(values) and all(keeps),
+    )
+
+
+def _values(metric: str, size: Size, evidence: Evidence) -> Iterable[float]:
+    parts: tuple[Size | Fidelity | Latency, ...] = (size, *evidence.fidelity, *evidence.latency)
+    for part in parts:
+        value = getattr(part, metric, None)
+        if value is not None:
+            yield value
+
+
+def refuse_wrong(report: Report) -> None:
+    """Raises ParityError QC-PARITY-001 if the artifact does not compute what its weights say."""
+    failed = [part for part in report.parity if part.status == "failed"]
+    if failed:
+        reasons = "; ".join(f"{part.target}: {part.reason}" for part in failed)
+        raise ParityError(
+            "QC-PARITY-001",
+            f"the artifact is wrong: {reasons}",
+            hint="nothing was published. This is a bug of qconvert or of a quantizer plugin: report it with the recipe",
+        )
+
+
+def refuse_unverified(report: Report, recipe: Recipe) -> None:
+    """Raises TargetError QC-TARGET-001 if a requested target could not be run here and the user did not allow that."""
+    missing = [part for part in report.parity if part.status == "not-run"]
+    if missing and not recipe.allow_unverified:
+        reasons = "; ".join(f"{part.target}: {part.reason}" for part in missing)
+        raise TargetError(
+            "QC-TARGET-001",
+            f"{recipe.output} was published, but not everything could be run: {reasons}",
+            hint="run qconvert verify on a machine that has it, or accept this with --allow-unverified",
+        )

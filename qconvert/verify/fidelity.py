@@ -1,0 +1,112 @@
+"""Fidelity: the artifact against the float model, on evaluation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qconvert.ir.agreement import feed
+from qconvert.ir.layer import Batch
+from qconvert.ir.progress import Progress
+from qconvert.ir.report import Fidelity, Task
+
+# Positions whose logits are compared at once: 256 of a vocabulary of 150,000 are 150 MB in float32.
+ROWS_AT_ONCE = 256
+
+
+def measure_fidelity(
+    artifact: Any, baseline: Any, batches: Sequence[Batch], task: Task, target: str, progress: Progress
+) -> Fidelity:
+    """Run both sessions on the evaluation batches, one sample at a time, and compare."""
+    meter: _TokenMeter | _VectorMeter = _TokenMeter() if task == "causal-lm" else _VectorMeter(task)
+    for batch in batches:
+        rows = next(iter(batch.values())).shape[0]
+        # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
+        pieces = [slice(row, row + 1) for row in range(rows)] if task == "causal-lm" else [slice(0, rows)]
+        for piece in pieces:
+            part = {name: value[piece] for name, value in batch.items()}
+            outputs = [torch.from_numpy(session.run(None, feed(session, part))[0]) for session in (artifact, baseline)]
+            meter.update(outputs[0], outputs[1], part)
+        progress.advance(rows)
+    return meter.result(target)
+
+
+class _TokenMeter:
+    """KL(float || artifact) in nats over all positions, top-1 agreement, and both perplexities."""
+
+    def __init__(self) -> None:
+        self.positions = self.predicted = 0
+        self.kl = self.same = self.loss = self.loss_float = 0.0
+        self.max_abs = 0.0
+
+    def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
+        """found, expected: logits [1, sequence, vocabulary]."""
+        length = int(batch["attention_mask"][0].sum())
+        ids = batch["input_ids"][0, :length]
+        for begin in range(0, length, ROWS_AT_ONCE):
+            rows = slice(begin, min(begin + ROWS_AT_ONCE, length))
+            self.max_abs = max(self.max_abs, float((found[0, rows] - expected[0, rows]).abs().max()))
+            log_p, log_q = expected[0, rows].log_softmax(-1), found[0, rows].log_softmax(-1)
+            self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+            self.same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            self.positions += log_p.shape[0]
+            targets = ids[rows.start + 1 : rows.stop + 1, None]
+            self.loss -= float(log_q[: len(targets)].gather(1, targets).sum())
+            self.loss_float -= float(log_p[: len(targets)].gather(1, targets).sum())
+            self.predicted += len(targets)
+
+    def result(self, target: str) -> Fidelity:
+        predicted = max(self.predicted, 1)
+        return Fidelity(
+            target=target,
+            status="passed" if math.isfinite(self.kl) else "failed",
+            reason=None if math.isfinite(self.kl) else "the artifact's logits are not finite",
+            kl=self.kl / self.positions,
+            top1=self.same / self.positions,
+            perplexity=math.exp(min(self.loss / predicted, 700.0)),
+            perplexity_float=math.exp(min(self.loss_float / predicted, 700.0)),
+            max_abs=self.max_abs,
+        )
+
+
+class _VectorMeter:
+    """Mean cosine and largest difference; for classifiers also the share of rows with the same largest output.
+
+    Encoders are compared by their mean-pooled sentence vectors, modules by their rows.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rows = 0
+        self.cosine = self.max_abs = 0.0
+        self.same: int | None = None
+
+    def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
+        difference = (found - expected).abs()
+        if self.task == "encoder":
+            mask = batch["attention_mask"].unsqueeze(-1)
+            difference = difference * mask
+            found, expected = ((x * mask).sum(1) / mask.sum(1) for x in (found, expected))
+        elif found.ndim == 2 and found.shape[1] > 1:
+            self.same = (self.same or 0) + int((found.argmax(-1) == expected.argmax(-1)).sum())
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        cosine = torch.nn.functional.cosine_similarity(found.flatten(1).double(), expected.flatten(1).double())
+        self.cosine += float(cosine.sum())
+        self.rows += len(cosine)
+
+    def result(self, target: str) -> Fidelity:
+        finite = math.isfinite(self.cosine) and math.isfinite(self.max_abs)
+        return Fidelity(
+            target=target,
+            status="passed" if finite else "failed",
+            reason=None if finite else "the artifact's outputs are not finite",
+            cosine=self.cosine / self.rows,
+            max_abs=self.max_abs,
+            top1=None if self.same is None else self.same / self.rows,
+        )
+
+

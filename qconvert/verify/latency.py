@@ -1,0 +1,86 @@
+"""Latency: artifact and float graph alternate in one process, so that both meet the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from qconvert.ir.agreement import feed, vocabulary_size
+from qconvert.ir.layer import Batch
+from qconvert.ir.model import Model
+from qconvert.ir.report import Latency
+
+PROMPT, NEW_TOKENS = 128, 32
+ENCODER_BATCH, ENCODER_LENGTH = 16, 128
+REPEATS = 10
+# A slow machine or a large model gets fewer repeats rather than a long wait.
+BUDGET_SECONDS = 30.0
+
+
+def measure_latency(model: Model, artifact: Any, baseline: Any, batches: Sequence[Batch], target: str, threads: int) -> Latency:
+    """p50 and p95 of one run: a prefill of 128 tokens for decoders, 16 x 128 tokens for encoders, a batch for modules.
+
+    Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt).
+    """
+    if model.task == "causal-lm":
+        ids = (torch.arange(PROMPT)[None] * 7919 + 5) % vocabulary_size(model)
+        inputs: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif model.task == "encoder":
+        ids = (torch.arange(ENCODER_BATCH * ENCODER_LENGTH).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
+        inputs = {name: torch.zeros_like(ids) for name in model.input_names}
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        inputs = batches[0]
+    times = _alternate([lambda session=session: session.run(None, feed(session, inputs)) for session in (artifact, baseline)])
+    p50, float_p50 = median(times[0]), median(times[1])
+    decoder = model.task == "causal-lm"
+    return Latency(
+        target=target,
+        status="passed",
+        threads=threads,
+        prefill_tokens_per_s=PROMPT / p50 if decoder else None,
+        decode_tokens_per_s=_decode_speed(artifact, inputs) if decoder else None,
+        p50_ms=1e3 * p50,
+        p95_ms=1e3 * float(np.percentile(times[0], 95)),
+        float_p50_ms=1e3 * float_p50,
+        speedup=float_p50 / p50,
+    )
+
+
+def _alternate(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
+    """Seconds of each call, taken in turns after one warm-up each."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    for _ in range(REPEATS):
+        for taken, call in zip(times, calls, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        if time.perf_counter() - begin > BUDGET_SECONDS:
+            break
+    return times
+
+
+def _decode_speed(session: Any, prompt: Batch) -> float:
+    """Tokens per second of greedy decoding after the prompt."""
+    inputs = feed(session, prompt)
+    names = [name for name in inputs if name.startswith("past_key_values.")]
+    taken = []
+    for _ in range(NEW_TOKENS + 1):
+        start = time.perf_counter()
+        logits, *caches = session.run(None, inputs)
+        taken.append(time.perf_counter() - start)
+        mask = inputs["attention_mask"]
+        inputs = {
+            "input_ids": logits[:, -1:].argmax(-1),
+            "attention_mask": np.concatenate((mask, np.ones((mask.shape[0], 1), mask.dtype)), 1),
+            **dict(zip(names, caches, strict=True)),
+        }
+    return 1 / median(taken[1:])

@@ -1,0 +1,46 @@
+"""Loads an output folder with transformers, the way its users will."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qconvert.ir import agreement
+from qconvert.verify.parity import Artifact, torch_forward
+
+
+def transformers_parity(artifact: Artifact) -> float:
+    """Largest relative difference of the folder loaded by transformers to torch on the dequantized weights.
+
+    Activations are kept in float on both sides: where the folder asks for int8 activations, the loader is told to
+    dequantize instead of simulating them.
+    """
+    loaded = _load(artifact)
+    batch = agreement.probe_batch(artifact.model)
+    forward = torch_forward(artifact.model, artifact.read_plain)
+    errors = []
+    for row in range(len(agreement.LENGTHS)):
+        length = int(batch["attention_mask"][row].sum())
+        inputs = {name: value[row : row + 1, :length] for name, value in batch.items()}
+        with torch.no_grad():
+            output = loaded(**inputs) if artifact.model.task == "causal-lm" else loaded.base_model(**inputs)
+        found = output.logits if artifact.model.task == "causal-lm" else output.last_hidden_state
+        errors.append(agreement.largest_difference(found.numpy(), forward(inputs).numpy()))
+    return max(errors)
+
+
+def _load(artifact: Artifact) -> Any:
+    from transformers import AutoConfig, CompressedTensorsConfig
+
+    config = AutoConfig.from_pretrained(artifact.folder, local_files_only=True)
+    options: dict[str, Any] = {}
+    groups = config.quantization_config["config_groups"].values()
+    if any(group["input_activations"] for group in groups):
+        quantization = CompressedTensorsConfig.from_dict(dict(config.quantization_config))
+        quantization.dequantize = True
+        options["quantization_config"] = quantization
+    loaded = type(artifact.model.module).from_pretrained(  # type: ignore[attr-defined]
+        artifact.folder, config=config, dtype=torch.float32, local_files_only=True, **options
+    )
+    return loaded.eval()

@@ -1,0 +1,159 @@
+"""Parity: the artifact against its own dequantized weights. A gap is a bug of qconvert.
+
+    1. The same graph with every int8-activation cluster replaced by its dequantized MatMul and MatMulNBits at accuracy
+       level 1 (float activations), against torch on the dequantized weights.
+    2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
+       its arithmetic in torch.
+    3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir
+import torch
+from torch import Tensor
+
+from qconvert.ir import agreement
+from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, StoredTensor
+from qconvert.ir.float_graph import parameter, substitute
+from qconvert.ir.forward import BlockRunner
+from qconvert.ir.layer import Batch
+from qconvert.ir.model import Model
+from qconvert.ir.plan import LayerPlan, Plan
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.reader import read_layer, read_tensor
+from qconvert.ir.runtime import memory_session
+
+TOLERANCE = 1e-4
+
+# Suffix of the initializers that are fed with dequantized weights.
+FED = "/dequantized"
+
+
+class Artifact:
+    """The written weights of one folder, as torch sees them.
+
+    folder: an output folder or a stage; tensors: where everything lies in it.
+    """
+
+    def __init__(self, folder: Path, model: Model, plan: Plan, tensors: dict[str, StoredTensor]) -> None:
+        self.folder, self.model, self.plan, self.tensors = folder, model, plan, tensors
+
+    def layer(self, name: str) -> QuantizedTensor:
+        return read_layer(self.folder, self.plan.layers[name], self.tensors)
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter in the module's shape, dequantized with outliers and input scale put in."""
+        name = parameter.removesuffix(".weight")
+        if name in self.plan.layers and parameter.endswith(".weight"):
+            return self._in_shape(name, self.layer(name).dequantize())
+        return read_tensor(self.folder, self.tensors[self.model.stored_name(parameter)])
+
+    def read_plain(self, parameter: str) -> Tensor:
+        """Like `read`, but as a loader that knows nothing of outliers sees it."""
+        name = parameter.removesuffix(".weight")
+        if name in self.plan.layers and parameter.endswith(".weight"):
+            tensor = self.layer(name)
+            plain = QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme)
+            return self._in_shape(name, plain.dequantize())
+        return self.read(parameter)
+
+    def _in_shape(self, name: str, weight: Tensor) -> Tensor:
+        parameter = self.model.module.get_submodule(name).get_parameter("weight")
+        return weight.T if self.plan.layers[name].kind == "conv1d" else weight.reshape(parameter.shape)
+
+
+def torch_forward(model: Model, read: Callable[[str], Tensor]) -> agreement.Forward:
+    """The model in torch on the weights that `read` gives, one block in memory at a time."""
+
+    def forward(batch: Batch) -> Tensor:
+        runner = BlockRunner(model, read)
+        runner.start([batch])
+        for index in range(len(model.blocks)):
+            runner.run_block(index)
+        return next(iter(runner.outputs()))
+
+    return forward
+
+
+def graph_parity(artifact: Artifact) -> float:
+    """Part 1: largest relative difference of the graph with float activations to torch."""
+    model = onnx_ir.load(artifact.folder / GRAPH)
+    for node in list(model.graph):
+        if LAYER_KEY in node.metadata_props:
+            layer = artifact.plan.layers[node.metadata_props[LAYER_KEY]]
+            _replace_cluster(model.graph, node, layer, f"{layer.name}.bias" in artifact.tensors)
+        elif node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+
+    def read(name: str) -> Tensor:
+        return artifact.layer(name.removesuffix(FED)).dequantize()
+
+    session = memory_session(model, read, folder=artifact.folder)
+    return agreement.relative_error(artifact.model, session, torch_forward(artifact.model, artifact.read))
+
+
+def _replace_cluster(graph: onnx_ir.Graph, last: onnx_ir.Node, plan: LayerPlan, has_bias: bool) -> None:
+    """Compute the output of `last` as x @ dequantized^T (+ bias), with the weight fed when the session is made."""
+    x = _value(graph, last.metadata_props[INPUT_KEY])
+    weight = parameter(graph, plan.name + FED, (plan.out_features, plan.in_features))
+    transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{plan.name}/DequantizedTranspose")
+    nodes = [transpose, onnx_ir.node("MatMul", [x, transpose.outputs[0]], name=f"{plan.name}/DequantizedMatMul")]
+    if has_bias:
+        nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], last.inputs[1]], name=f"{plan.name}/DequantizedBias"))
+    substitute(graph, last, nodes, nodes[-1].outputs[0])
+
+
+def _value(graph: onnx_ir.Graph, name: str) -> onnx_ir.Value:
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.name == name:
+            return value
+    raise KeyError(name)
+
+
+def cluster_parity(artifact: Artifact) -> float:
+    """Part 2: largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
+    model = onnx_ir.load(artifact.folder / GRAPH)
+    last = [node for node in model.graph if LAYER_KEY in node.metadata_props]
+    if not last:
+        return 0.0
+    clusters = [(node.metadata_props[LAYER_KEY], node.metadata_props[INPUT_KEY], str(node.outputs[0].name)) for node in last]
+    shown = {value.name for value in model.graph.outputs}
+    for name in dict.fromkeys(name for _, x, y in clusters for name in (x, y)):
+        value = _value(model.graph, name)
+        if name not in shown and not value.is_graph_input():
+            model.graph.outputs.append(value)
+    session = memory_session(model, artifact.read, folder=artifact.folder)
+    inputs = agreement.feed(session, agreement.probe_batch(artifact.model))
+    seen = inputs | dict(zip((output.name for output in session.get_outputs()), session.run(None, inputs), strict=True))
+    errors = []
+    for layer, x, y in clusters:
+        bias = artifact.read(f"{layer}.bias").float() if f"{layer}.bias" in artifact.tensors else None
+        expected = emulate_row_form(torch.from_numpy(seen[x]), artifact.layer(layer), bias)
+        errors.append(agreement.largest_difference(seen[y], expected.numpy()))
+    return max(errors)
+
+
+def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """y [..., out] of x [..., in] as the int8 kernels compute it: exact integer products, one activation scale per row."""
+    if tensor.input_scale is not None:
+        x = x * (1 / tensor.input_scale)
+    kept = x
+    if tensor.outliers is not None:
+        kept = x.clone()
+        kept[..., tensor.outliers.columns] = 0
+    largest = kept.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    unit = torch.tensor(1 / 127, dtype=torch.float32)
+    codes = torch.round(kept / largest / unit).clamp(-128, 127)
+    weight = tensor.q.double()
+    if tensor.zero_point is not None:
+        weight = weight - tensor.zero_point.double()
+    product = codes.double() @ weight.T  # exact: integers below 2^53
+    y = product * unit.double() * tensor.scale.expand(len(weight), -1)[:, 0].double() * largest.double()
+    if tensor.outliers is not None:
+        y = y + (x[..., tensor.outliers.columns] @ tensor.outliers.weight.T).double()
+    return (y if bias is None else y + bias.double()).float()

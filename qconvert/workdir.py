@@ -1,0 +1,369 @@
+"""The output folder: staged beside its final place, under a lock, with a journal to resume from, published at once.
+
+PARENT/
+  OUT/                            the old folder or the complete new one, never anything between
+  .OUT.qconvert.lock              held while a run works on OUT; names its process
+  .OUT.qconvert-<digest>/         the stage of one recipe, input and version
+    files/                        what becomes OUT
+    scratch/                      what doesn't
+    journal                       what is safely on disk
+  .OUT.qconvert-old/              the old folder, between the two renames of a system that can't swap
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from qconvert.errors import ResourceError, UsageError
+from qconvert.ir.artifact import MANIFEST, SIDECAR, StoredTensor
+from qconvert.ir.reader import stored_tensor, tensor_bytes
+
+# CPU kernels like tensors that begin on a cache line.
+SIDECAR_ALIGNMENT = 64
+# Stages of other recipes are kept this long, so that their runs can be resumed.
+KEEP_SECONDS = 24 * 3600
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing `path` into ResourceError QC-DISK-002 (disk full, quota) or QC-DISK-003."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                "QC-DISK-002",
+                f"no space left while writing {path}: {error.strerror}; the output was not changed",
+                hint="free space on that disk, then run the same command again: finished blocks are kept",
+            ) from error
+        raise ResourceError(
+            "QC-DISK-003",
+            f"can't write {path}: {error.strerror or error}; the output was not changed",
+            hint="give an --output folder that can be written",
+        ) from error
+
+
+class Journal:
+    """Append-only JSON lines; a record that `append` has returned from survives a power loss."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        valid = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # torn by a kill
+            try:
+                self._records.append(json.loads(line))
+            except ValueError:
+                break
+            valid += len(line)
+        os.truncate(path, valid)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        with disk_errors(self.path):
+            with self.path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+            fsync(self.path)
+            fsync(self.path.parent)
+        self._records.append(dict(record))
+
+    def records(self) -> tuple[dict[str, Any], ...]:
+        return tuple(self._records)
+
+
+class Sidecar:
+    """qconvert.bin: tensors one after the other, each at a multiple of 64 bytes. Without a tensor there is no file.
+
+    tensors: name -> place, of all that was appended and of what a resumed run starts from.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self.tensors = dict(tensors)
+        self._end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
+        if not tensors:
+            path.unlink(missing_ok=True)
+        else:
+            os.truncate(path, self._end)  # what a killed run wrote but did not journal
+
+    def append(self, name: str, tensor: Tensor) -> StoredTensor:
+        """Write `tensor` under a new name. Raises ResourceError QC-DISK-002 on a full disk."""
+        if name in self.tensors:
+            raise ValueError(f"the sidecar already holds {name!a}")
+        data = tensor_bytes(tensor)
+        offset = -(-self._end // SIDECAR_ALIGNMENT) * SIDECAR_ALIGNMENT
+        with disk_errors(self.path), self.path.open("ab") as file:
+            file.write(b"\0" * (offset - self._end))
+            file.write(data)
+        self._end = offset + data.nbytes
+        self.tensors[name] = StoredTensor(SIDECAR, tensor.dtype, tuple(tensor.shape), offset, data.nbytes)
+        return self.tensors[name]
+
+    def sync(self) -> None:
+        if self.tensors:
+            with disk_errors(self.path):
+                fsync(self.path)
+
+
+class Stage:
+    """A run's work on one output folder; made by `open_stage`.
+
+    output: the resolved folder that will appear.
+    folder: what becomes `output`.
+    scratch: a folder for what is not published.
+    """
+
+    def __init__(self, output: Path, root: Path) -> None:
+        self.output = output
+        self.root = root
+        self.folder = root / "files"
+        self.scratch = root / "scratch"
+        self._open()
+        if self._is_damaged():
+            shutil.rmtree(root)
+            self._open()
+        self.sidecar = Sidecar(self.folder / SIDECAR, self.tensors_of(SIDECAR))
+
+    def _open(self) -> None:
+        self.journal = Journal(self.root / "journal")
+        if not self.journal.records():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for folder in (self.folder, self.scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _is_damaged(self) -> bool:
+        """Whether `folder` is not what the journal says: published already (then it is the old output), or cut off."""
+        for record in self.journal.records():
+            if record.get("publishing", self._inode()) != self._inode():
+                return True
+        ends: dict[str, int] = {}
+        for tensor in self.tensors().values():
+            ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.offset + tensor.nbytes)
+        sizes = {name: path.stat().st_size if path.is_file() else -1 for name in ends for path in [self.folder / name]}
+        return any(sizes[name] < end for name, end in ends.items())
+
+    def _inode(self) -> int:
+        return self.folder.stat().st_ino
+
+    def done_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that an earlier run of the same digest has written; "" is what lies outside blocks."""
+        return tuple(record["block"] for record in self.journal.records() if "block" in record)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Name -> place in `folder` of every tensor of the done blocks."""
+        return {
+            name: stored_tensor(file, entry)
+            for record in self.journal.records()
+            for file, entries in record.get("tensors", {}).items()
+            for name, entry in entries.items()
+        }
+
+    def tensors_of(self, file: str) -> dict[str, StoredTensor]:
+        return {name: tensor for name, tensor in self.tensors().items() if tensor.file == file}
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises ResourceError QC-DISK-001 if the disk can't take `needed_bytes`, less what the stage holds already."""
+        held = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.root).free
+        if needed_bytes - held > free:
+            raise ResourceError(
+                "QC-DISK-001",
+                f"{self.output} needs {needed_bytes - held} more bytes, but {free} are free on that disk",
+                hint=f"free {needed_bytes - held - free} bytes or give an --output on another disk",
+            )
+
+    def publish(self) -> None:
+        """Make `folder` the output: the old one, or the complete new one, is there at every moment."""
+        with disk_errors(self.output):
+            _make_durable(self.folder)
+        self.journal.append({"publishing": self._inode()})
+        with disk_errors(self.output):
+            if not self.output.exists():
+                self.folder.rename(self.output)
+            elif not _exchange(self.folder, self.output):
+                old = _old(self.output)
+                self.output.rename(old)
+                self.folder.rename(self.output)
+                shutil.rmtree(old)
+            fsync(self.output.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the stage. The journal goes first: what is left after a kill is never taken for a stage to resume."""
+        self.journal.path.unlink(missing_ok=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@contextmanager
+def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Stage]:
+    """Lock `output` and open the stage of `digest`, resuming what an earlier run has left.
+
+    digest: hex sha256 of recipe, inputs and versions; 12 characters name the stage.
+    inputs: files and folders that are read, and must not be written.
+
+    Leaving without `publish`, by an exception or not, keeps a stage that has journalled something. Raises UsageError
+    QC-OUTPUT-001..005 for an output that can't be taken, ResourceError QC-DISK-003 where it can't be written,
+    QC-LOCK-001 where another run works on it.
+    """
+    output = output.resolve()
+    _check_place(output, inputs)
+    with disk_errors(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with _Lock(output):
+        with disk_errors(output.parent):
+            _recover(output)
+        _check_free(output, force)
+        with disk_errors(output.parent):
+            _remove_old_stages(output, keep=_stage_root(output, digest))
+            stage = Stage(output, _stage_root(output, digest))
+        try:
+            yield stage
+        finally:
+            if not stage.journal.records():
+                stage.discard()
+
+
+class _Lock:
+    """The lock file of one output. It is removed while it is held; filelock retries where it locked a removed file."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.parent / f".{output.name}.qconvert.lock"
+        self.lock = FileLock(self.path)
+
+    def __enter__(self) -> Self:
+        with disk_errors(self.path):
+            try:
+                self.lock.acquire(blocking=False)
+            except Timeout as error:
+                raise ResourceError(
+                    "QC-LOCK-001",
+                    f"another run works on {self.output}: process {self._holder()}",
+                    hint="wait until it is done, or give another --output",
+                ) from error
+            self.path.write_text(f"{os.getpid()}\n")
+        return self
+
+    def _holder(self) -> str:
+        try:
+            return self.path.read_text().strip() or "unknown"
+        except FileNotFoundError:  # it has just finished
+            return "unknown"
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        self.lock.release()
+
+
+def _check_place(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises UsageError if writing `output` would touch an input, or can't be done by renaming."""
+    for path in (path.resolve() for path in inputs):
+        inside = any(_same(parent, path) for parent in (output, *output.parents))
+        if inside or any(_same(output, parent) for parent in path.parents):
+            raise UsageError(
+                "QC-OUTPUT-001",
+                f"output {output} is, contains or lies inside the input {path}",
+                hint="give an --output folder beside the inputs",
+            )
+    if output.is_mount():
+        raise UsageError(
+            "QC-OUTPUT-002", f"output {output} is a mount point", hint=f"give a folder inside it, e.g. {output / 'model'}"
+        )
+
+
+def _check_free(output: Path, force: bool) -> None:
+    """Raises UsageError if there is something at `output` that may not be replaced."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UsageError("QC-OUTPUT-003", f"output {output} is a file", hint="give an --output folder that doesn't exist yet")
+    if not force:
+        raise UsageError("QC-OUTPUT-004", f"output {output} exists", hint="give --force to replace it, or another --output")
+    if not (output / MANIFEST).exists() and any(output.iterdir()):
+        raise UsageError(
+            "QC-OUTPUT-005",
+            f"output {output} holds files, but no {MANIFEST}: qconvert didn't write it, so --force won't delete it",
+            hint="remove the folder yourself, or give another --output",
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one place, also where the file system ignores case."""
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _stage_root(output: Path, digest: str) -> Path:
+    return output.parent / f".{output.name}.qconvert-{digest[:12]}"
+
+
+def _old(output: Path) -> Path:
+    return output.parent / f".{output.name}.qconvert-old"
+
+
+def _recover(output: Path) -> None:
+    """Finish, or take back, a publish by two renames that was killed between them."""
+    old = _old(output)
+    if old.exists() and not output.exists():
+        old.rename(output)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def _remove_old_stages(output: Path, keep: Path) -> None:
+    """Remove stages of this output that nobody resumed for a day. No run works on them: we hold the output's lock."""
+    name = re.compile(re.escape(f".{output.name}.qconvert-") + "[0-9a-f]{12}")
+    for path in output.parent.iterdir():
+        if path == keep or not name.fullmatch(path.name):
+            continue
+        used = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
+        if time.time() - used > KEEP_SECONDS:
+            shutil.rmtree(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where the system or the file system can't (renameat2, Linux >= 3.15)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _make_durable(folder: Path) -> None:
+    """Give every file the permissions of the user's umask (safetensors and tempfile write 0600), and fsync it all."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (*sorted(folder.rglob("*")), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, would survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,8 @@
+"""Writes quantized blocks as they come: model.safetensors, the sidecar, config.json and the files that travel along."""
+
+from __future__ import annotations
+
+from qconvert.write.blocks import write
+from qconvert.write.manifest import file_digests, published_recipe, run_digest, write_manifest
+
+__all__ = ["file_digests", "published_recipe", "run_digest", "write", "write_manifest"]

@@ -1,0 +1,42 @@
+"""The files that travel with the weights: tokenizer, generation config, chat template."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path, PurePosixPath
+
+from qconvert.errors import InputError
+from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS
+from qconvert.ir.model import Model
+from qconvert.workdir import Stage, disk_errors
+
+# Names that the output has its own files for, or that would describe the weights of the source.
+OWN_FILES = {
+    CARD.lower(),
+    "config.json",
+    "genai_config.json",
+    "model.cuda.onnx",
+    f"{WEIGHTS}.index.json",
+    *(GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS),
+}
+
+
+def write_carried(model: Model, stage: Stage) -> None:
+    """Copy `model.files` into the stage. Raises InputError QC-WRITE-003 for a name that leads out of the folder."""
+    for name, content in sorted(model.files.items()):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+            raise InputError(
+                "QC-WRITE-003",
+                f"{model.name}: file {name!a} to carry over leads out of the output folder",
+                hint="remove it from the checkpoint, or mend the plugin that loaded it",
+            )
+        if name.lower() in OWN_FILES:  # lower: the file system may ignore case
+            continue
+        target = stage.folder / path
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, target)
+            else:
+                target.write_bytes(content)

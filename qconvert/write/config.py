@@ -1,0 +1,116 @@
+"""config.json: that of the source, plus what compressed-tensors' readers must know of the weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from qconvert.errors import UsageError
+from qconvert.ir.layout import config_group, must_dequantize, transformers_refuses
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.recipe import Layout
+from qconvert.workdir import Stage, disk_errors
+
+# An unknown quant_method or format only makes transformers warn and load random weights; a weight type that
+# compressed-tensors doesn't know makes it raise, and show this text (measured with transformers 5.23).
+ONNX_ONLY = "weights for onnx runtime: load model.onnx instead"
+
+
+def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None:
+    """Write config.json for a model that came with one.
+
+    Raises UsageError QC-WRITE-002 if the layers can't be loaded together from the transformers layout.
+    """
+    if model.config is None:
+        return
+    outliers = any(name.endswith(".outlier_columns") for name in stage.sidecar.tensors)
+    config = copy.deepcopy(dict(model.config))
+    for stale in ("quantization_config", "compression_config"):
+        config.pop(stale, None)
+    if plan.layers:
+        config["quantization_config"] = (
+            quantization_config(model, plan, outliers=outliers) if layout == "transformers" else _refusal()
+        )
+    if any(f"{name}.weight" in model.tied for name in plan.layers):
+        # A quantized head has its own weight; transformers would overwrite it with the embedding.
+        config["tie_word_embeddings"] = False
+    path = stage.folder / "config.json"
+    with disk_errors(path):
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str, Any]:
+    """The entry of config.json that makes transformers and vLLM read the quantized layers.
+
+    outliers: some layer keeps float columns in the sidecar, which these loaders know nothing of.
+    """
+    layers = plan.layers.values()
+    reason = transformers_refuses(layers, outliers=outliers)
+    if reason is not None:
+        raise UsageError("QC-WRITE-002", reason, hint="use one scheme for all layers, or --layout onnx")
+    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
+    target = _Targets(linears, getattr(model.module, "base_model_prefix", ""))
+    groups: list[dict[str, Any]] = []
+    targets: list[list[str]] = []
+    for layer in layers:
+        group = config_group(layer, outliers=outliers)
+        if group not in groups:
+            groups.append(group)
+            targets.append([])
+        targets[groups.index(group)].append(target(layer.name))
+    if len(groups) == 1:
+        targets = [["Linear"]]
+    formats = {group["format"] for group in groups}
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": {
+            f"group_{number}": {"targets": names, **group}
+            for number, (names, group) in enumerate(zip(targets, groups, strict=True))
+        },
+        "ignore": [target(name) for name in linears if name not in plan.layers],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    if any(must_dequantize(layer, outliers=outliers) for layer in layers):
+        config["dequantize"] = True
+    return config
+
+
+class _Targets:
+    """Module names for `targets` and `ignore`, as patterns that hold where another model class puts them elsewhere.
+
+    The same folder may be loaded with and without a head: `model.layers.0.mlp` is `layers.0.mlp` in the bare model.
+    An exact name would not match there, and the layer's weights would be random without an error.
+
+    linears: names of all linears; a name without prefix that is the end of a second one is given exactly.
+    prefix: what the model class puts before the names of the bare model, "model".
+    """
+
+    def __init__(self, linears: Iterable[str], prefix: str) -> None:
+        self.prefix = prefix
+        self.ends = Counter(
+            ".".join(parts[start:]) for name in linears for parts in [name.split(".")] for start in range(len(parts))
+        )
+
+    def __call__(self, name: str) -> str:
+        bare = name.removeprefix(f"{self.prefix}.")
+        return name if "." not in name or self.ends[bare] > 1 else rf"re:(.*\.)?{re.escape(bare)}$"
+
+
+def _refusal() -> dict[str, Any]:
+    """A quantization_config that makes transformers fail with a reason, rather than load random weights."""
+    weights = {"num_bits": 8, "type": ONNX_ONLY}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }

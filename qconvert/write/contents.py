@@ -1,0 +1,64 @@
+"""What model.safetensors holds, known before anything is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qconvert.ir.model import Model, TensorInfo
+from qconvert.ir.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A block, or "" for all that lies outside blocks.
+
+    layers: the quantized layers by name.
+    floats: name in the output -> name in the source, of the tensors that stay as they are.
+    """
+
+    name: str
+    layers: Mapping[str, LayerPlan]
+    floats: Mapping[str, str]
+
+
+def units(model: Model, plan: Plan) -> tuple[Unit, ...]:
+    """The units in the order of the file: blocks, then "". Every source tensor is in one of them, or quantized."""
+    floats = float_tensors(model, plan)
+    return tuple(
+        Unit(
+            name,
+            {layer: entry for layer, entry in plan.layers.items() if model.block_of(layer) == name},
+            {output: source for output, source in floats.items() if model.block_of(output) == name},
+        )
+        for name in (*model.blocks, "")
+    )
+
+
+def float_tensors(model: Model, plan: Plan) -> dict[str, str]:
+    """Name in the output -> name in the source, of everything but the weights of quantized layers.
+
+    A tied tensor is kept, once, if any of its users stays float: then it goes under the name of that user, because a
+    loader does not expect a float weight beside the packed one of a quantized layer.
+    """
+    quantized = {f"{name}.weight" for name in plan.layers}
+    floats: dict[str, str] = {}
+    for stored in model.source.tensors:
+        users = (stored, *(alias for alias, target in model.tied.items() if target == stored))
+        kept = next((user for user in users if user not in quantized), None)
+        if kept is not None:
+            floats[kept] = stored
+    return floats
+
+
+def largest(model: Model, every: tuple[Unit, ...]) -> dict[str, TensorInfo]:
+    """Every tensor of the file, scales as float32: the most that they can take."""
+    tensors: dict[str, TensorInfo] = {}
+    for unit in every:
+        for name, layer in unit.layers.items():
+            tensors |= {f"{name}.{suffix}": info for suffix, info in layer.disk_tensors.items()}
+            tensors[f"{name}.weight_scale"] = TensorInfo(torch.float32, layer.disk_tensors["weight_scale"].shape)
+        tensors |= {output: model.source.tensors[source] for output, source in unit.floats.items()}
+    return tensors

@@ -1,0 +1,59 @@
+"""Start-up is designed: help, errors in flags and the version come without the heavy libraries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = {"torch", "transformers", "pydantic", "pluggy", "onnx", "onnxruntime", "rich", "yaml"}
+
+
+def heavy_modules_after(code: str) -> set[str]:
+    script = f"import json, sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return HEAVY & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["verify", "--help"], ["run", "--oops"]]
+)
+def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    assert heavy_modules_after(f"from qconvert.cli import main; main({arguments!r})") == set()
+
+
+def test_importing_qconvert_and_its_version_imports_nothing_heavy() -> None:
+    assert heavy_modules_after("import qconvert; qconvert.__version__; dir(qconvert)") == set()
+
+
+def test_a_recipe_needs_no_torch() -> None:
+    assert "torch" not in heavy_modules_after("from qconvert import Recipe, Report, hookimpl")
+
+
+def test_the_plugin_manager_needs_no_torch_until_a_quantizer_is_asked_for() -> None:
+    assert "torch" not in heavy_modules_after("from qconvert.plugin.manager import PluginManager; PluginManager(())")
+
+
+def test_the_public_names_are_the_documented_ones() -> None:
+    import qconvert
+
+    assert sorted(qconvert.__all__) == ["Recipe", "Report", "__version__", "convert", "hookimpl"]
+    assert set(qconvert.__all__) <= set(dir(qconvert))
+    assert qconvert.Recipe.__module__ == "qconvert.recipe"
+    with pytest.raises(AttributeError, match="no attribute 'recepie'"):
+        qconvert.recepie  # noqa: B018
+
+
+def test_help_answers_at_once_and_lists_every_command() -> None:
+    command = [sys.executable, "-m", "qconvert", "--help"]
+    seconds = []
+    for _ in range(3):  # the best of three: other work on the machine is not our start-up
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+    assert [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()] == ["run", "plan", "verify"]
+    assert "qconvert [OPTIONS]" in done.stdout  # not "python -m" or "__main__.py"

@@ -1,0 +1,204 @@
+"""ir/forward.py: a model run block by block computes exactly what it computes whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from calibrate_models import bert, gpt2, llama, model_of, text_model, tiny_bert, token_batch
+from torch import Tensor, nn
+
+from qconvert.errors import InputError, UsageError
+from qconvert.ir.forward import BlockRunner, materialize
+from qconvert.ir.model import Model
+
+BATCHES = [token_batch((7, 7)), token_batch((9, 4, 6), seed=1)]
+
+
+def outputs(model: Model, batches: list[dict[str, Tensor]], **options: object) -> list[Tensor]:
+    runner = BlockRunner(model, **options)  # type: ignore[arg-type]
+    runner.start(batches)
+    for index in range(len(model.blocks)):
+        runner.run_block(index)
+    return list(runner.outputs())
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert], ids=["llama", "gpt2", "bert"])
+def test_block_by_block_gives_bit_for_bit_what_the_plain_model_gives(build: Callable[[], tuple[nn.Module, Model]]) -> None:
+    plain, model = build()
+    found = outputs(model, BATCHES)
+    with torch.no_grad():
+        expected = [plain(**batch)[0] for batch in BATCHES]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len({output.std().item() for output in found}) == len(BATCHES)
+
+
+def test_an_encoder_is_compared_by_its_hidden_state_even_under_a_head() -> None:
+    plain = tiny_bert(head=True)
+    model = text_model(plain, "encoder", "bert.encoder.layer")
+    with torch.no_grad():
+        expected = plain.bert(**BATCHES[1]).last_hidden_state
+    assert torch.equal(outputs(model, BATCHES[1:])[0], expected)
+
+
+def test_a_model_without_blocks_runs_whole() -> None:
+    plain = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    assert torch.equal(outputs(model_of(plain, input_names=("input",)), [{"input": x}])[0], plain(x))
+
+
+def test_weights_can_come_from_elsewhere() -> None:
+    plain, model = llama()
+    with torch.no_grad():
+        plain.model.layers[1].mlp.up_proj.weight.mul_(2)
+        expected = plain(**BATCHES[0])[0]
+
+    def read(name: str) -> Tensor:
+        return model.read(name) * 2 if name == "model.layers.1.mlp.up_proj.weight" else model.read(name)
+
+    assert torch.equal(outputs(model, BATCHES[:1], read=read)[0], expected)
+
+
+def test_only_one_unit_is_materialized_and_everything_is_meta_afterwards() -> None:
+    _, model = llama()
+    with materialize(model, "model.layers.1"):
+        real = {name for name, parameter in model.module.named_parameters() if not parameter.is_meta}
+    assert real
+    assert all(name.startswith("model.layers.1.") for name in real)
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    with materialize(model, ""):
+        real = {name for name, parameter in model.module.named_parameters() if not parameter.is_meta}
+    assert real == {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_the_skeleton_is_restored_when_reading_fails() -> None:
+    _, model = llama()
+
+    def read(name: str) -> Tensor:
+        if "mlp" in name:
+            raise InputError("QC-TEST", "damaged", hint="")
+        return model.read(name)
+
+    with pytest.raises(InputError), materialize(model, "model.layers.0", read):
+        pass
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+
+
+def test_float32_sources_are_not_copied_and_a_tied_tensor_is_read_once() -> None:
+    _, model = llama()
+    with materialize(model, ""):
+        assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
+        assert model.module.lm_head.weight.data_ptr() == model.source.held["model.embed_tokens.weight"].data_ptr()
+    assert model.source.reads.count("model.embed_tokens.weight") == 1
+
+
+def test_half_precision_sources_run_in_float32() -> None:
+    plain, model = llama()
+    model.source.held = {name: value.bfloat16() for name, value in model.source.held.items()}
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(parameter.bfloat16())
+        expected = plain(**BATCHES[0])[0]
+    assert torch.equal(outputs(model, BATCHES[:1])[0], expected)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, offset: Tensor) -> tuple[Tensor, None]:
+        return hidden_states + torch.tanh(self.linear(hidden_states)) * offset, None
+
+
+class Chain(nn.Module):
+    """Blocks that are called by keyword, get an argument of their own and return tuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = x * 2
+        for index, block in enumerate(self.blocks):
+            hidden = self.between(block(hidden_states=hidden, offset=x[0] + index)[0])
+        return {"scores": hidden.sum(-1)}
+
+    def between(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class Scaled(Chain):
+    def between(self, hidden: Tensor) -> Tensor:
+        return hidden * 0.5
+
+
+class Skipping(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = (0, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.blocks[index](x, x[0])[0]
+        return x
+
+
+class Early(Skipping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = (0, 1)
+
+
+class Talkative(Chain):
+    """Blocks that hand on a second tensor, which a runner of single hidden states would lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.forward = lambda hidden_states, offset: (hidden_states, offset)
+
+
+def chain_model(plain: nn.Module) -> Model:
+    return model_of(plain, blocks=("blocks.0", "blocks.1", "blocks.2"), input_names=("x",))
+
+
+def test_blocks_may_be_called_by_keyword_and_return_tuples() -> None:
+    plain, x = Chain(), torch.randn(2, 3, 4)
+    assert torch.equal(outputs(chain_model(plain), [{"x": x}])[0], plain(x)["scores"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Scaled, "changes the hidden state between blocks 0 and 1"),
+        (Skipping, "block 2 is called where block 1 should be"),
+        (Early, "only 2 of 3 blocks are called"),
+        (Talkative, "more tensors than the hidden state"),
+    ],
+    ids=["changed between", "out of order", "left out", "second tensor"],
+)
+def test_models_whose_blocks_are_no_chain_are_refused_rather_than_run_wrongly(kind: type[nn.Module], reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        BlockRunner(chain_model(kind())).start([{"x": torch.randn(2, 3, 4)}])
+    assert caught.value.code == "QC-BLOCK-001"
+    assert "'blocks.0'" in caught.value.message
+
+
+def test_a_device_that_is_not_there_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="'abacus'") as caught:
+        BlockRunner(llama()[1], device="abacus")
+    assert caught.value.code == "QC-DEVICE-001"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("build", [llama, gpt2, bert], ids=["llama", "gpt2", "bert"])
+def test_blocks_run_on_cuda(build: Callable[[], tuple[nn.Module, Model]]) -> None:
+    plain, model = build()
+    with torch.no_grad():
+        expected = plain(**BATCHES[1])[0]
+    found = outputs(model, BATCHES[1:], device="cuda")[0]
+    assert found.is_cuda
+    assert torch.allclose(found.cpu(), expected, atol=1e-4)
+    assert all(not buffer.is_cuda for buffer in model.module.buffers())

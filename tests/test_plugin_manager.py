@@ -1,0 +1,266 @@
+"""Plugins: how they are found, asked, and isolated from each other."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qconvert.errors import InputError, PluginError, UsageError
+from qconvert.ir.report import Report, Samples, Size
+from qconvert.plugin.manager import BUILTINS, PluginManager
+from qconvert.recipe import Recipe
+
+QUANTIZER = """
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+from qconvert import hookimpl
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+
+@hookimpl
+def register_quantizers():
+    return [Nearest]
+
+@dataclass(frozen=True)
+class Nearest(Quantizer):
+    name: ClassVar[str] = "nearest"
+    default_scheme: ClassVar[QuantScheme] = QuantScheme.parse("int8")
+    clip: float = 1.0
+    grid: int = 20
+    mode: Literal["fast", "exact"] = "fast"
+
+    def __post_init__(self):
+        if not 0 < self.clip <= 1:
+            raise ValueError("clip must be in (0, 1]")
+
+    def quantize(self, layer, scheme):
+        return round_to_nearest(layer.weight, scheme, self.clip)
+"""
+
+Install = Callable[..., str]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a distribution `qconvert-NAME` with one module `qconvert_NAME` and one entry point on sys.path."""
+    modules = []
+
+    def install(name: str, source: str, *, version: str = "1.2", value: str = "") -> str:
+        module = f"qconvert_{name}"
+        modules.append(module)
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: qconvert-{name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[qconvert]\n{name} = {value or module}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return module
+
+    yield install
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+# --- finding plugins ---
+
+
+def test_a_plugin_is_found_by_its_entry_point_and_named_by_its_distribution(install: Install) -> None:
+    install("nearest", QUANTIZER)
+    manager = PluginManager(())
+    quantizer = manager.quantizer("nearest", {})
+    assert manager.broken == []
+    assert quantizer.name == "nearest"
+    assert str(manager.distribution_of(quantizer)) == "qconvert-nearest 1.2"
+
+
+def test_built_ins_register_through_the_same_hook(install: Install) -> None:
+    module = install("builtin", QUANTIZER, value="nowhere")  # its entry point is broken, its module is named directly
+    assert PluginManager((module,)).quantizer("nearest", {}).name == "nearest"
+
+
+def test_the_built_ins_are_the_five_of_the_first_release() -> None:
+    assert [name.rpartition(".")[2] for name in BUILTINS] == ["absmax", "zero_point", "per_channel", "awq", "llm_int8"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("def broken(:", "SyntaxError: "),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("from qconvert import hookimpl\n@hookimpl\ndef load_model(sauce): ...", "sauce"),
+        ("from qconvert import hookimpl\n@hookimpl\ndef register_quantizer(): ...", "unknown hook 'register_quantizer'"),
+        ("def register_quantizers(): return []", "implements no hook: decorate its functions with @qconvert.hookimpl"),
+    ],
+    ids=["import-error", "syntax-error", "exits", "wrong-argument", "misspelt-hook", "no-hookimpl"],
+)
+def test_a_broken_plugin_is_reported_once_and_the_rest_works(
+    install: Install, caplog: pytest.LogCaptureFixture, source: str, reason: str
+) -> None:
+    """Fault 18."""
+    install("aaa_broken", source, version="0.3")
+    install("nearest", QUANTIZER)
+    manager = PluginManager(())
+    (broken,) = manager.broken
+    assert (str(broken.distribution), broken.value) == ("qconvert-aaa_broken 0.3", "qconvert_aaa_broken")
+    assert reason in broken.reason
+    assert broken.reason.split(":")[0] in broken.traceback
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"plugin qconvert-aaa_broken 0.3 (qconvert_aaa_broken): {broken.reason}" in record.getMessage()
+    assert manager.quantizer("nearest", {}).name == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("Nearest", "returned ABCMeta, not a list of Quantizer classes"),
+        ("[dict]", "which is no Quantizer class"),
+        ("[Thawed]", "Thawed is no frozen dataclass"),
+        ("[Unnamed]", "Unnamed lacks a name"),
+    ],
+    ids=["raises", "no-list", "no-quantizer", "not-frozen", "no-name"],
+)
+def test_what_register_quantizers_returns_is_checked(install: Install, returned: str, reason: str) -> None:
+    others = "@dataclass(frozen=True)\nclass Unnamed(Quantizer): ...\n@dataclass\nclass Thawed(Quantizer): ...\n"
+    install("odd", QUANTIZER.replace("return [Nearest]", f"return {returned}") + others)
+    manager = PluginManager(())
+    with pytest.raises(PluginError):
+        manager.quantizer("nearest", {})
+    assert reason in manager.broken[0].reason
+
+
+# --- asking for a quantizer ---
+
+
+def test_an_unknown_quantizer_is_a_usage_error_with_the_closest_name(install: Install) -> None:
+    install("nearest", QUANTIZER)
+    with pytest.raises(UsageError) as raised:
+        PluginManager(()).quantizer("nearst", {})
+    assert raised.value.code == "QC-PLUGIN-002"
+    assert "'nearst'" in raised.value.message
+    assert raised.value.hint == "did you mean 'nearest'? known are nearest"
+
+
+def test_an_unknown_quantizer_is_the_broken_plugins_fault_if_there_is_one(install: Install) -> None:
+    """Fault 18."""
+    install("kmeans", "import no_such_module_at_all", version="0.3")
+    with pytest.raises(PluginError) as raised:
+        PluginManager(()).quantizer("kmeans", {})
+    assert raised.value.code == "QC-PLUGIN-001"
+    assert "qconvert-kmeans 0.3 (qconvert_kmeans): ModuleNotFoundError" in raised.value.message
+
+
+def test_two_plugins_with_one_quantizer_name_are_both_named(install: Install) -> None:
+    install("one", QUANTIZER)
+    install("two", QUANTIZER.replace('"nearest"', '"other"').replace("[Nearest]", "[Nearest, Clash]") + CLASH, version="2.0")
+    manager = PluginManager(())
+    with pytest.raises(PluginError) as raised:
+        manager.quantizer("nearest", {})
+    assert raised.value.code == "QC-PLUGIN-003"
+    assert "qconvert-one 1.2 (qconvert_one) and qconvert-two 2.0 (qconvert_two)" in raised.value.message
+    assert manager.quantizer("other", {}).name == "other"  # only the name in doubt is refused
+
+
+CLASH = '\n@dataclass(frozen=True)\nclass Clash(Nearest):\n    name: ClassVar[str] = "nearest"\n'
+
+
+def test_options_become_the_quantizers_fields(install: Install) -> None:
+    install("nearest", QUANTIZER)
+    quantizer: Any = PluginManager(()).quantizer("nearest", {"clip": "1e-1", "grid": 5, "mode": "exact"})
+    assert (quantizer.clip, quantizer.grid, quantizer.mode) == (0.1, 5, "exact")  # YAML reads 1e-1 as text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clp": 1}, "has no option 'clp'"),
+        ({"grid": 2.5}, "grid: Input should be a valid integer"),
+        ({"mode": "slow"}, "mode: Input should be 'fast' or 'exact', got 'slow'"),
+        ({"clip": 2.0}, "clip must be in (0, 1]"),
+    ],
+    ids=["name", "type", "choice", "range"],
+)
+def test_wrong_options_are_usage_errors_that_list_the_right_ones(
+    install: Install, options: dict[str, object], words: str
+) -> None:
+    install("nearest", QUANTIZER)
+    with pytest.raises(UsageError) as raised:
+        PluginManager(()).quantizer("nearest", options)
+    assert raised.value.code == "QC-PLUGIN-004"
+    assert words in raised.value.message
+    assert "clip (float), grid (int), mode (" in raised.value.hint
+
+
+def test_a_quantizer_that_fails_to_start_is_a_plugin_error(install: Install) -> None:
+    install(
+        "nearest", QUANTIZER.replace('raise ValueError("clip must be in (0, 1]")', "{}['x']").replace("if not 0 <", "if 0 <")
+    )
+    with pytest.raises(PluginError, match=r"'nearest' of qconvert-nearest 1\.2 could not be set up: KeyError: 'x'") as raised:
+        PluginManager(()).quantizer("nearest", {})
+    assert raised.value.code == "QC-PLUGIN-005"
+
+
+# --- loading models ---
+
+LOADER = "from qconvert import hookimpl\n@hookimpl\ndef load_model(source):\n    {}\n"
+
+
+def test_a_source_that_no_plugin_knows_is_none(install: Install) -> None:
+    install("loader", LOADER.format("return None"))
+    assert PluginManager(()).load_model("x") is None
+
+
+def test_a_model_from_a_plugin_is_returned(install: Install) -> None:
+    from qconvert.ir.model import Model
+
+    body = "import torch; from qconvert.ir.model import Model; return Model(source, 'module', torch.nn.Identity(), None)"
+    install("loader", LOADER.format(body))
+    model = PluginManager(()).load_model("x.gguf")
+    assert isinstance(model, Model)
+    assert model.name == "x.gguf"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("return 1 / 0", "failed to load 'x.gguf': ZeroDivisionError"), ("return 3", "returned int for 'x.gguf'")],
+)
+def test_a_failing_loader_is_a_plugin_error(install: Install, body: str, words: str) -> None:
+    """Fault 18."""
+    install("loader", LOADER.format(body))
+    with pytest.raises(PluginError) as raised:
+        PluginManager(()).load_model("x.gguf")
+    assert raised.value.code == "QC-PLUGIN-006"
+    assert f"plugin qconvert-loader 1.2 {words}" in raised.value.message
+
+
+def test_a_loader_may_reject_its_source(install: Install) -> None:
+    body = "from qconvert.errors import InputError; raise InputError('QC-GGUF-001', 'truncated', hint='again')"
+    install("loader", LOADER.format(body))
+    with pytest.raises(InputError, match="QC-GGUF-001"):
+        PluginManager(()).load_model("x.gguf")
+
+
+# --- after the conversion ---
+
+
+def test_a_plugin_that_fails_after_the_conversion_is_a_warning_and_the_others_are_told(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished = "from qconvert import hookimpl\nseen = []\n@hookimpl\ndef conversion_finished(recipe, report):\n    {}\n"
+    install("one", finished.format("raise SystemExit(1)"))
+    told = install("two", finished.format("seen.append((recipe.model, report.passed))"))
+    size = Size(source_bytes=1, weights_bytes=1, graph_bytes=1, ratio=1, average_bits=8)
+    samples = Samples(calibration=0, evaluation=0)
+    report = Report(passed=True, task="module", quantizer="q", scheme="int8-channel", samples=samples, size=size)
+    PluginManager(()).conversion_finished(Recipe(model="M", output=Path("O")), report)
+    assert sys.modules[told].seen == [("M", True)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "plugin qconvert-one 1.2 failed after the conversion: SystemExit: 1"
+    ]

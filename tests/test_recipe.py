@@ -1,0 +1,165 @@
+"""Recipe: what a run needs, from YAML and from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qconvert.errors import UsageError
+from qconvert.ir.scheme import QuantScheme
+from qconvert.recipe import DataSpec, Gate, Recipe, Rule, read_recipe
+
+MINIMAL = {"model": "M", "output": "O"}
+
+
+def code(error: pytest.ExceptionInfo[UsageError]) -> str:
+    return error.value.code
+
+
+# --- the whole recipe ---
+
+
+def test_model_and_output_are_enough() -> None:
+    recipe = Recipe.from_settings(MINIMAL)
+    assert recipe.output == Path("O")
+    assert (recipe.quantizer, recipe.targets, recipe.layout, recipe.verify) == ("per-channel", ("cpu",), "transformers", True)
+    assert recipe.scheme is None  # the quantizer's default
+
+
+def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: M\noutput: O\nscheme: int4-g32-asym\n"
+        "rules:\n- {pattern: lm_head, scheme: float}\n- {pattern: '*', scheme: int8}\n"
+    )
+    recipe = Recipe.from_settings(read_recipe(path))
+    assert recipe.rules == (Rule(pattern="lm_head", scheme=None), Rule(pattern="*", scheme=QuantScheme.parse("int8")))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert '"scheme":"int4-g32-asym"' in recipe.model_dump_json()
+
+
+def test_a_recipe_has_a_json_schema() -> None:
+    properties = Recipe.model_json_schema()["properties"]
+    assert set(properties) == set(Recipe.model_fields)
+
+
+def test_a_recipe_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.from_settings(MINIMAL).model = "other"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"output": "O"}, "model: Field required"),
+        (MINIMAL | {"quantiser": "awq"}, "quantiser: Extra inputs are not permitted"),
+        (MINIMAL | {"scheme": "int5"}, "scheme: Value error, 'int5' is not a scheme"),
+        (MINIMAL | {"scheme": 4}, "scheme: "),
+        (MINIMAL | {"targets": ["tpu"]}, "targets.0: Input should be 'cpu' or 'cuda'"),
+        (MINIMAL | {"calibration": {"samples": 0}}, "calibration.samples: Input should be greater than or equal to 1"),
+        (MINIMAL | {"rules": [{"pattern": "*", "scheme": "int3"}]}, "rules.0.scheme: Value error, 'int3' is not a scheme"),
+    ],
+)
+def test_a_wrong_field_is_named(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Recipe.from_settings(settings)
+    assert code(raised) == "QC-RECIPE-001"
+    assert words in raised.value.message
+    assert "fields are model, output, quantizer" in raised.value.hint
+
+
+def test_every_wrong_field_is_named_at_once() -> None:
+    with pytest.raises(UsageError, match=r"(?s)model: .*output: .*seed: "):
+        Recipe.from_settings({"seed": -1})
+
+
+# --- rules ---
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    rules = ("*.0.*=float", "*.q_proj=int8", "*=int4-g32")
+    recipe = Recipe(model="M", output=Path("O"), scheme=QuantScheme.parse("int4"), rules=tuple(map(Rule.parse, rules)))
+    default = QuantScheme.parse("int8-tensor")
+    chosen = [str(recipe.scheme_of(name, default)) for name in ("layers.0.q_proj", "layers.1.q_proj", "layers.1.k_proj")]
+    assert chosen == ["None", "int8-channel", "int4-g32"]
+
+
+def test_without_a_rule_the_recipes_scheme_holds_and_else_the_default() -> None:
+    default = QuantScheme.parse("int8-tensor")
+    assert Recipe(model="M", output=Path("O"), scheme=QuantScheme.parse("int4")).scheme_of("x", default) == QuantScheme.parse(
+        "int4"
+    )
+    assert Recipe(model="M", output=Path("O")).scheme_of("x", default) == default
+
+
+def test_patterns_are_case_sensitive_and_match_the_whole_name() -> None:
+    recipe = Recipe(model="M", output=Path("O"), rules=(Rule.parse("head=float"),))
+    default = QuantScheme.parse("int8")
+    assert [recipe.scheme_of(name, default) for name in ("head", "Head", "lm.head")] == [None, default, default]
+
+
+def test_a_pattern_may_hold_an_equals_sign() -> None:
+    assert Rule.parse("a=b=int8") == Rule(pattern="a=b", scheme=QuantScheme.parse("int8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("lm_head", "QC-RECIPE-002"), ("=int8", "QC-RECIPE-002"), ("x=int5", "QC-SCHEME-001"), ("x=", "QC-SCHEME-001")],
+)
+def test_what_is_no_rule_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Rule.parse(text)
+    assert code(raised) == expected
+
+
+# --- gates ---
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("kl<=0.2", Gate(metric="kl", comparison="<=", limit=0.2)),
+        (" cosine >= .99 ", Gate(metric="cosine", comparison=">=", limit=0.99)),
+        ("weights_bytes<=1e8", Gate(metric="weights_bytes", comparison="<=", limit=1e8)),
+    ],
+)
+def test_a_gate_is_written_as_it_is_said(text: str, gate: Gate) -> None:
+    assert Gate.parse(text) == gate
+
+
+@pytest.mark.parametrize("text", ["kl", "kl<0.2", "kl<=", "kl<=e", "kl<=nan", "loss<=1", "<=1"])
+def test_what_is_no_gate_is_refused_and_the_metrics_are_listed(text: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Gate.parse(text)
+    assert code(raised) == "QC-RECIPE-003"
+    assert f"'{text}'" in raised.value.message
+    assert "kl, top1, perplexity, cosine" in raised.value.hint
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["- a\n- b\n", "model: [", "", "\x00", "!!python/object/apply:os.system ['true']"],
+    ids=["a-list", "unclosed", "empty", "binary", "code"],
+)
+def test_what_is_no_recipe_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as raised:
+        read_recipe(path)
+    assert code(raised) == "QC-RECIPE-004"
+    assert "recipe.yaml" in raised.value.message
+
+
+def test_a_missing_recipe_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
+    for name in ("no.yaml", "latin.yaml"):
+        with pytest.raises(UsageError, match=name):
+            read_recipe(tmp_path / name)
+
+
+def test_data_defaults() -> None:
+    assert DataSpec() == DataSpec(source=None, samples=32, length=256)

@@ -1,0 +1,300 @@
+"""How a Report and a Plan look: on the terminal, as JSON, as a model card."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from qconvert.ir.plan import LayerPlan, Plan
+from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Samples, Size
+from qconvert.ir.scheme import QuantScheme
+from qconvert.recipe import Recipe
+from qconvert.report import plan as plan_view
+from qconvert.report import wording
+from qconvert.report.card import card
+from qconvert.report.files import write_report
+from qconvert.report.table import table
+
+REPORT = Report(
+    passed=False,
+    task="causal-lm",
+    quantizer="awq",
+    scheme="int4-g32",
+    samples=Samples(calibration=32, evaluation=24),
+    size=Size(source_bytes=538_000_000, weights_bytes=98_300_000, graph_bytes=1_234_000, ratio=0.1827, average_bits=4.5),
+    parity=(
+        Parity(target="cpu", status="passed", max_relative_error=3.1e-6),
+        Parity(target="cuda", status="not-run", reason="no CUDA provider in this ONNX Runtime; the graph was checked instead"),
+    ),
+    fidelity=(Fidelity(target="cpu", status="passed", kl=0.0123456, top1=0.941, perplexity=18.234, perplexity_float=17.92),),
+    latency=(Latency(target="cpu", status="passed", threads=2, p50_ms=12.34, float_p50_ms=10.5, speedup=0.8509),),
+    gates=(
+        GateResult(metric="kl", comparison="<=", limit=0.2, value=0.0123, passed=True),
+        GateResult(metric="speedup", comparison=">=", limit=2, value=0.8509, passed=False),
+    ),
+    layers=tuple(
+        LayerReport(name=f"layers.{i}.fc", scheme="int4-g32", relative_error=0.05 + i / 1000, bytes=1) for i in range(30)
+    ),
+    kept_float=(
+        KeptFloat(name="embed", reason="embeddings stay in float"),
+        KeptFloat(name="lm_head", reason="a rule says so"),
+        KeptFloat(name="pooler", reason="a rule says so"),
+    ),
+    warnings=("calibration used 32 of 40 samples",),
+)
+RECIPE = Recipe.model_validate(
+    {
+        "model": "/home/somebody/models/smollm2",
+        "output": "/home/somebody/out",
+        "quantizer": "awq",
+        "scheme": "int4-g32",
+        "options": {"grid": 5, "mode": "it's"},
+        "rules": [{"pattern": "lm_*", "scheme": "float"}],
+        "evaluation": {"source": "/home/somebody/eval.txt"},
+        "gates": [{"metric": "kl", "comparison": "<=", "limit": 0.2}],
+    }
+)
+
+
+def but(**changes: object) -> Report:
+    return REPORT.model_copy(update=changes)
+
+
+def on_terminal(view: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(view)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_part_of_the_evidence_is_in_the_table(width: int) -> None:
+    text = re.sub(r"\s+", " ", on_terminal(table(REPORT), width))
+    for words in (
+        "failed: 1 of 2 gates missed - awq, int4-g32, causal-lm",
+        "98.3 MB of weights, 0.183 x the source's 538.0 MB; 4.5 bits per quantized weight; graphs 1.2 MB",
+        "cpu passed max relative error 3.1e-06",
+        "cuda not-run no CUDA provider",
+        "KL 0.0123 nats, top-1 94.1%, perplexity 18.23 (float 17.92)",
+        "slower than float: 0.85 x its speed, p50 12.3 ms (float 10.5 ms), 2 threads",
+        "kl <= 0.2: 0.0123, kept",
+        "speedup >= 2: 0.8509, MISSED",
+        "32 for calibration, 24 for evaluation",
+        "30 quantized: 30 int4-g32",
+        "1 kept, embeddings stay in float: embed",
+        "2 kept, a rule says so: lm_head, pooler",
+        "calibration used 32 of 40 samples",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_is_wider_than_the_terminal_and_nothing_is_cut_off(width: int) -> None:
+    long = but(
+        kept_float=(KeptFloat(name="x" * 200, reason="r"),), layers=(REPORT.layers[0].model_copy(update={"name": "y" * 200}),)
+    )
+    text = on_terminal(table(long), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert (text.count("x"), text.count("y")) >= (200, 200)
+    assert "…" not in text
+
+
+def test_the_five_worst_layers_are_listed_worst_first() -> None:
+    names = re.findall(r"layers\.\d+\.fc", on_terminal(table(REPORT)))
+    assert names == [f"layers.{i}.fc" for i in (29, 28, 27, 26, 25)]
+
+
+@pytest.mark.parametrize(
+    ("report", "headline"),
+    [(but(passed=True, gates=()), "passed"), (but(passed=None), "not verified"), (but(gates=()), "failed")],
+    ids=["passed", "not-run", "failed"],
+)
+def test_the_verdict_comes_first(report: Report, headline: str) -> None:
+    assert on_terminal(table(report)).startswith(f"{headline} - awq")
+
+
+def test_a_report_of_nothing_but_its_size_is_short() -> None:
+    parts = ("parity", "fidelity", "latency", "gates", "layers", "kept_float", "warnings")
+    lines = on_terminal(table(but(**dict.fromkeys(parts, ())))).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["size", "samples", "layers"]
+
+
+def test_names_from_a_checkpoint_are_escaped() -> None:
+    """Fault 6: names are opaque; a terminal must not obey them, nor rich read them as markup."""
+    text = on_terminal(table(but(kept_float=(KeptFloat(name="a\x1b[31m\0[red]é", reason="r"),))))
+    assert r"a\x1b[31m\x00[red]\xe9" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (5 * 10**15, "5000.0 TB")],
+)
+def test_byte_sizes(count: int, text: str) -> None:
+    assert wording.byte_size(count) == text
+
+
+# --- the document ---
+
+
+def test_the_document_leaves_out_metrics_that_the_task_has_no_use_for() -> None:
+    document = REPORT.document()
+    assert document["schema"] == 1
+    assert document["fidelity"] == [
+        {"target": "cpu", "status": "passed", "kl": 0.0123456, "top1": 0.941, "perplexity": 18.234, "perplexity_float": 17.92}
+    ]
+    assert Report.model_validate({key: value for key, value in document.items() if key != "schema"}) == REPORT
+
+
+def test_an_output_folder_gets_the_document_and_the_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("the source's own")
+    write_report(REPORT, RECIPE, "smollm2", tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == REPORT.document()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == card(REPORT, RECIPE, "smollm2")
+
+
+# --- the card ---
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)\n```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
+def test_the_card_shows_code_that_python_accepts(task: str) -> None:
+    blocks = code_blocks(card(but(task=task), RECIPE, "m"), "python")
+    assert len(blocks) == (1 if task == "module" else 2)
+    for block in blocks:
+        compile(block, "card", "exec")
+    assert 'InferenceSession("model.onnx"' in blocks[0]
+
+
+def test_the_card_gives_the_command_that_makes_it_again_and_no_absolute_path() -> None:
+    text = card(REPORT, RECIPE, "smollm2")
+    assert code_blocks(text, "sh") == [
+        "qconvert run --model smollm2 --output OUT --quantizer awq --scheme int4-g32 --option grid=5 "
+        "--option 'mode=\"it'\"'\"'s\"' --rule 'lm_*=float' --evaluation eval.txt --target cpu --gate 'kl<=0.2'"
+    ]
+    assert "/home" not in text
+
+
+def test_a_packaged_source_is_given_as_it_was() -> None:
+    recipe = RECIPE.model_copy(update={"model": "pkg:some_package/minilm"})
+    assert "--model pkg:some_package/minilm " in card(REPORT, recipe, "minilm")
+
+
+def test_the_card_has_all_the_evidence() -> None:
+    text = card(REPORT, RECIPE, "m")
+    for words in (
+        "| latency | cpu | passed | slower than float: 0.85 x its speed",
+        "| gate |  | failed | speedup",
+        "KL 0.0123 nats",
+    ):
+        assert words in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
+
+
+@pytest.mark.parametrize(
+    ("report", "warning"),
+    [
+        (but(passed=None), "> **Not verified.** Nobody has run this artifact."),
+        (REPORT, "> **Failed: 1 of 2 gates missed.**"),
+        (REPORT, "> On cpu it is slower than float: 0.85 x its speed."),
+    ],
+)
+def test_the_card_warns_before_anything_else(report: Report, warning: str) -> None:
+    assert warning in card(report, RECIPE, "m").partition("## ")[0]
+
+
+def test_a_card_of_a_good_run_warns_of_nothing() -> None:
+    assert ">" not in card(but(passed=True, latency=()), RECIPE, "m").partition("## ")[0]
+
+
+def test_the_card_says_what_the_kernels_do_with_activations() -> None:
+    weight_only = "accuracy_level 4: the weights are those stored, but the kernel itself quantizes activations to int8"
+    dynamic = "Layers whose scheme ends in -a8 quantize their activations to int8"
+    a8 = but(layers=(REPORT.layers[0].model_copy(update={"scheme": "int8-channel-a8"}),))
+    assert weight_only in card(REPORT, RECIPE, "m")
+    assert dynamic not in card(REPORT, RECIPE, "m")
+    assert weight_only not in card(a8, RECIPE, "m")
+    assert dynamic in card(a8, RECIPE, "m")
+
+
+def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
+    text = card(REPORT, RECIPE.model_copy(update={"layout": "onnx"}), "m")
+    assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]
+    assert "`--layout onnx`" in text
+
+
+def test_names_cannot_break_the_card() -> None:
+    """Fault 6."""
+    text = card(but(kept_float=(KeptFloat(name="<script>|`\n# x", reason="r"),)), RECIPE, "<b>`x`\n```")
+    outside_code = re.sub(r"```.*?```|`[^`\n]*`", "", text.replace(r"\`", ""), flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<(script|b)", outside_code)
+    assert "\n# x" not in text
+    assert r"\<script\>\|\`\\n\# x" in text
+
+
+# --- the plan ---
+
+
+def plan() -> Plan:
+    schemes = {"a": "int4-g32", "b": "int8-channel"}
+    layers = {}
+    for block in range(3):
+        for name, scheme in schemes.items():
+            full = f"model.layers.{block}.{name}"
+            layers[full] = LayerPlan(full, "linear", 64, 128, QuantScheme.parse(scheme))
+    layers["model.layers.2.b"] = LayerPlan("model.layers.2.b", "linear", 64, 128, QuantScheme.parse("int4-g64"))
+    kept = (KeptFloat(name="model.embed", reason="embeddings stay in float"),)
+    return Plan(QuantScheme.parse("int4-g32"), layers, kept, True, 26_688, 1_500_000)
+
+
+def test_layers_that_differ_only_in_their_block_share_a_row() -> None:
+    rows = [line.split() for line in on_terminal(plan_view.table(plan())).splitlines()[:4]]
+    assert rows == [
+        ["layer", "count", "[out,", "in]", "scheme", "bytes"],
+        ["model.layers.*.a", "3", "64,", "128", "int4-g32", "13.9", "kB"],
+        ["model.layers.*.b", "2", "64,", "128", "int8-channel", "16.7", "kB"],
+        ["model.layers.2.b", "1", "64,", "128", "int4-g64", "4.4", "kB"],
+    ]
+
+
+def test_the_plan_says_what_it_costs_and_what_stays() -> None:
+    text = on_terminal(plan_view.table(plan()), 80)
+    assert "6 layers to quantize, int4-g32 unless a rule says otherwise" in text
+    assert "model.safetensors: 26.7 kB of tensors (26688 bytes)" in text
+    assert "memory while quantizing: about 1.5 MB" in text
+    assert "calibration data: needed" in text
+    assert "1 kept in float, embeddings stay in float: model.embed" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_plans_document_lists_every_layer() -> None:
+    document: dict[str, Any] = plan_view.document(plan())
+    assert {key: document[key] for key in ("schema", "scheme", "calibrated", "weights_bytes", "peak_bytes")} == {
+        "schema": 1,
+        "scheme": "int4-g32",
+        "calibrated": True,
+        "weights_bytes": 26_688,
+        "peak_bytes": 1_500_000,
+    }
+    assert [layer["name"] for layer in document["layers"]] == list(plan().layers)
+    packed, scales, shape = 64 * 128 // 2, 64 * 4 * 2, 2 * 8
+    assert document["layers"][0] == {
+        "name": "model.layers.0.a",
+        "kind": "linear",
+        "shape": [64, 128],
+        "scheme": "int4-g32",
+        "bytes": packed + scales + shape,
+    }
+    assert document["kept_float"] == [{"name": "model.embed", "reason": "embeddings stay in float"}]
