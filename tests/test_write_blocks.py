@@ -113,7 +113,7 @@ class TestModelSafetensors:
     def test_a_scale_that_float16_cannot_hold_is_float32(self, tmp_path: Path) -> None:
         model = net()
         model.source.content["blocks.0.a.weight"].mul_(1e-6)  # type: ignore[attr-defined]
-        plan = plan_of(model, all_linears("int8-channel-a8"))
+        plan = plan_of(model, all_linears("int4-g32"))
         written = publish(model, plan, tmp_path / "out")
         tensors = load_file(tmp_path / "out" / WEIGHTS)
         assert tensors["blocks.0.a.weight_scale"].dtype == torch.float32
@@ -204,8 +204,8 @@ class TestSidecar:
         assert found.outliers is not None
         assert torch.equal(found.outliers.columns, torch.tensor([3, 17]))
         assert torch.equal(found.dequantize()[:, [3, 17]], weight[:, [3, 17]])
-        # 48 x 64 codes, 48 float16 scales; 2 int64 columns, 48 x 2 float32 weights, 64 float32 mask
-        assert written.layers[0].bytes == 48 * 64 + 48 * 2 + 2 * 8 + 48 * 2 * 4 + 64 * 4
+        # 48 x 64 codes, 48 float32 scales; 2 int64 columns, 48 x 2 float32 weights, 64 float32 mask
+        assert written.layers[0].bytes == 48 * 64 + 48 * 4 + 2 * 8 + 48 * 2 * 4 + 64 * 4
         assert written.layers[0].name == "blocks.0.a"
         assert written.layers[0].relative_error == 0.25
 
