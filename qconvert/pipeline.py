@@ -35,8 +35,9 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
     model, template, plan = _understand(recipe, plugins, progress)
     samples = read_samples(model, recipe, plan.calibrated)
-    inputs = file_digests(model.input_files)
-    with open_stage(recipe.output, run_digest(recipe, inputs), force=recipe.force, inputs=model.input_files.values()) as stage:
+    inputs, distribution = file_digests(model.input_files), plugins.distribution_of(quantizer)
+    digest = run_digest(recipe, inputs, distribution)
+    with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_files.values()) as stage:
         stage.require_space(plan.weights_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
         done = frozenset(stage.done_blocks())
@@ -45,12 +46,14 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
         written = write(quantized, model, plan, stage, recipe.layout)
         progress.stage("export", None)
         export(template, model, plan, written, stage)
-        write_manifest(stage, recipe, inputs, written, plugins.distribution_of(quantizer))
+        write_manifest(stage, recipe, inputs, written, distribution)
         if recipe.verify:
             report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)
         else:
             report = verdict.make_report(recipe, model, plan, samples, stage.folder, evidence=None)
-        verdict.refuse_wrong(report)
+        if not verdict.is_right(report):
+            stage.discard()
+            raise verdict.wrong(report)
         write_report(report, recipe, model.name, stage.folder)
         stage.publish()
     plugins.conversion_finished(recipe, report)
@@ -73,7 +76,8 @@ def verify(
     """Run a published artifact again; what is not given is taken from the recipe in its manifest."""
     recipe = published_recipe(folder, targets, evaluation, gates)
     report = measure(folder, recipe, progress)
-    verdict.refuse_wrong(report)
+    if not verdict.is_right(report):
+        raise verdict.wrong(report)
     verdict.refuse_unverified(report, recipe)
     return report
 

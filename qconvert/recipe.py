@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
 
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.scheme import QuantScheme
@@ -27,14 +27,18 @@ def _parse_rule_scheme(value: object) -> object:
     return None if value == "float" else _parse_scheme(value)
 
 
-SchemeField = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str)]
+# A scheme is written as text, and the JSON schema says so.
+_TEXT = WithJsonSchema({"type": "string"})
+SchemeField = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str), _TEXT]
 RuleSchemeField = Annotated[
     QuantScheme | None,
     BeforeValidator(_parse_rule_scheme),
     PlainSerializer(lambda scheme: "float" if scheme is None else str(scheme)),
+    _TEXT,
 ]
 Target = Literal["cpu", "cuda"]
 Layout = Literal["transformers", "onnx"]
+Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
 
 
 class _Part(BaseModel):
@@ -44,8 +48,8 @@ class _Part(BaseModel):
 class Rule(_Part):
     """Which scheme the layers that match `pattern` (fnmatch on the full module name) get; the first match wins."""
 
-    pattern: str
-    scheme: RuleSchemeField  # None keeps the layer in float
+    pattern: str = Field(description="fnmatch on the full module name, e.g. '*.mlp.*'")
+    scheme: RuleSchemeField = Field(description="a scheme, or 'float', which keeps the layer in float")
 
     def matches(self, name: str) -> bool:
         return fnmatchcase(name, self.pattern)
@@ -64,7 +68,7 @@ class Rule(_Part):
 class Gate(_Part):
     """A limit that the artifact must keep, e.g. kl <= 0.2 or cosine >= 0.99."""
 
-    metric: Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
+    metric: Metric = Field(description="a number of report.json; one that the task does not have misses the gate")
     comparison: Literal["<=", ">="]
     limit: float
 
@@ -88,30 +92,38 @@ class Gate(_Part):
 class DataSpec(_Part):
     """Where samples come from and how many are taken."""
 
-    source: str | None = Field(None, description=".txt, .jsonl, .parquet or .npz file, or 'builtin'; unset: the task's default")
+    source: str | None = Field(
+        None,
+        description=".txt, .jsonl, .parquet or .npz file, or 'builtin'; unset: evaluation takes what calibration has, "
+        "calibration takes 'builtin', or a module's example inputs",
+    )
     samples: int = Field(32, ge=1, description="how many samples: token windows, sentences or rows")
     length: int = Field(256, ge=8, description="tokens per sample, for text")
 
 
 class Recipe(_Part):
-    """One conversion. Every field can be given on the command line, which overrides the file."""
+    """One conversion. The command line has flags for most fields, which override the file."""
 
     model: str = Field(description="a Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads")
     output: Path = Field(description="folder to write; must not exist unless force is set")
-    quantizer: str = "per-channel"
-    scheme: SchemeField | None = Field(None, description="unset: the quantizer's default")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the quantizer")
-    rules: tuple[Rule, ...] = ()
-    calibration: DataSpec = DataSpec()
-    evaluation: DataSpec = DataSpec(samples=24)
-    seed: int = Field(0, ge=0)
-    targets: tuple[Target, ...] = ("cpu",)
-    layout: Layout = "transformers"
+    quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer or a plugin's")
+    scheme: SchemeField | None = Field(None, description="number format, e.g. int4-g32-asym; unset: the quantizer's default")
+    options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
+    rules: tuple[Rule, ...] = Field((), description="layers that get another scheme, or stay in float; the first match wins")
+    calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
+    evaluation: DataSpec = Field(
+        DataSpec(samples=24), description="data on which the artifact is compared with the float model"
+    )
+    seed: int = Field(0, ge=0, description="which samples are drawn from the data")
+    targets: tuple[Target, ...] = Field(("cpu",), description="where the artifact is to run")
+    layout: Layout = Field(
+        "transformers", description="who must be able to read model.safetensors: transformers too, or model.onnx alone"
+    )
     device: str = Field("cpu", description="where blocks run during calibration: cpu or cuda")
-    gates: tuple[Gate, ...] = ()
-    verify: bool = True
-    allow_unverified: bool = False
-    force: bool = False
+    gates: tuple[Gate, ...] = Field((), description="limits that the artifact must keep; a missed one is exit code 1")
+    verify: bool = Field(True, description="run the artifact; without that, the report says that nothing is proven")
+    allow_unverified: bool = Field(False, description="succeed although a target could not be run here")
+    force: bool = Field(False, description="replace the output folder of an earlier run")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:

@@ -10,7 +10,7 @@ from qconvert.ir.artifact import GRAPHS, Written
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_written
-from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Report, Size
+from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, Size
 from qconvert.ir.samples import Samples
 from qconvert.recipe import Gate, Recipe
 
@@ -23,7 +23,8 @@ def make_report(
     size = _size(model, plan, written, folder)
     found = evidence or Evidence()
     gates = tuple(_judge(gate, size, found) for gate in recipe.gates) if evidence else ()
-    failed = any(part.status == "failed" for part in (*found.parity, *found.fidelity, *found.latency))
+    checks: tuple[Parity | Fidelity | Latency, ...] = (*found.parity, *found.fidelity, *found.latency)
+    failed = any(part.status == "failed" for part in checks)
     return Report(
         passed=None if evidence is None else not failed and all(gate.passed for gate in gates),
         task=model.task,
@@ -75,16 +76,19 @@ def _values(metric: str, size: Size, evidence: Evidence) -> Iterable[float]:
             yield value
 
 
-def refuse_wrong(report: Report) -> None:
-    """Raises ParityError QC-PARITY-001 if the artifact does not compute what its weights say."""
-    failed = [part for part in report.parity if part.status == "failed"]
-    if failed:
-        reasons = "; ".join(f"{part.target}: {part.reason}" for part in failed)
-        raise ParityError(
-            "QC-PARITY-001",
-            f"the artifact is wrong: {reasons}",
-            hint="nothing was published. This is a bug of qconvert or of a quantizer plugin: report it with the recipe",
-        )
+def is_right(report: Report) -> bool:
+    """Whether no check found that the artifact computes something else than its weights say."""
+    return all(part.status != "failed" for part in report.parity)
+
+
+def wrong(report: Report) -> ParityError:
+    """The error QC-PARITY-001 for an artifact that is not right."""
+    reasons = "; ".join(f"{part.target}: {part.reason}" for part in report.parity if part.status == "failed")
+    return ParityError(
+        "QC-PARITY-001",
+        f"the artifact is wrong: {reasons}",
+        hint="do not use it. This is a bug of qconvert or of a quantizer plugin: report it with the recipe",
+    )
 
 
 def refuse_unverified(report: Report, recipe: Recipe) -> None:

@@ -124,10 +124,10 @@ def test_a_published_recipe_runs_again_from_anywhere(tmp_path: Path, monkeypatch
 
 
 def test_a_stage_belongs_to_recipe_and_inputs_but_not_to_force() -> None:
-    digest = run_digest(recipe(), INPUTS)
-    assert run_digest(recipe(force=True), INPUTS) == digest
-    assert run_digest(recipe(seed=1), INPUTS) != digest
-    assert run_digest(recipe(), {"model.safetensors": "cd" * 32}) != digest
+    digest = run_digest(recipe(), INPUTS, BUILTIN)
+    assert run_digest(recipe(force=True), INPUTS, BUILTIN) == digest
+    assert run_digest(recipe(seed=1), INPUTS, BUILTIN) != digest
+    assert run_digest(recipe(), {"model.safetensors": "cd" * 32}, BUILTIN) != digest
 
 
 @pytest.mark.parametrize("model", ["pkg:demo/model", "module:FACTORY", "org/name"])

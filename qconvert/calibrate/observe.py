@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qconvert.errors import UsageError
 from qconvert.ir.forward import BlockRunner, StopForward
@@ -202,7 +203,7 @@ def _groups_by_unit(model: Model, plan: Plan, groups: Sequence[InputGroup]) -> d
         layers = tuple(name for name in group.layers if name in plan.layers)
         if layers:
             unit = model.block_of(layers[0])
-            foldable = len(layers) == len(group.layers) and _may_fold(model, unit, group)
+            foldable = len(layers) == len(group.layers) and _may_fold(model, plan, unit, group)
             units[unit].append(replace(group, layers=layers, producer=group.producer if foldable else None))
             grouped.update(layers)
     for name in plan.layers:
@@ -211,11 +212,15 @@ def _groups_by_unit(model: Model, plan: Plan, groups: Sequence[InputGroup]) -> d
     return dict(units)
 
 
-def _may_fold(model: Model, unit: str, group: InputGroup) -> bool:
+def _may_fold(model: Model, plan: Plan, unit: str, group: InputGroup) -> bool:
     """A scale can move into the producer only where the unit holds all that changes, and nothing else uses it.
 
     (A layer of the group that stays in float would have to be scaled too; so would the other user of a tied weight.)
+    A Conv1D that stays in float does not serve: its outputs are the columns of the tensor that it leaves in the block.
     """
+    producer = group.producer
+    if producer and producer.name not in plan.layers and isinstance(model.module.get_submodule(producer.name), Conv1D):
+        return False
     names = [*group.layers, *([group.producer.name] if group.producer else [])]
     tied = {*model.tied, *model.tied.values()}
     return all(model.block_of(name) == unit and not tied.intersection(_parameters(model, name)) for name in names)

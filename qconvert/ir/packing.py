@@ -16,7 +16,7 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
 
     int4: byte j holds u[2j] | u[2j+1] << 4; an odd last nibble is padded with 0.
     """
-    unsigned: Tensor = (q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned: Tensor = q.contiguous().view(torch.uint8) + 2 ** (bits - 1)  # modulo 256, as two's complement wants it
     if bits == 8:
         return unsigned
     if unsigned.shape[1] % 2:
@@ -29,7 +29,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_codes`: bytes [rows, ceil(columns * bits / 8)] -> signed codes [rows, columns] int8."""
     if bits == 4:
         packed = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
-    codes: Tensor = (packed.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = (packed - 2 ** (bits - 1)).view(torch.int8)
     return codes
 
 

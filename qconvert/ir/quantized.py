@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from qconvert.ir import affine
-from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.scheme import PerTensor, QuantScheme
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +41,17 @@ class QuantizedTensor:
     scheme: QuantScheme
     input_scale: Tensor | None = None
     outliers: Outliers | None = None
+
+    def rows(self, rows: slice) -> QuantizedTensor:
+        """The quantized tensor of some output channels."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or isinstance(self.scheme.granularity, PerTensor) else tensor[rows]
+
+        outliers = self.outliers and Outliers(self.outliers.columns, self.outliers.weight[rows])
+        scale = part(self.scale)
+        assert scale is not None
+        return QuantizedTensor(self.q[rows], scale, part(self.zero_point), self.scheme, self.input_scale, outliers)
 
     def dequantize(self) -> Tensor:
         """float32 [out, in]: what `x @ weight^T` is computed with, outliers and input scale put in."""

@@ -50,7 +50,7 @@ def memory_session(
         tensor = initializer.const_value
         if isinstance(tensor, onnx_ir.LazyTensor):
             assert initializer.shape is not None
-            array = to_numpy(read(name), tensor.dtype).reshape([int(d) for d in initializer.shape])
+            array = to_numpy(read(name), tensor.dtype).reshape(initializer.shape.numpy())
             names.append(name)
             values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype.value))
             initializer.const_value = onnx_ir.ExternalTensor(

@@ -43,7 +43,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     _check_layout(layers.values(), recipe, quantizer, model)
     if "cuda" in recipe.targets:
         _check_cuda(layers.values())
-    replaced = {model.stored_name(f"{name}.weight") for name in layers}
+    replaced = {f"{name}.weight" for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
     return Plan(
         default,
@@ -80,6 +80,7 @@ def _sort_modules(
 ) -> tuple[dict[str, LayerPlan], list[KeptFloat]]:
     """Every module with a weight of its own: planned, or kept in float for a reason."""
     reached = {name for group in template.groups for name in group.layers}
+    sharing = _modules_that_share(model)
     layers: dict[str, LayerPlan] = {}
     kept = []
     for name, module in model.module.named_modules():
@@ -89,8 +90,8 @@ def _sort_modules(
         scheme = recipe.scheme_of(name, default)
         if kind is None:
             reason = f"{type(module).__name__} is not quantized"
-        elif model.stored_name(f"{name}.weight") != f"{name}.weight":
-            reason = f"shares its weight with {model.stored_name(f'{name}.weight').removesuffix('.weight')}, which stays in float"
+        elif name in sharing:
+            reason = f"shares its weight with {sharing[name]}, which stays in float"
         elif name not in reached:
             reason = "the exported graph does not use it as a layer"
         elif scheme is None:
@@ -102,6 +103,12 @@ def _sort_modules(
             continue
         kept.append(KeptFloat(name=name, reason=reason))
     return layers, kept
+
+
+def _modules_that_share(model: Model) -> dict[str, str]:
+    """Module -> another with the same weight. Both stay in float: codes for one and floats for the other cost more bytes."""
+    pairs = [(alias.removesuffix(".weight"), owner.removesuffix(".weight")) for alias, owner in model.tied.items()]
+    return {owner: alias for alias, owner in pairs} | dict(pairs)
 
 
 def _check_scheme(scheme: QuantScheme, quantizer: Quantizer) -> None:
@@ -145,7 +152,7 @@ def _check_groups(layers: Iterable[LayerPlan]) -> None:
 def _check_layout(layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quantizer, model: Model) -> None:
     if recipe.layout == "onnx" or model.config is None:
         return
-    reason = layout.transformers_refuses(layers, outliers=quantizer.name == "llm-int8")
+    reason = layout.transformers_refuses(layers, outliers=quantizer.has_outliers)
     if reason is not None:
         raise UsageError(
             "QC-PLAN-005",

@@ -58,12 +58,14 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
 
     Raises PluginError QC-PLUGIN-008 with the first thing that is wrong.
     """
-    for problem in _problems(tensor, layer.weight.shape, scheme):
+    for problem in _problems(tensor, layer.weight.shape, scheme, quantizer):
         raise _broken(quantizer, layer.name, problem)
     return tensor
 
 
-def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme) -> Iterator[str]:
+def _problems(
+    tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, quantizer: Quantizer
+) -> Iterator[str]:
     """What is wrong, in the order in which one check relies on those before it."""
     if not isinstance(tensor, QuantizedTensor):
         yield f"quantize returned {type(tensor).__name__}, not a QuantizedTensor"
@@ -97,6 +99,8 @@ def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantSc
         if problem:
             yield problem
     if tensor.outliers is not None:
+        if not quantizer.has_outliers:
+            yield "it returned outliers, but does not declare has_outliers"
         columns = tensor.outliers.columns
         yield from _unlike("outliers.columns", columns, torch.int64, (len(columns),))
         yield from _outside("outliers.columns", columns, 0, in_features - 1)
@@ -113,8 +117,10 @@ def _unlike(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
 
 
 def _outside(name: str, values: Tensor, low: int, high: int) -> Iterator[str]:
-    if values.numel() and (values.min() < low or values.max() > high):
-        yield f"{name} holds {int(values.min())}..{int(values.max())}, outside {low}..{high}"
+    if values.numel():
+        smallest, largest = map(int, values.aminmax())
+        if smallest < low or largest > high:
+            yield f"{name} holds {smallest}..{largest}, outside {low}..{high}"
 
 
 def _input_scale_problem(scale: Tensor, in_features: int) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from qconvert.ir import affine
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.scheme import PerTensor, QuantScheme
 from qconvert.plugin.observer import Observer
 
 
@@ -23,11 +24,13 @@ class Quantizer(ABC):
     name: what the user types, kebab-case.
     default_scheme: used where the recipe names none.
     observers: statistics that it needs of each linear's input; () means no calibration data is needed.
+    has_outliers: whether its tensors may keep float columns beside the codes, which transformers must be told about.
     """
 
     name: ClassVar[str]
     default_scheme: ClassVar[QuantScheme]
     observers: ClassVar[tuple[type[Observer], ...]] = ()
+    has_outliers: ClassVar[bool] = False
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Why this quantizer can't produce `scheme`, as half a sentence for the user; None if it can."""
@@ -47,6 +50,20 @@ class Quantizer(ABC):
 
 
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1.0) -> QuantizedTensor:
-    """Quantize weight [out, in] to the nearest code of a range that covers it, shrunk by `clip` (see ir.affine)."""
-    scale, zero_point = affine.choose_qparams(weight, scheme, clip)
-    return QuantizedTensor(affine.quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+    """Quantize weight [out, in] to the nearest code of a range that covers it, shrunk by `clip`.
+
+    clip: one ratio, or one per group [out, groups].
+    """
+    if isinstance(scheme.granularity, PerTensor):
+        scale, zero_point = affine.choose_qparams(weight, scheme, clip)
+        return QuantizedTensor(affine.quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(scheme.scale_shape(*weight.shape))
+    zero_point = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.int8)
+    for rows in affine.row_blocks(*weight.shape):
+        ratio = clip[rows] if isinstance(clip, Tensor) else clip
+        scale[rows], zero = affine.choose_qparams(weight[rows], scheme, ratio)
+        q[rows] = affine.quantize(weight[rows], scale[rows], zero, scheme)
+        if zero_point is not None and zero is not None:
+            zero_point[rows] = zero
+    return QuantizedTensor(q, scale, zero_point, scheme)

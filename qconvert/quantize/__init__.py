@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from qconvert.errors import InputError
+from qconvert.ir import affine
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
@@ -24,7 +25,7 @@ def quantize(
 
     keep_unfolded: input scales that can't be folded stay in the graph (`--layout onnx`).
 
-    Raises InputError QC-INPUT-011 for weights that are not finite; PluginError for a quantizer that breaks its contract.
+    Raises InputError QC-WEIGHT-001 for weights that are not finite; PluginError for a quantizer that breaks its contract.
     """
     schemes = {name: layer.scheme for name, layer in plan.layers.items()}
     for block in blocks:
@@ -42,22 +43,26 @@ def quantize(
 
 
 def _check_finite(layer: Layer) -> None:
-    finite = torch.isfinite(layer.weight)
-    if bool(finite.all()):
+    smallest, largest = layer.weight.aminmax()  # one pass, and NaN comes through
+    if bool(torch.isfinite(smallest) & torch.isfinite(largest)):
         return
-    bad = int((~finite).sum())
-    nans = int(torch.isnan(layer.weight).sum())
-    rows = (~finite).any(1).nonzero().flatten().tolist()
+    finite = torch.isfinite(layer.weight)
+    bad, nans = int((~finite).sum()), int(torch.isnan(layer.weight).sum())
+    channels = (~finite).any(1).nonzero().flatten().tolist()
     raise InputError(
-        "QC-INPUT-011",
+        "QC-WEIGHT-001",
         f"tensor {layer.name}.weight holds {nans} NaN and {bad - nans} infinite values among {layer.weight.numel()}, "
-        f"first in output channel {rows[0]} ({len(rows)} channels in all)",
+        f"first in output channel {channels[0]} ({len(channels)} channels in all)",
         hint="the checkpoint is damaged or its training diverged: take an earlier one",
     )
 
 
 def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
     """||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
-    scaled = tensor.dequantize() if tensor.input_scale is None else tensor.dequantize() * tensor.input_scale
-    norm = float(layer.weight.norm())
-    return float((scaled - layer.weight).norm()) / norm if norm else 0.0
+    scaled = dataclasses.replace(tensor, input_scale=None)
+    difference = total = 0.0
+    for rows in affine.row_blocks(*layer.weight.shape):
+        weight = layer.weight[rows]
+        difference += float((scaled.rows(rows).dequantize() - weight).square_().sum(dtype=torch.float64))
+        total += float(weight.square().sum(dtype=torch.float64))
+    return (difference / total) ** 0.5 if total else 0.0

@@ -41,6 +41,7 @@ class LLMInt8Quantizer(Quantizer):
     name = "llm-int8"
     default_scheme = QuantScheme.parse("int8-channel-a8")
     observers = (AbsMax,)
+    has_outliers = True
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         if scheme.bits == 8 and scheme.symmetric and scheme.activation_bits == 8:

@@ -93,7 +93,7 @@ class _Encoder(_Wrapper):
     def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
         states: list[Any] = []
         base = self.module.base_model
-        hook = base.register_forward_hook(lambda module, args, output: states.append(output))  # type: ignore[operator, union-attr]
+        hook = base.register_forward_hook(lambda module, args, output: states.append(output))  # type: ignore[union-attr]
         with attention_context() as context:
             if self.form.fused:
                 context.padding = inputs["attention_mask"].to(torch.int32)
@@ -180,9 +180,9 @@ def _export(model: Model, module: nn.Module, blocks: list[str], form: Form, name
     if model.task == "causal-lm":
         indices = [int(name.rpartition(".")[2]) for name in blocks]
         wrapper: nn.Module = _CausalLM(model, module, form, indices)
-        config = module.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # type: ignore[union-attr]
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[union-attr, operator]
+        config: Any = module.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         inputs = {
             "input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long),
             "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long),
@@ -251,7 +251,7 @@ def _as_initializer(value: onnx_ir.Value) -> onnx_ir.Value:
     assert value.name is not None
     assert value.shape is not None
     value.const_value = onnx_ir.LazyTensor(
-        _no_data, dtype=onnx_ir.DataType.FLOAT, shape=onnx_ir.Shape([int(d) for d in value.shape]), name=value.name
+        _no_data, dtype=onnx_ir.DataType.FLOAT, shape=onnx_ir.Shape(value.shape.numpy()), name=value.name
     )
     return value
 

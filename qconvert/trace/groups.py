@@ -12,14 +12,17 @@ ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 def input_groups(graph: onnx_ir.Graph) -> tuple[InputGroup, ...]:
-    """All linears and convolutions of the graph, those that read one value together, in forward order."""
-    members: dict[onnx_ir.Value, list[onnx_ir.Node]] = {}
+    """All linears and convolutions of the graph, linears that read one value together, in forward order.
+
+    A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride.
+    """
+    members: dict[tuple[onnx_ir.Value, str | None], list[onnx_ir.Node]] = {}
     for node in graph:
         if node.domain == DOMAIN and node.op_type in ("Linear", "Conv"):
             assert node.inputs[0] is not None
-            members.setdefault(node.inputs[0], []).append(node)
+            members.setdefault((node.inputs[0], _module(node) if node.op_type == "Conv" else None), []).append(node)
     return tuple(
-        InputGroup(tuple(_module(node) for node in nodes), _producer(value, nodes)) for value, nodes in members.items()
+        InputGroup(tuple(_module(node) for node in nodes), _producer(value, nodes)) for (value, _), nodes in members.items()
     )
 
 

@@ -51,6 +51,12 @@ def _in_cache(value: onnx_ir.Value) -> bool:
     return value.name.startswith((CACHE_INPUT + ".", CACHE_OUTPUT + "."))
 
 
+def _cache_name(value: onnx_ir.Value, old_index: str, index: str) -> str:
+    """The name of another block's cache: past_key_values.0.key -> past_key_values.7.key."""
+    assert value.name is not None
+    return value.name.replace(f".{old_index}.", f".{index}.", 1)
+
+
 class _Body:
     """The nodes of one traced block."""
 
@@ -98,7 +104,7 @@ class _Body:
         values: dict[onnx_ir.Value, onnx_ir.Value] = {self.start.outputs[0]: hidden}
         for value in graph.inputs:
             if value.name is not None and value.name.startswith(f"{CACHE_INPUT}.{old_index}."):
-                values[value] = _copy(value, value.name.replace(f".{old_index}.", f".{index}.", 1))
+                values[value] = _copy(value, _cache_name(value, old_index, index))
                 inputs.append(values[value])
         for value in self.parameters:
             assert value.name is not None
@@ -107,7 +113,7 @@ class _Body:
         clones = []
         for position, node in enumerate(self.nodes):
             new_outputs = [
-                _copy(value, value.name.replace(f".{old_index}.", f".{index}.", 1) if _in_cache(value) else f"{block}/{value.name}")
+                _copy(value, _cache_name(value, old_index, index) if _in_cache(value) else f"{block}/{value.name}")
                 for value in node.outputs
             ]
             values.update(zip(node.outputs, new_outputs, strict=True))
@@ -143,5 +149,5 @@ def _copy(value: onnx_ir.Value, name: str) -> onnx_ir.Value:
     const = value.const_value
     if const is not None:
         assert isinstance(const, onnx_ir.LazyTensor)
-        const = onnx_ir.LazyTensor(const._evaluate, dtype=const.dtype, shape=const.shape, name=name)  # type: ignore[arg-type]
+        const = onnx_ir.LazyTensor(const._evaluate, dtype=const.dtype, shape=const.shape, name=name)
     return onnx_ir.Value(name=name, shape=value.shape, type=value.type, const_value=const)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -36,7 +37,7 @@ def measure_latency(model: Model, artifact: Any, baseline: Any, batches: Sequenc
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
         inputs = batches[0]
-    times = _alternate([lambda session=session: session.run(None, feed(session, inputs)) for session in (artifact, baseline)])
+    times = _alternate([partial(session.run, None, feed(session, inputs)) for session in (artifact, baseline)])
     p50, float_p50 = median(times[0]), median(times[1])
     decoder = model.task == "causal-lm"
     return Latency(

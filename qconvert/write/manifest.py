@@ -65,10 +65,15 @@ def write_manifest(stage: Stage, recipe: Recipe, inputs: Mapping[str, str], writ
         path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def run_digest(recipe: Recipe, inputs: Mapping[str, str]) -> str:
-    """What names the stage of a run: everything that its bytes depend on, recipe, input digests and versions."""
-    known = [portable_recipe(recipe, recipe.output.resolve()), dict(inputs), {name: version(name) for name in PACKAGES}]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+def run_digest(recipe: Recipe, inputs: Mapping[str, str], plugin: Distribution) -> str:
+    """What names the stage of a run: everything that its bytes depend on, recipe, input digests and versions.
+
+    What is only done with the bytes afterwards (verification, gates) is left out: changing it must not quantize again.
+    """
+    settings = portable_recipe(recipe, recipe.output.resolve())
+    settings = {key: value for key, value in settings.items() if key not in ("verify", "gates", "allow_unverified")}
+    versions = {name: version(name) for name in PACKAGES} | {plugin.name: plugin.version}
+    return hashlib.sha256(json.dumps([settings, dict(inputs), versions], sort_keys=True).encode()).hexdigest()
 
 
 def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> Recipe:
