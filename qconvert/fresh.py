@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -29,7 +30,11 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
     result = scratch / "report.json"
     request = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "result": str(result)}
     with subprocess.Popen(
-        [sys.executable, "-m", "qconvert.fresh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "qconvert.fresh"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -89,9 +94,7 @@ def main() -> None:
         report = pipeline.measure(Path(request["folder"]), recipe, _ToParent())
         answer = {"report": report.model_dump(mode="json")}
     except QConvertError as error:
-        answer = {
-            "error": {"class": type(error).__name__, "code": error.code, "message": error.message, "hint": error.hint}
-        }
+        answer = {"error": {"class": type(error).__name__, "code": error.code, "message": error.message, "hint": error.hint}}
     Path(request["result"]).write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -15,9 +15,7 @@ from qconvert.ir.samples import Samples
 from qconvert.recipe import Gate, Recipe
 
 
-def make_report(
-    recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None
-) -> Report:
+def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None) -> Report:
     """Everything that is known about the artifact in `folder`; without evidence nothing is claimed to have passed."""
     written = read_written(folder)
     size = _size(model, plan, written, folder)

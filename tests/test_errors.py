@@ -67,6 +67,18 @@ def test_the_docs_list_exactly_the_codes_of_the_source() -> None:
     assert sorted(documented().keys() - codes_in_source().keys()) == [], "documented, but raised nowhere"
 
 
+def test_a_code_is_documented_under_its_exit_code() -> None:
+    _, *parts = re.split(r"^## Exit code (\d+).*$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    wrong = [
+        f"{code} under {exit_code}"
+        for exit_code, section in zip(parts[::2], parts[1::2], strict=True)
+        for code in CODE.findall(section)
+        for name in codes_in_source().get(code, ())
+        if hasattr(errors, name) and getattr(errors, name).exit_code != int(exit_code)
+    ]
+    assert wrong == []
+
+
 def test_every_documented_code_has_a_meaning_and_a_remedy() -> None:
     for row in documented().values():
         cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 from onnx_ir import Value
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import MICROSOFT, CpuLowering
@@ -94,9 +95,9 @@ def _typed(value: Value, like: Value) -> Value:
 
 def _finish(model: onnx_ir.Model) -> None:
     """Leave nothing in the file that depends on the machine: traces, paths, versions of tools."""
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
     keep = {node: dict(node.metadata_props) for node in model.graph if LAYER_KEY in node.metadata_props}
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
+    ClearMetadataAndDocStringPass()(model)
     for node, properties in keep.items():
         node.metadata_props.update({key: properties[key] for key in (LAYER_KEY, INPUT_KEY)})
     model.ir_version = IR_VERSION

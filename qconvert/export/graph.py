@@ -40,9 +40,7 @@ class GraphBuilder:
         nodes, self.nodes = self.nodes, []
         return nodes
 
-    def op(
-        self, op_type: str, inputs: Sequence[Value | None], name: str, domain: str = "", **attributes: Any
-    ) -> Value:
+    def op(self, op_type: str, inputs: Sequence[Value | None], name: str, domain: str = "", **attributes: Any) -> Value:
         """Add a node and give its first output."""
         node = onnx_ir.node(op_type, list(inputs), attributes, domain=domain, name=name)
         self.nodes.append(node)

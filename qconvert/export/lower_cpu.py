@@ -1,10 +1,10 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
-    weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
-    int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
-                      1/127, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
-    outliers          the row form on what is left when the outlier columns are masked out, plus their float product
-    conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
+weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
+int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
+                  1/127, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
+outliers          the row form on what is left when the outlier columns are masked out, plus their float product
+conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class CpuLowering:
             return x
         if (x, "input_factor") not in self._inputs:
             factor = self.builder.external(name)
-            self._inputs[x, "input_factor"] = self.builder.op("Mul", [x, factor], f"{plan.name}/ScaleInput")
+            scaled = self.builder.op("Mul", [x, factor], f"{plan.name}/ScaleInput")
+            scaled.name = f"{plan.name}/scaled_input"  # the row form refers to its input by name
+            self._inputs[x, "input_factor"] = scaled
         return self._inputs[x, "input_factor"]
 
     def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
@@ -157,7 +159,10 @@ class CpuLowering:
         words = -(-plan.in_features // per_word)
         dtype = DataType.UINT4 if bits == 4 else DataType.UINT8
         codes = builder.op(
-            "Cast", [builder.external(f"{name}.weight_packed", (out, words * per_word), dtype)], f"{name}/Codes", to=DataType.FLOAT
+            "Cast",
+            [builder.external(f"{name}.weight_packed", (out, words * per_word), dtype)],
+            f"{name}/Codes",
+            to=DataType.FLOAT,
         )
         if words * per_word != plan.in_features:
             ends = builder.constant(f"{name}/width", np.array([plan.in_features], np.int64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from qconvert.ir.model import Model
 # Rows of different length, padded on the right: the second has to ignore what is not there.
 LENGTHS = (9, 6)
 
-Forward = Callable[[Batch], Tensor]
+# The token after each row, for one decode step on the cache.
+NEXT_TOKENS = (3, 4)
 
 
 def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
@@ -25,24 +26,38 @@ def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, An
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
 
 
-def probe_batch(model: Model) -> Batch:
-    """Two rows of inputs: token ids of different length, or the first example inputs."""
-    if model.task == "module":
-        return {name: value[:2] for name, value in model.example_inputs.items()}
-    vocabulary = vocabulary_size(model)
-    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(LENGTHS):
-        ids[row, :length] = (torch.arange(length) * 7919 + 13 * row + 5) % vocabulary
-        mask[row, :length] = 1
-    others = {name: torch.zeros_like(ids) for name in model.input_names}
-    return others | {"input_ids": ids, "attention_mask": mask}
-
-
 def vocabulary_size(model: Model) -> int:
     """Rows of the input embedding."""
     embedding = model.module.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
+
+
+def probes(model: Model) -> list[Batch]:
+    """What the reference is run on: each row of token ids by itself, without padding; or the first example inputs."""
+    if model.task == "module":
+        return [{name: value[:2] for name, value in model.example_inputs.items()}]
+    vocabulary = vocabulary_size(model)
+    batches = []
+    for row, length in enumerate(LENGTHS):
+        ids = (torch.arange(length) * 7919 + 13 * row + 5) % vocabulary
+        if model.task == "causal-lm":
+            ids = torch.cat((ids, torch.tensor([NEXT_TOKENS[row] % vocabulary])))
+        others = {name: torch.zeros(1, len(ids), dtype=torch.long) for name in model.input_names}
+        batches.append(others | {"input_ids": ids[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.long)})
+    return batches
+
+
+def padded_batch(model: Model) -> Batch:
+    """The rows of `probes` as one batch, padded on the right; for decoders without their last token."""
+    rows = probes(model)
+    if model.task == "module":
+        return rows[0]
+    batch = {}
+    for name in rows[0]:
+        batch[name] = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+        for row, length in enumerate(LENGTHS):
+            batch[name][row, :length] = rows[row][name][0, :length]
+    return batch
 
 
 def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
@@ -55,28 +70,22 @@ def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any,
     return inputs
 
 
-def relative_error(model: Model, session: Any, forward: Forward) -> float:
-    """Largest difference between the session's outputs and `forward`'s, relative to the largest |output|.
+def relative_error(model: Model, session: Any, expected: Sequence[Tensor]) -> float:
+    """Largest difference between the session's first output and the reference, relative to the largest |output|.
 
-    forward: the reference, called with model inputs, giving the first output.
-    Decoders also take one step on the cache of a padded prefill; encoders count only positions that are not padding.
+    expected: the reference's first output for each of `probes(model)`.
+    The session gets the padded batch; decoders then take one step on its cache. Padding itself is not compared.
     """
-    batch = probe_batch(model)
-    inputs = feed(session, batch)
+    inputs = feed(session, padded_batch(model))
     first, *rest = session.run(None, inputs)
+    references = [output.numpy() for output in expected]
     if model.task == "module":
-        return largest_difference(first, forward(batch).numpy())
-    valid = batch["attention_mask"].bool().numpy()
-    if model.task == "encoder":
-        return largest_difference(first[valid], forward(batch).numpy()[valid])
-    caches = dict(zip((name for name in inputs if name.startswith("past_key_values.")), rest, strict=True))
-    step = torch.tensor([[3], [4]]) % vocabulary_size(model)
-    mask = torch.cat((batch["attention_mask"], torch.ones(len(LENGTHS), 1, dtype=torch.long)), 1)
-    next_logits, *_ = session.run(None, {"input_ids": step.numpy(), "attention_mask": mask.numpy(), **caches})
-    errors = []
-    for row, length in enumerate(LENGTHS):
-        ids = torch.cat((batch["input_ids"][row, :length], step[row]))[None]
-        expected = forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).numpy()[0]
-        errors.append(largest_difference(first[row, :length], expected[:length]))
-        errors.append(largest_difference(next_logits[row, 0], expected[length]))
+        return largest_difference(first, references[0])
+    errors = [largest_difference(first[row, :length], references[row][0, :length]) for row, length in enumerate(LENGTHS)]
+    if model.task == "causal-lm":
+        caches = dict(zip((name for name in inputs if name.startswith("past_key_values.")), rest, strict=True))
+        step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
+        mask = np.concatenate((inputs["attention_mask"], np.ones_like(step)), 1)
+        logits, *_ = session.run(None, {"input_ids": step, "attention_mask": mask, **caches})
+        errors += [largest_difference(logits[row, 0], references[row][0, length]) for row, length in enumerate(LENGTHS)]
     return max(errors)

@@ -40,6 +40,7 @@ class Written:
     tensors: Mapping[str, StoredTensor]
     layers: tuple[LayerReport, ...]
 
+
 # Metadata on the last node of a layer with int8 activations: its module, and the value that the layer reads.
 LAYER_KEY = "qconvert.layer"
 INPUT_KEY = "qconvert.input"

@@ -1,9 +1,9 @@
 """What ONNX Runtime's kernels want beside the shared bytes of model.safetensors; it goes into the sidecar.
 
-    weight-only linear   MatMulNBits: B = weight_packed itself where the width is a multiple of the block,
-                         scales per block, zero points packed along the blocks
-    int8 activations     weight, weight_scale and weight_zero_point themselves; outlier columns beside them
-    conv2d               weight_packed, weight_scale itself; zero points unpacked
+weight-only linear   MatMulNBits: B = weight_packed itself where the width is a multiple of the block,
+                     scales per block, zero points packed along the blocks
+int8 activations     weight, weight_scale and weight_zero_point themselves; outlier columns beside them
+conv2d               weight_packed, weight_scale itself; zero points unpacked
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
     kernel_scale [out, blocks]: the scale repeated per block.
     kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
-    outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] float32 with zeros at the outliers.
+    outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] float32 with
+    zeros at the outliers.
     input_factor [in] float32: what the input is multiplied by, 1 / input_scale.
     """
     extra: dict[str, Tensor] = {}
@@ -72,7 +73,9 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
         extra["kernel_weight"] = packing.pack_codes(padded, bits).reshape(plan.out_features, blocks, -1)
     per_block = blocks // tensor.scale.shape[1]
     if tensor.scale.shape != (plan.out_features, blocks):
-        extra["kernel_scale"] = stored_scale(tensor.scale, plan.scheme).repeat_interleave(per_block, 1).expand(plan.out_features, -1)
+        extra["kernel_scale"] = (
+            stored_scale(tensor.scale, plan.scheme).repeat_interleave(per_block, 1).expand(plan.out_features, -1)
+        )
     if tensor.zero_point is not None:
         repeated = tensor.zero_point.repeat_interleave(per_block, 1).expand(plan.out_features, -1)
         extra["kernel_zero_point"] = packing.pack_codes(repeated, bits)

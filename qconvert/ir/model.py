@@ -33,7 +33,7 @@ class TensorSource(Protocol):
         """Every stored tensor, in a fixed order. Aliases (tied weights) are not repeated here."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, contiguous; a view of mapped memory where the source allows it, so never written to."""
+        """The tensor in its stored dtype, contiguous; a view of mapped memory where possible, so never written to."""
 
 
 # What `Model.encode_text` returns for one text: token ids of any length, special tokens put in.

@@ -22,7 +22,7 @@ def available(target: str) -> bool:
 def session_options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # fatal: what is logged as an error is raised too
     return options
 
 

@@ -63,9 +63,7 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
     return tensor
 
 
-def _problems(
-    tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, quantizer: Quantizer
-) -> Iterator[str]:
+def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, quantizer: Quantizer) -> Iterator[str]:
     """What is wrong, in the order in which one check relies on those before it."""
     if not isinstance(tensor, QuantizedTensor):
         yield f"quantize returned {type(tensor).__name__}, not a QuantizedTensor"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-import torch
+from torch import Tensor
 
-from qconvert.errors import InputError
 from qconvert.ir import affine
+from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
@@ -30,7 +30,7 @@ def quantize(
     schemes = {name: layer.scheme for name, layer in plan.layers.items()}
     for block in blocks:
         for layer in block.layers:
-            _check_finite(layer)
+            require_finite(f"{layer.name}.weight", layer.weight)
         folded = fold(block, quantizer, schemes, keep_unfolded)
         layers = []
         for layer in folded.block.layers:
@@ -42,27 +42,17 @@ def quantize(
         progress.advance()
 
 
-def _check_finite(layer: Layer) -> None:
-    smallest, largest = layer.weight.aminmax()  # one pass, and NaN comes through
-    if bool(torch.isfinite(smallest) & torch.isfinite(largest)):
-        return
-    finite = torch.isfinite(layer.weight)
-    bad, nans = int((~finite).sum()), int(torch.isnan(layer.weight).sum())
-    channels = (~finite).any(1).nonzero().flatten().tolist()
-    raise InputError(
-        "QC-WEIGHT-001",
-        f"tensor {layer.name}.weight holds {nans} NaN and {bad - nans} infinite values among {layer.weight.numel()}, "
-        f"first in output channel {channels[0]} ({len(channels)} channels in all)",
-        hint="the checkpoint is damaged or its training diverged: take an earlier one",
-    )
-
-
 def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
     """||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
     scaled = dataclasses.replace(tensor, input_scale=None)
     difference = total = 0.0
     for rows in affine.row_blocks(*layer.weight.shape):
         weight = layer.weight[rows]
-        difference += float((scaled.rows(rows).dequantize() - weight).square_().sum(dtype=torch.float64))
-        total += float(weight.square().sum(dtype=torch.float64))
+        difference += _square_norm(scaled.rows(rows).dequantize() - weight)
+        total += _square_norm(weight)
     return (difference / total) ** 0.5 if total else 0.0
+
+
+def _square_norm(values: Tensor) -> float:
+    """In float64: squares of what float32 holds over- and underflow it."""
+    return float(values.double().square_().sum())

@@ -151,9 +151,7 @@ def _scaled(group: LinearGroup, scale: Tensor, observers: tuple[type[Observer], 
     return dataclasses.replace(group, layers=layers)
 
 
-def _divided(
-    stats: CalibrationStats | None, scale: Tensor, observers: tuple[type[Observer], ...]
-) -> CalibrationStats | None:
+def _divided(stats: CalibrationStats | None, scale: Tensor, observers: tuple[type[Observer], ...]) -> CalibrationStats | None:
     if stats is None:
         return None
     return CalibrationStats(

@@ -45,7 +45,7 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> Captured:
         except Exception as failure:
             # Any form may meet something that it can't trace, and the exporter raises all kinds of errors; the next
             # form is tried, and if none is left, all reasons are told.
-            failures.append(f"{form}: {type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}")
+            failures.append(f"{form}: {_first_cause(failure)}")
             logger.debug("%s can't be traced as %s", model.name, form, exc_info=True)
             continue
         if error <= TOLERANCE:
@@ -57,3 +57,10 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> Captured:
         f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(failures)}",
         hint="check that the model runs in torch with batches of different length; QCONVERT_DEBUG=1 shows the traces",
     )
+
+
+def _first_cause(failure: BaseException) -> str:
+    """In one line what went wrong at the bottom: the exporter wraps it in pages of advice."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    return f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"

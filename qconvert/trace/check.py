@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from qconvert.ir import agreement
+from qconvert.ir.finite import require_finite
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
@@ -18,7 +21,10 @@ TOLERANCE = 1e-4
 
 
 def relative_error(model: Model, captured: Captured, blocks: list[str]) -> float:
-    """Largest difference of the graph's first output to torch's, relative to its largest value."""
+    """Largest difference of the graph's first output to torch's, relative to its largest value; inf if one is not finite.
+
+    Raises InputError QC-WEIGHT-001 if that is because a weight is not.
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters(remove_duplicate=False)}
 
     def read(name: str) -> Tensor:
@@ -37,7 +43,11 @@ def relative_error(model: Model, captured: Captured, blocks: list[str]) -> float
         first: Tensor = output if isinstance(output, Tensor) else output[0]
         return first
 
-    return agreement.relative_error(model, session, forward)
+    error = agreement.relative_error(model, session, [forward(batch) for batch in agreement.probes(model)])
+    if math.isinf(error):
+        for name, parameter in module.named_parameters():
+            require_finite(original_name(name, blocks), parameter)
+    return error
 
 
 def _materialized(model: Model, blocks: list[str]) -> nn.Module:

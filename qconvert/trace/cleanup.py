@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qconvert.ir.template import DOMAIN
 
@@ -44,4 +45,4 @@ def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
 
 def remove_unused(model: onnx_ir.Model) -> None:
     """Take out nodes and initializers that nothing needs."""
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)

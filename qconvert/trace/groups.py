@@ -80,6 +80,4 @@ def _value_channels(attention: onnx_ir.Node) -> tuple[int, ...] | None:
     assert value is not None
     assert output.shape is not None
     size = int(output.shape[2]) // heads  # type: ignore[arg-type]
-    return tuple(
-        (head // (heads // kv_heads)) * size + channel for head in range(heads) for channel in range(size)
-    )
+    return tuple((head // (heads // kv_heads)) * size + channel for head in range(heads) for channel in range(size))

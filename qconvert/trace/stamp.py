@@ -62,9 +62,7 @@ class _Body:
 
     def __init__(self, graph: onnx_ir.Graph, block: str) -> None:
         self.block = block
-        markers = {
-            node.op_type: node for node in graph if node.domain == DOMAIN and _attribute(node, "block") == block
-        }
+        markers = {node.op_type: node for node in graph if node.domain == DOMAIN and _attribute(node, "block") == block}
         if set(markers) != {"BlockInput", "BlockOutput"}:
             raise InputError(
                 "QC-EXPORT-002",

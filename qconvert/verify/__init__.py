@@ -24,7 +24,7 @@ from qconvert.ir.template import Template
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.latency import measure_latency
 from qconvert.verify.loaders import transformers_parity
-from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity
+from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, torch_outputs
 
 logger = logging.getLogger("qconvert")
 
@@ -52,9 +52,13 @@ def verify(
     artifact = Artifact(folder, model, plan, read_index(folder))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     progress.stage("parity", None)
-    parity = [_parity("cpu", lambda: max(graph_parity(artifact), cluster_parity(artifact)))] if "cpu" in targets else []
+    dequantized = torch_outputs(model, artifact.read)
+    parity = []
+    if "cpu" in targets:
+        parity.append(_parity("cpu", lambda: max(graph_parity(artifact, dequantized), cluster_parity(artifact))))
     if with_transformers:
-        parity.append(_parity("transformers", lambda: transformers_parity(artifact)))
+        plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
+        parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters(remove_duplicate=False)}
 
     def read(name: str) -> Tensor:

@@ -108,5 +108,3 @@ class _VectorMeter:
             max_abs=self.max_abs,
             top1=None if self.same is None else self.same / self.rows,
         )
-
-

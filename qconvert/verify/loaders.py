@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qconvert.ir import agreement
-from qconvert.verify.parity import Artifact, torch_forward
+from qconvert.verify.parity import Artifact
 
 
-def transformers_parity(artifact: Artifact) -> float:
+def transformers_parity(artifact: Artifact, expected: Sequence[Tensor]) -> float:
     """Largest relative difference of the folder loaded by transformers to torch on the dequantized weights.
 
+    expected: `torch_outputs` on the weights as a loader that knows nothing of outliers sees them.
     Activations are kept in float on both sides: where the folder asks for int8 activations, the loader is told to
     dequantize instead of simulating them.
     """
     loaded = _load(artifact)
-    batch = agreement.probe_batch(artifact.model)
-    forward = torch_forward(artifact.model, artifact.read_plain)
     errors = []
-    for row in range(len(agreement.LENGTHS)):
-        length = int(batch["attention_mask"][row].sum())
-        inputs = {name: value[row : row + 1, :length] for name, value in batch.items()}
+    for inputs, reference in zip(agreement.probes(artifact.model), expected, strict=True):
         with torch.no_grad():
             output = loaded(**inputs) if artifact.model.task == "causal-lm" else loaded.base_model(**inputs)
         found = output.logits if artifact.model.task == "causal-lm" else output.last_hidden_state
-        errors.append(agreement.largest_difference(found.numpy(), forward(inputs).numpy()))
+        errors.append(agreement.largest_difference(found.numpy(), reference.numpy()))
     return max(errors)
 
 

@@ -1,26 +1,26 @@
 """Parity: the artifact against its own dequantized weights. A gap is a bug of qconvert.
 
-    1. The same graph with every int8-activation cluster replaced by its dequantized MatMul and MatMulNBits at accuracy
-       level 1 (float activations), against torch on the dequantized weights.
-    2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
-       its arithmetic in torch.
-    3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
+1. The same graph with every int8-activation cluster replaced by its dequantized MatMul and MatMulNBits at accuracy
+   level 1 (float activations), against torch on the dequantized weights.
+2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
+   its arithmetic in torch.
+3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from qconvert.ir import agreement
 from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, StoredTensor
 from qconvert.ir.float_graph import parameter, substitute
 from qconvert.ir.forward import BlockRunner
-from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedTensor
@@ -41,6 +41,10 @@ class Artifact:
 
     def __init__(self, folder: Path, model: Model, plan: Plan, tensors: dict[str, StoredTensor]) -> None:
         self.folder, self.model, self.plan, self.tensors = folder, model, plan, tensors
+
+    @property
+    def has_outliers(self) -> bool:
+        return any(f"{name}.outlier_columns" in self.tensors for name in self.plan.layers)
 
     def layer(self, name: str) -> QuantizedTensor:
         return read_layer(self.folder, self.plan.layers[name], self.tensors)
@@ -66,21 +70,20 @@ class Artifact:
         return weight.T if self.plan.layers[name].kind == "conv1d" else weight.reshape(parameter.shape)
 
 
-def torch_forward(model: Model, read: Callable[[str], Tensor]) -> agreement.Forward:
-    """The model in torch on the weights that `read` gives, one block in memory at a time."""
-
-    def forward(batch: Batch) -> Tensor:
-        runner = BlockRunner(model, read)
-        runner.start([batch])
-        for index in range(len(model.blocks)):
-            runner.run_block(index)
-        return next(iter(runner.outputs()))
-
-    return forward
+def torch_outputs(model: Model, read: Callable[[str], Tensor]) -> list[Tensor]:
+    """The model's outputs in torch for `agreement.probes`, on the weights that `read` gives, one block in memory at a time."""
+    runner = BlockRunner(model, read)
+    runner.start(agreement.probes(model))
+    for index in range(len(model.blocks)):
+        runner.run_block(index)
+    return list(runner.outputs())
 
 
-def graph_parity(artifact: Artifact) -> float:
-    """Part 1: largest relative difference of the graph with float activations to torch."""
+def graph_parity(artifact: Artifact, expected: Sequence[Tensor]) -> float:
+    """Part 1: largest relative difference of the graph with float activations to torch.
+
+    expected: `torch_outputs` on the dequantized weights.
+    """
     model = onnx_ir.load(artifact.folder / GRAPH)
     for node in list(model.graph):
         if LAYER_KEY in node.metadata_props:
@@ -88,13 +91,13 @@ def graph_parity(artifact: Artifact) -> float:
             _replace_cluster(model.graph, node, layer, f"{layer.name}.bias" in artifact.tensors)
         elif node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
 
     def read(name: str) -> Tensor:
         return artifact.layer(name.removesuffix(FED)).dequantize()
 
     session = memory_session(model, read, folder=artifact.folder)
-    return agreement.relative_error(artifact.model, session, torch_forward(artifact.model, artifact.read))
+    return agreement.relative_error(artifact.model, session, expected)
 
 
 def _replace_cluster(graph: onnx_ir.Graph, last: onnx_ir.Node, plan: LayerPlan, has_bias: bool) -> None:
@@ -128,7 +131,7 @@ def cluster_parity(artifact: Artifact) -> float:
         if name not in shown and not value.is_graph_input():
             model.graph.outputs.append(value)
     session = memory_session(model, artifact.read, folder=artifact.folder)
-    inputs = agreement.feed(session, agreement.probe_batch(artifact.model))
+    inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
     seen = inputs | dict(zip((output.name for output in session.get_outputs()), session.run(None, inputs), strict=True))
     errors = []
     for layer, x, y in clusters:

@@ -1,0 +1,27 @@
+"""Weights that hold NaN or infinity are refused, by name: every number made from them would be worthless."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconvert.errors import InputError
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raises InputError QC-WEIGHT-001, which says how many values of the tensor `name` are not finite, and where.
+
+    weight: [channels, ...]
+    """
+    smallest, largest = weight.aminmax()  # one pass, and NaN comes through
+    if bool(torch.isfinite(smallest) & torch.isfinite(largest)):
+        return
+    wrong = ~torch.isfinite(weight)
+    count, nans = int(wrong.sum()), int(torch.isnan(weight).sum())
+    channels = wrong.reshape(len(weight), -1).any(1).nonzero().flatten().tolist()
+    raise InputError(
+        "QC-WEIGHT-001",
+        f"tensor {name} holds {nans} NaN and {count - nans} infinite values among {weight.numel()}, "
+        f"first in channel {channels[0]} ({len(channels)} channels in all)",
+        hint="the checkpoint is damaged or its training diverged: take an earlier one",
+    )

@@ -1,0 +1,86 @@
+"""Artifacts of tiny models without the pipeline: chosen tensors written, exported and published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from writing import DIGEST
+
+from qconvert.export import export
+from qconvert.ir import affine
+from qconvert.ir.layer import LayerKind
+from qconvert.ir.model import Model
+from qconvert.ir.plan import LayerPlan, Plan
+from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
+from qconvert.ir.reader import read_index
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import Template
+from qconvert.plugin.distribution import builtin
+from qconvert.recipe import Recipe
+from qconvert.verify.parity import Artifact, cluster_parity, graph_parity, torch_outputs
+from qconvert.workdir import open_stage
+from qconvert.write import write, write_manifest
+
+KINDS: dict[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Conv2d": "conv2d"}
+
+
+def nearest(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    scale, zero_point = affine.choose_qparams(weight, scheme)
+    return QuantizedTensor(affine.quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+
+
+def matrix(model: Model, name: str) -> Tensor:
+    """The weight of a layer as [out, in]."""
+    weight = model.read(f"{name}.weight").float()
+    return weight.T.contiguous() if kind_of(model, name) == "conv1d" else weight.flatten(1)
+
+
+def kind_of(model: Model, name: str) -> LayerKind | None:
+    return KINDS.get(type(model.module.get_submodule(name)).__name__)
+
+
+def quantize_nearest(model: Model, scheme_of: Callable[[str, Tensor], QuantScheme | None]) -> dict[str, QuantizedTensor]:
+    """Every layer that `scheme_of` gives a scheme for its name and matrix; tied ones stay in float."""
+    names = [name for name, _ in model.module.named_modules() if kind_of(model, name) and f"{name}.weight" not in model.tied]
+    chosen = {name: scheme_of(name, matrix(model, name)) for name in names}
+    return {name: nearest(matrix(model, name), scheme) for name, scheme in chosen.items() if scheme is not None}
+
+
+def publish(model: Model, template: Template, tensors: Mapping[str, QuantizedTensor], output: Path) -> Artifact:
+    """Write, export and publish `tensors` as the quantized layers of `model`."""
+    layers = {}
+    for name, tensor in tensors.items():
+        kind = kind_of(model, name)
+        assert kind is not None
+        layers[name] = LayerPlan(name, kind, *tensor.q.shape, tensor.scheme)
+    plan = Plan(QuantScheme.parse("int8"), layers, (), False, 0, 0)
+    blocks = [
+        QuantizedBlock(
+            block,
+            tuple(QuantizedLayer(name, tensor, 0.0) for name, tensor in tensors.items() if model.block_of(name) == block),
+        )
+        for block in (*model.blocks, "")
+    ]
+    recipe = Recipe.from_settings({"model": "module:mine", "output": str(output)})
+    with open_stage(output, DIGEST) as stage:
+        written = write(blocks, model, plan, stage, "onnx")
+        export(template, model, plan, written, stage)
+        write_manifest(stage, recipe, {}, written, builtin())
+        stage.publish()
+    return Artifact(output, model, plan, read_index(output))
+
+
+def parity(artifact: Artifact) -> float:
+    """The larger of both parts of the CPU target's parity."""
+    return max(graph_parity(artifact, torch_outputs(artifact.model, artifact.read)), cluster_parity(artifact))
+
+
+def whole_numbers(shape: tuple[int, int], low: int, high: int, seed: int = 0) -> Tensor:
+    """Random integers in [low, high] as float32, both ends in every 16 columns."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(low, high + 1, shape, generator=generator)
+    values[:, ::16], values[:, 1::16] = low, high
+    return values.float()

@@ -1,0 +1,337 @@
+"""The built-in quantizers: what each accepts, that none is upset by odd weights, and what sets awq and llm-int8 apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from qconvert.ir import affine
+from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup, Producer
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin import contract
+from qconvert.plugin.observer import AbsMax, Gram
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.quantizers.absmax import AbsMaxQuantizer
+from qconvert.quantizers.awq import AWQQuantizer
+from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
+from qconvert.quantizers.per_channel import PerChannelQuantizer
+from qconvert.quantizers.zero_point import ZeroPointQuantizer
+
+BUILTINS: list[Quantizer] = [
+    AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), AWQQuantizer(), LLMInt8Quantizer()
+]  # fmt: skip
+WEIGHT_ONLY = [
+    f"int{bits}-{granularity}{asym}"
+    for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
+]
+# int8 activations have kernels with int8 weights per tensor or channel only; the plan refuses the rest for every quantizer.
+SCHEMES = [*WEIGHT_ONLY, "int8-tensor-a8", "int8-tensor-asym-a8", "int8-channel-a8", "int8-channel-asym-a8"]
+ACCEPTED = {
+    "absmax": {scheme for scheme in SCHEMES if "asym" not in scheme},
+    "zero-point": {scheme for scheme in SCHEMES if "asym" in scheme},
+    "per-channel": {scheme for scheme in SCHEMES if "tensor" not in scheme},
+    "awq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
+    "llm-int8": {"int8-tensor-a8", "int8-channel-a8"},
+}
+PAIRS = [
+    pytest.param(quantizer, scheme, id=f"{quantizer.name}-{scheme}")
+    for quantizer in BUILTINS
+    for scheme in SCHEMES
+    if scheme in ACCEPTED[quantizer.name]
+]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def stats_of(rows: Tensor) -> CalibrationStats:
+    observers = (AbsMax(), Gram())
+    for observer in observers:
+        observer.update(rows)
+    return CalibrationStats(len(rows), {observer.name: observer.finalize() for observer in observers})
+
+
+def layer_of(weight: Tensor, rows: Tensor | None = None, name: str = "layer") -> Layer:
+    rows = normal(64, weight.shape[1], seed=9) if rows is None else rows
+    return Layer(name, "linear", weight, None, stats_of(rows))
+
+
+def with_zero_parts(weight: Tensor) -> Tensor:
+    weight[1], weight[:, :16] = 0, 0
+    return weight
+
+
+WEIGHTS = {
+    "normal": normal(6, 48),
+    "one output": normal(1, 48),
+    "far from zero": normal(6, 48) * 0.01 + 5,
+    "zero channel and group": with_zero_parts(normal(6, 48)),
+    "zero": torch.zeros(6, 48),
+    "constant": torch.full((6, 48), -0.7),
+    "subnormal": normal(6, 48) * 1e-42,
+    "underflowing float16": normal(6, 48) * 1e-12,
+    "huge": normal(6, 48).clamp(-3, 3) * 1e38,
+    "one huge weight": normal(6, 48).index_fill(1, torch.tensor([7]), 1e4),
+    "transposed": normal(48, 6).T,
+}
+
+
+# Every quantizer with every scheme that it accepts
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantizer", BUILTINS, ids=lambda quantizer: quantizer.name)
+def test_a_quantizer_accepts_what_makes_sense_for_it_and_says_why_not(quantizer: Quantizer, scheme: str) -> None:
+    reason = quantizer.refuses(QuantScheme.parse(scheme))
+    assert (reason is None) == (scheme in ACCEPTED[quantizer.name]), reason
+    assert reason is None or len(reason) > 20
+
+
+@pytest.mark.parametrize("quantizer", BUILTINS, ids=lambda quantizer: quantizer.name)
+def test_the_default_scheme_is_one_that_it_accepts(quantizer: Quantizer) -> None:
+    assert str(quantizer.default_scheme) in {*ACCEPTED[quantizer.name], "int4-g32-asym"}
+    assert quantizer.refuses(quantizer.default_scheme) is None
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(("quantizer", "text"), PAIRS)
+def test_odd_weights_survive(quantizer: Quantizer, text: str, kind: str) -> None:
+    """Fault 13. The contract sees finite scales, codes in range, and that no input was written to."""
+    weight, scheme = WEIGHTS[kind], QuantScheme.parse(text)
+    if isinstance(quantizer, AWQQuantizer):
+        quantizer = replace(quantizer, min_clip=1.0)  # a clipped range does not cover every weight, on purpose
+    tensor = contract.quantize(quantizer, layer_of(weight), scheme)
+    dequantized = tensor.dequantize()
+    assert torch.isfinite(dequantized).all()
+    assert (dequantized[weight == 0] == 0).all()
+    step = affine.grouped(weight, scheme) * 0 + tensor.scale.abs().unsqueeze(-1)
+    # Half a step; float16 scales and 7-bit ones move the ends of the range, symmetric int4 lacks the code 8.
+    allowed = 1.0 if scheme.bits == 4 else 0.57
+    assert ((dequantized - weight).abs() <= allowed * step.reshape(weight.shape)).all()
+
+
+@pytest.mark.parametrize(("quantizer", "text"), PAIRS)
+def test_widths_that_no_kernel_block_divides(quantizer: Quantizer, text: str) -> None:
+    width = 16 if "-g16" in text else 33
+    tensor = contract.quantize(quantizer, layer_of(normal(5, width)), QuantScheme.parse(text))
+    assert (tensor.dequantize() - normal(5, width)).norm() < (0.25 if text.startswith("int4") else 0.03) * normal(5, width).norm()
+
+
+@pytest.mark.parametrize(("quantizer", "text"), PAIRS)
+def test_the_same_layer_gives_the_same_codes(quantizer: Quantizer, text: str) -> None:
+    """Fault 28: not even the state of the random number generators matters."""
+    first = quantizer.quantize(layer_of(normal(6, 48)), QuantScheme.parse(text))
+    torch.rand(7)
+    second = quantizer.quantize(layer_of(normal(6, 48)), QuantScheme.parse(text))
+    assert torch.equal(first.q, second.q)
+    assert torch.equal(first.scale, second.scale)
+    assert (first.zero_point is None) == (second.zero_point is None)
+    assert first.zero_point is None or torch.equal(first.zero_point, second.zero_point)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantizer", BUILTINS[:3], ids=lambda quantizer: quantizer.name)
+def test_three_of_them_round_to_nearest(quantizer: Quantizer) -> None:
+    for text in ACCEPTED[quantizer.name]:
+        scheme = QuantScheme.parse(text)
+        tensor, nearest = quantizer.quantize(layer_of(normal(6, 48)), scheme), round_to_nearest(normal(6, 48), scheme)
+        assert torch.equal(tensor.dequantize(), nearest.dequantize())
+        assert (tensor.outliers, tensor.input_scale) == (None, None)
+
+
+def test_only_awq_and_llm_int8_need_data_and_only_llm_int8_has_outliers() -> None:
+    assert [quantizer.name for quantizer in BUILTINS if quantizer.observers] == ["awq", "llm-int8"]
+    assert [quantizer.name for quantizer in BUILTINS if quantizer.has_outliers] == ["llm-int8"]
+
+
+# llm-int8
+
+INT8 = QuantScheme.parse("int8-channel-a8")
+
+
+def rows_with_peaks(width: int, peaks: dict[int, float]) -> Tensor:
+    """Inputs of magnitude 1 at most, but for one entry in some columns."""
+    rows = normal(32, width, seed=3).clamp(-1, 1)
+    for column, peak in peaks.items():
+        rows[column % 32, column] = peak
+    return rows
+
+
+def outliers_of(peaks: dict[int, float], weight: Tensor | None = None, **options: float) -> QuantizedTensor:
+    weight = normal(6, 48) if weight is None else weight
+    return LLMInt8Quantizer(**options).quantize(layer_of(weight, rows_with_peaks(48, peaks)), INT8)  # type: ignore[arg-type]
+
+
+def columns(tensor: QuantizedTensor) -> list[int]:
+    return [] if tensor.outliers is None else tensor.outliers.columns.tolist()
+
+
+def test_outliers_are_the_columns_whose_magnitude_passes_the_threshold() -> None:
+    assert columns(outliers_of({40: 60.0, 3: -7.0, 17: 6.5, 20: 6.0, 21: 5.9})) == [3, 17, 40]
+    assert columns(outliers_of({40: 60.0, 3: -7.0, 17: 6.5}, threshold=50.0)) == [40]
+
+
+def test_of_too_many_outliers_the_largest_are_taken() -> None:
+    peaks = {5: 10.0, 6: -40.0, 7: 20.0, 8: 30.0}
+    assert columns(outliers_of(peaks, max_outliers=2)) == [6, 8]
+    assert columns(outliers_of(peaks, max_outliers=0)) == []
+
+
+def test_of_equal_outliers_the_first_are_taken() -> None:
+    assert columns(outliers_of(dict.fromkeys(range(10, 30), 8.0), max_outliers=3)) == [10, 11, 12]
+
+
+def test_no_more_than_32_columns_unless_asked_for() -> None:
+    assert len(columns(outliers_of(dict.fromkeys(range(48), 8.0)))) == 32
+
+
+def test_without_outliers_the_tensor_has_none() -> None:
+    assert outliers_of({}).outliers is None
+
+
+def test_outlier_columns_are_float16_and_q_holds_all_columns() -> None:
+    weight = normal(6, 48)
+    tensor = outliers_of({7: 10.0}, weight)
+    assert torch.equal(tensor.dequantize()[:, 7], weight[:, 7].half().float())
+    plain = round_to_nearest(weight, INT8)
+    assert torch.equal(tensor.q, plain.q)
+    rest = [column for column in range(48) if column != 7]
+    assert torch.equal(tensor.dequantize()[:, rest], plain.dequantize()[:, rest])
+
+
+def test_outlier_columns_beyond_float16_are_float32() -> None:
+    weight = normal(6, 48)
+    weight[2, 7] = 1e6
+    assert torch.equal(outliers_of({7: 10.0}, weight).dequantize()[:, 7], weight[:, 7])
+
+
+def test_convolutions_have_no_outliers() -> None:
+    layer = replace(layer_of(normal(6, 48), rows_with_peaks(48, {7: 10.0})), kind="conv2d")
+    assert LLMInt8Quantizer().quantize(layer, INT8).outliers is None
+
+
+def test_outliers_pay_on_int8_activations() -> None:
+    """Rows quantized with one scale each lose the small inputs beside a large one; without the outliers they don't."""
+    weight, rows = normal(16, 48), rows_with_peaks(48, {})
+    rows[:, 7] = 60.0
+    tensor = LLMInt8Quantizer().quantize(layer_of(weight, rows), INT8)
+    plain = round_to_nearest(weight, INT8)
+    exact = rows @ weight.T
+
+    def int8_rows(x: Tensor) -> Tensor:
+        scale = x.abs().amax(1, keepdim=True) / 127
+        return torch.round(x / scale) * scale
+
+    masked = rows.index_fill(1, torch.tensor([7]), 0)
+    split = int8_rows(masked) @ plain.dequantize().T + rows[:, 7:8] @ tensor.dequantize()[:, 7:8].T
+    assert (split - exact).norm() < 0.1 * (int8_rows(rows) @ plain.dequantize().T - exact).norm()
+
+
+# awq
+
+AWQ_SCHEMES = [QuantScheme.parse(text) for text in ("int4-g16-asym", "int4-g16", "int4-channel", "int4-channel-asym")]
+
+
+def skewed_rows(width: int = 48) -> Tensor:
+    """Inputs of which a few channels are a hundred times as large as most."""
+    magnitude = torch.full((width,), 0.1)
+    magnitude[::12] = 10.0
+    return normal(256, width, seed=5) * magnitude
+
+
+def output_error(rows: Tensor, weight: Tensor, dequantized: Tensor) -> float:
+    return float((rows @ (dequantized - weight).T).square().mean())
+
+
+def group_of(rows: Tensor, *weights: Tensor, producer: Producer | None = None) -> LinearGroup:
+    stats = stats_of(rows)
+    layers = tuple(Layer(f"layer{index}", "linear", weight, None, stats) for index, weight in enumerate(weights))
+    return LinearGroup(layers, producer, stats)
+
+
+@pytest.mark.parametrize("scheme", AWQ_SCHEMES, ids=str)
+def test_awq_beats_round_to_nearest_on_the_output(scheme: QuantScheme) -> None:
+    rows, weights = skewed_rows(), (normal(16, 48), normal(24, 48, seed=1))
+    quantizer = AWQQuantizer()
+    scale = quantizer.prepare(group_of(rows, *weights), (scheme, scheme)).input_scale
+    assert scale is not None
+    for weight in weights:
+        scaled = quantizer.quantize(layer_of(weight * scale, rows / scale), scheme).dequantize() / scale
+        nearest = round_to_nearest(weight, scheme).dequantize()
+        assert output_error(rows, weight, scaled) < 0.5 * output_error(rows, weight, nearest)
+
+
+@pytest.mark.parametrize("scheme", AWQ_SCHEMES, ids=str)
+def test_clipping_alone_lowers_the_output_error(scheme: QuantScheme) -> None:
+    rows, weight = skewed_rows(), normal(64, 48)
+    clipped = AWQQuantizer().quantize(layer_of(weight, rows), scheme).dequantize()
+    assert output_error(rows, weight, clipped) < output_error(rows, weight, round_to_nearest(weight, scheme).dequantize())
+
+
+def test_clipping_can_be_turned_off() -> None:
+    scheme, layer = AWQ_SCHEMES[0], layer_of(normal(6, 48), skewed_rows())
+    unclipped = AWQQuantizer(min_clip=1.0).quantize(layer, scheme).dequantize()
+    assert torch.equal(unclipped, round_to_nearest(layer.weight, scheme).dequantize())
+    assert not torch.equal(AWQQuantizer().quantize(layer, scheme).dequantize(), unclipped)
+
+
+def test_larger_inputs_get_larger_scales() -> None:
+    scale = AWQQuantizer().prepare(group_of(skewed_rows(), normal(16, 48)), (AWQ_SCHEMES[0],)).input_scale
+    assert scale is not None
+    large = torch.arange(48) % 12 == 0
+    assert scale[large].min() > 2 * scale[~large].max()
+
+
+def test_no_scale_where_none_helps() -> None:
+    weight = torch.arange(-8, 8).repeat(4, 3).float()  # int4 holds it exactly
+    assert AWQQuantizer().prepare(group_of(skewed_rows(), weight), (QuantScheme.parse("int4-g16"),)).input_scale is None
+    assert AWQQuantizer(grid=1).prepare(group_of(skewed_rows(), normal(4, 48)), (AWQ_SCHEMES[0],)).input_scale is None
+
+
+def test_inputs_that_are_copies_of_one_producer_channel_get_one_scale() -> None:
+    channels = tuple(range(24)) * 2
+    producer = Producer("linear", "v_proj", channels)
+    scale = AWQQuantizer().prepare(group_of(skewed_rows(), normal(16, 48), producer=producer), (AWQ_SCHEMES[0],)).input_scale
+    assert scale is not None
+    assert torch.equal(scale[:24], scale[24:])
+    assert len(scale.unique()) > 1
+
+
+def test_the_scale_weighs_each_layer_with_its_own_scheme() -> None:
+    """An int8 layer has little to gain, so the int4 one decides."""
+    rows, first, second = skewed_rows(), normal(16, 48), normal(16, 48, seed=1) * torch.logspace(0, 1, 48).flip(0)
+    int4, int8 = QuantScheme.parse("int4-g16"), QuantScheme.parse("int8-g16")
+    alone = AWQQuantizer().prepare(group_of(rows, first), (int4,)).input_scale
+    mixed = AWQQuantizer().prepare(group_of(rows, first, second), (int4, int8)).input_scale
+    other = AWQQuantizer().prepare(group_of(rows, first, second), (int8, int4)).input_scale
+    assert alone is not None
+    assert mixed is not None
+    assert other is not None
+    assert torch.equal(mixed, alone)
+    assert not torch.equal(other, alone)
+
+
+@pytest.mark.parametrize("dead", [slice(0, 5), slice(0, 48)], ids=["some", "all"])
+def test_inputs_that_are_always_zero_do_no_harm(dead: slice) -> None:
+    rows = skewed_rows()
+    rows[:, dead] = 0
+    group = contract.prepare(AWQQuantizer(), group_of(rows, normal(16, 48)), (AWQ_SCHEMES[0],))
+    assert (group.input_scale is None) == (dead.stop == 48)
+    tensor = contract.quantize(AWQQuantizer(), layer_of(normal(16, 48), rows), AWQ_SCHEMES[0])
+    assert torch.isfinite(tensor.dequantize()).all()
+
+
+def test_without_statistics_awq_rounds_to_nearest_and_scales_nothing() -> None:
+    layer = replace(layer_of(normal(6, 48)), stats=None)
+    assert AWQQuantizer().prepare(LinearGroup((layer,)), (AWQ_SCHEMES[0],)).input_scale is None
+    quantized = AWQQuantizer().quantize(layer, AWQ_SCHEMES[0]).dequantize()
+    assert torch.equal(quantized, round_to_nearest(layer.weight, AWQ_SCHEMES[0]).dequantize())

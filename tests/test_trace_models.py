@@ -1,0 +1,296 @@
+"""Traced graphs: right for every architecture, batch and decode step, and the same as a trace of all blocks."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from calibrate_models import model_of, token_batch
+from torch import Tensor, nn
+from trace_models import DECODERS, ENCODERS, build, float_session, structure, traced
+from transformers.pytorch_utils import Conv1D
+
+from qconvert.errors import InputError
+from qconvert.ir.agreement import largest_difference
+from qconvert.ir.template import DOMAIN, Template
+from qconvert.trace import trace
+from qconvert.trace.attention import rotary_caches
+from qconvert.trace.capture import FORMS, capture
+from qconvert.trace.cleanup import drop_reshape_pairs, remove_unused
+from qconvert.trace.opaque import representatives
+from qconvert.trace.stamp import stamp
+
+CLOSE = 1e-5
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return largest_difference(found.detach().numpy(), expected.detach().numpy())
+
+
+# --- the same numbers as torch ---
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_continue_rows_of_different_length(name: str) -> None:
+    """A prefill of three rows padded on the right, then three tokens one by one, against whole rows in torch."""
+    model = traced(name)
+    lengths, steps = (7, 5, 2), 3
+    batch = token_batch(lengths)
+    more = torch.randint(1, 100, (3, steps), generator=torch.Generator().manual_seed(9))
+    outputs = model.run(batch)
+    logits = [[outputs["logits"][row, : lengths[row]]] for row in range(3)]
+    mask = batch["attention_mask"]
+    for step in range(steps):
+        mask = torch.cat((mask, torch.ones(3, 1, dtype=torch.long)), 1)
+        caches = {key.replace("present", "past_key_values"): value for key, value in outputs.items() if key != "logits"}
+        outputs = model.run({"input_ids": more[:, step : step + 1], "attention_mask": mask, **caches})
+        for row in range(3):
+            logits[row].append(outputs["logits"][row])
+    for row, length in enumerate(lengths):
+        ids = torch.cat((batch["input_ids"][row, :length], more[row]))[None]
+        with torch.no_grad():
+            expected = model.plain(input_ids=ids).logits[0]
+        assert difference(torch.cat(logits[row]), expected) < CLOSE, f"row of {length} tokens"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_ignore_padding(name: str) -> None:
+    model = traced(name)
+    batch = token_batch((8, 5, 3))
+    if "token_type_ids" in model.model.input_names:
+        batch["token_type_ids"] = (torch.arange(8) % 2).expand(3, 8).contiguous() * batch["attention_mask"]
+    output = model.run(batch)["last_hidden_state"]
+    for row, length in enumerate((8, 5, 3)):
+        alone = {key: value[row : row + 1, :length] for key, value in batch.items()}
+        with torch.no_grad():
+            expected = model.plain(**alone).last_hidden_state[0]
+        assert difference(output[row, :length], expected) < CLOSE, f"row of {length} tokens"
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_the_inputs_are_those_that_the_model_takes(name: str) -> None:
+    expected = ["input_ids", "attention_mask", *(["token_type_ids"] if name == "bert" else [])]
+    assert [value.name for value in traced(name).template.graph.graph.inputs] == expected
+
+
+def test_decoders_have_the_inputs_and_outputs_that_onnxruntime_genai_expects() -> None:
+    graph = traced("llama").template.graph.graph
+    caches = [f"{layer}.{part}" for layer in range(4) for part in ("key", "value")]
+    assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask", *(f"past_key_values.{c}" for c in caches)]
+    assert [value.name for value in graph.outputs] == ["logits", *(f"present.{cache}" for cache in caches)]
+
+
+# --- the fast form where it is right, and only there ---
+
+
+def attention_of(template: Template) -> list[tuple[str, bool, int]]:
+    """Per attention op in forward order: op, whether it rotates, its window (0: none)."""
+    found = []
+    for node in template.graph.graph:
+        if node.domain == "com.microsoft":
+            rotates = "do_rotary" in node.attributes
+            window = node.attributes["local_window_size"].as_int() if "local_window_size" in node.attributes else 0
+            found.append((node.op_type, rotates, window))
+    return found
+
+
+GQA, MHA = "GroupQueryAttention", "MultiHeadAttention"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", [(GQA, True, 0)] * 4),
+        ("gpt2", [(GQA, False, 0)] * 3),  # learned positions: nothing to rotate
+        ("smollm3", [(GQA, True, 0), (GQA, False, 0)] * 2),  # every second layer has no positions at all
+        ("gemma2", [(GQA, True, 4), (GQA, True, 0)] * 2),
+        ("gemma3", [(GQA, False, 4), (GQA, False, 0)] * 2),  # two rotary embeddings: the op has room for one
+        ("bert", [(MHA, False, 0)] * 3),
+        ("mpnet", []),  # relative positions, which the op does not know
+    ],
+)
+def test_which_attention_is_used(name: str, expected: list[tuple[str, bool, int]]) -> None:
+    assert attention_of(traced(name).template) == expected
+
+
+def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reversed_caches(module: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_caches(module, positions)
+        return cos, -sin
+
+    # Its name in the package is that of the function.
+    monkeypatch.setattr(sys.modules["qconvert.trace.capture"], "rotary_caches", reversed_caches)
+    _, model = build("llama")
+    assert attention_of(trace(model)) == [(GQA, False, 0)] * 4
+
+
+def test_a_model_that_no_form_gets_right_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qconvert.trace.capture", lambda model, blocks, form: form)
+    monkeypatch.setattr("qconvert.trace.relative_error", lambda model, captured, blocks: 0.25)
+    _, model = build("bert")
+    with pytest.raises(InputError) as caught:
+        trace(model)
+    assert caught.value.code == "QC-EXPORT-001"
+    assert "tiny (BertModel) can't be exported" in caught.value.message
+    assert caught.value.message.count("differs from the model by 2.5e-01 of its largest output") == len(FORMS["encoder"])
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y if bool((y.sum() > 0).item()) else -y
+
+
+def test_a_model_that_can_not_be_traced_is_an_error_with_the_cause() -> None:
+    model = model_of(DataDependent(), example_inputs={"x": torch.ones(2, 4)}, input_names=("x",))
+    with pytest.raises(InputError, match="data-dependent") as caught:
+        trace(model)
+    assert caught.value.code == "QC-EXPORT-001"
+    assert "\n" not in caught.value.message
+    assert "[" not in caught.value.message
+
+
+# --- stamping ---
+
+
+@pytest.mark.parametrize("name", ["smollm3", "bert"])
+def test_a_stamped_graph_is_the_graph_of_all_blocks(name: str) -> None:
+    stamped = traced(name)
+    every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0])
+    stamp(every.graph.graph, {block: block for block in stamped.model.blocks})
+    drop_reshape_pairs(every.graph.graph)
+    remove_unused(every.graph)
+    assert structure(stamped.template.graph.graph) == structure(every.graph.graph)
+
+
+def test_one_block_of_each_kind_is_traced() -> None:
+    layers = [f"model.layers.{index}" for index in range(4)]
+    assert dict(traced("llama").template.representatives) == dict.fromkeys(layers, layers[0])
+    assert list(traced("smollm3").template.representatives.values()) == [layers[0], layers[1]] * 2
+
+
+def test_blocks_of_other_widths_are_other_kinds() -> None:
+    plain, model = build("llama")
+    plain.model.layers[2].mlp.up_proj = nn.Linear(64, 96, bias=False)  # type: ignore[union-attr, union-attr]
+    assert len(set(representatives(model_of(plain, "causal-lm", blocks=model.blocks)).values())) == 2
+
+
+# --- plain modules ---
+
+
+class Zoo(nn.Module):
+    """Kinds of layers that are traced as such, in one module, with two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(8 * 4 * 4)
+        self.fc = nn.Linear(8 * 4 * 4, 16)
+        self.conv1d = Conv1D(6, 16)
+        self.table = nn.Embedding(5, 16)
+        self.scale = nn.Parameter(torch.full((16,), 0.5))
+
+    def forward(self, image: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.fc(self.norm(torch.relu(self.conv(image)).flatten(1))) * self.scale + self.table(index)
+        return self.conv1d(hidden), hidden
+
+
+def zoo_inputs(rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {"image": torch.randn(rows, 3, 8, 8, generator=generator), "index": torch.arange(rows) % 5}
+
+
+@pytest.fixture(scope="module")
+def zoo() -> tuple[Zoo, Template, Any]:
+    torch.manual_seed(0)
+    plain = Zoo().eval()
+    model = model_of(plain, example_inputs=zoo_inputs(1), input_names=("image", "index"))
+    template = trace(model)
+    return plain, template, float_session(model, template)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_module_with_two_outputs_runs_with_any_number_of_rows(zoo: tuple[Zoo, Template, Any], rows: int) -> None:
+    plain, template, session = zoo
+    assert [value.name for value in template.graph.graph.outputs] == ["output_0", "output_1"]
+    found = session.run(None, {name: value.numpy() for name, value in zoo_inputs(rows).items()})
+    with torch.no_grad():
+        expected = plain(**zoo_inputs(rows))
+    for one, other in zip(found, expected, strict=True):
+        assert largest_difference(one, other.numpy()) < CLOSE
+
+
+def test_layers_are_opaque_nodes_that_name_their_module(zoo: tuple[Zoo, Template, Any]) -> None:
+    _, template, _ = zoo
+    opaque = {node.attributes["module"].as_string(): node for node in template.graph.graph if node.domain == DOMAIN}
+    assert {name: node.op_type for name, node in opaque.items()} == {
+        "conv": "Conv", "fc": "Linear", "conv1d": "Linear", "table": "Embedding"
+    }  # fmt: skip
+    assert opaque["conv1d"].attributes["kind"].as_string() == "conv1d"
+    assert list(opaque["conv"].attributes["strides"].as_ints()) == [2, 2]
+    assert "scale" in template.graph.graph.initializers
+
+
+def test_tracing_leaves_the_skeleton_as_it_was() -> None:
+    model = traced("llama").model
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    assert len(model.module.model.layers) == model.module.config.num_hidden_layers == 4  # type: ignore[arg-type, union-attr]
+    assert not model.module.model.layers[0]._forward_hooks  # type: ignore[index, union-attr]
+
+
+# --- groups ---
+
+
+def groups_of(name: str) -> list[tuple[list[str], object]]:
+    """Short layer names and (kind, name, channels) of the producer, of the first block."""
+    model = traced(name)
+    prefix = model.model.blocks[0] + "."
+    found = []
+    for group in model.template.groups:
+        if group.layers[0].startswith(prefix):
+            producer = group.producer
+            short = None if producer is None else (producer.kind, producer.name.removeprefix(prefix), producer.channels)
+            found.append(([layer.removeprefix(prefix) for layer in group.layers], short))
+    return found
+
+
+def test_groups_of_llama() -> None:
+    # Two key and value heads for four query heads: the output's channels are copies of v's, each head's twice.
+    channels = (*range(16), *range(16), *range(16, 32), *range(16, 32))
+    assert groups_of("llama") == [
+        (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ("norm", "input_layernorm", None)),
+        (["self_attn.o_proj"], ("linear", "self_attn.v_proj", channels)),
+        (["mlp.gate_proj", "mlp.up_proj"], ("norm", "post_attention_layernorm", None)),
+        (["mlp.down_proj"], ("linear", "mlp.up_proj", None)),
+    ]
+
+
+def test_groups_of_gpt2() -> None:
+    assert groups_of("gpt2") == [
+        (["attn.c_attn"], ("norm", "ln_1", None)),
+        (["attn.c_proj"], None),  # q, k and v are one linear: its rows are no channels of the output
+        (["mlp.c_fc"], ("norm", "ln_2", None)),
+        (["mlp.c_proj"], None),  # the activation between does not commute with a scale
+    ]
+
+
+def test_groups_of_bert() -> None:
+    attention = "attention.self"
+    assert groups_of("bert") == [
+        ([f"{attention}.query", f"{attention}.key", f"{attention}.value"], None),  # the residual reads their input too
+        (["attention.output.dense"], ("linear", f"{attention}.value", None)),
+        (["intermediate.dense"], None),
+        (["output.dense"], None),
+    ]
+
+
+def test_groups_name_the_layers_of_every_block_and_the_head() -> None:
+    model = traced("llama")
+    names = [name for name, module in model.plain.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(name for group in model.template.groups for name in group.layers) == sorted(names)
