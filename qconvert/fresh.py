@@ -6,6 +6,7 @@ error to a scratch file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -38,8 +39,9 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        json.dump(request, child.stdin)
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died already; why is said below
+            json.dump(request, child.stdin)
+            child.stdin.close()
         for line in child.stdout:
             _pass_on(line, progress)
     if not result.exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qconvert import verdict
 from qconvert.calibrate import calibrate, read_samples
+from qconvert.errors import InputError
 from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
 from qconvert.ir.model import Model
@@ -21,6 +22,7 @@ from qconvert.quantize import quantize
 from qconvert.recipe import Gate, Recipe
 from qconvert.report.files import write_report
 from qconvert.trace import trace
+from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
 from qconvert.workdir import open_stage
 from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
@@ -75,7 +77,12 @@ def verify(
 ) -> Report:
     """Run a published artifact again; what is not given is taken from the recipe in its manifest."""
     recipe = published_recipe(folder, targets, evaluation, gates)
-    report = measure(folder, recipe, progress)
+    try:
+        report = measure(folder, recipe, progress)
+    except InputError as error:
+        if not error.code.startswith("QC-INPUT-"):
+            raise
+        raise verdict.without_source(folder, error) from error
     if not verdict.is_right(report):
         raise verdict.wrong(report)
     verdict.refuse_unverified(report, recipe)
@@ -83,7 +90,9 @@ def verify(
 
 
 def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
-    """The report on an artifact that `recipe` made, from its files alone."""
+    """The report on an artifact that `recipe` made, from its files and its float source alone."""
+    progress.stage("check files", None)
+    check_digests(folder)
     model, template, plan = _understand(recipe, plugin_manager(), progress)
     samples = read_samples(model, recipe, plan.calibrated)
     loadable = recipe.layout == "transformers" and model.config is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from qconvert.errors import ParityError, TargetError
-from qconvert.ir.artifact import GRAPHS, Written
+from qconvert.errors import InputError, ParityError, TargetError
+from qconvert.ir.artifact import GRAPHS, MANIFEST, Written
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_written
@@ -86,6 +86,16 @@ def wrong(report: Report) -> ParityError:
         "QC-PARITY-001",
         f"the artifact is wrong: {reasons}",
         hint="do not use it. This is a bug of qconvert or of a quantizer plugin: report it with the recipe",
+    )
+
+
+def without_source(folder: Path, reason: InputError) -> InputError:
+    """The error QC-VERIFY-003 for a folder whose own files are right, but whose float source can't be loaded."""
+    return InputError(
+        "QC-VERIFY-003",
+        f"the files of {folder} are what was written, but the float model to compare them with can't be loaded: "
+        f"{reason.message}",
+        hint=f"put the source back where the recipe in {MANIFEST} has it, as seen from the folder",
     )
 
 

@@ -221,7 +221,7 @@ def test_plan_prints_the_plan(pipeline: FakePipeline) -> None:
     assert name in qconvert_cli(*arguments).stdout  # in a pipe, not folded
     document = json.loads(qconvert_cli(*arguments, "--json").stdout)
     assert document["layers"] == [
-        {"name": name, "kind": "linear", "shape": [4, 8], "scheme": "int8-channel", "bytes": 4 * 8 + 4 * 2 + 16}
+        {"name": name, "kind": "linear", "shape": [4, 8], "scheme": "int8-channel", "bytes": 4 * 8 + 4 * 4 + 16}
     ]
 
 

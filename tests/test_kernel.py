@@ -147,9 +147,7 @@ def test_convolutions_get_unpacked_unsigned_zero_points(scheme: str, bits: int) 
 def with_outliers(columns: list[int], dtype: torch.dtype) -> tuple[LayerPlan, QuantizedTensor]:
     plan, tensor = quantized(32, "int8-channel-a8")
     weight = torch.randn(OUT, len(columns), generator=torch.Generator().manual_seed(1)).to(dtype).float()
-    return plan, QuantizedTensor(
-        tensor.q, tensor.scale, None, tensor.scheme, outliers=Outliers(torch.tensor(columns), weight)
-    )
+    return plan, QuantizedTensor(tensor.q, tensor.scale, None, tensor.scheme, outliers=Outliers(torch.tensor(columns), weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

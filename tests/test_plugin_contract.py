@@ -21,6 +21,7 @@ from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 class Nearest(Quantizer):
     name: ClassVar[str] = "nearest"
     default_scheme: ClassVar[QuantScheme] = QuantScheme.parse("int8")
+    has_outliers: ClassVar[bool] = True
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
         return round_to_nearest(layer.weight, scheme)
@@ -30,6 +31,17 @@ def layer() -> Layer:
     weight = torch.linspace(1, -1, 4 * 32).reshape(4, 32)
     stats = CalibrationStats(8, {"absmax": torch.ones(32)})
     return Layer("blocks.0.fc", "linear", weight, torch.zeros(4), stats)
+
+
+class NeverOutliers(Nearest):
+    has_outliers = False
+
+
+def test_outliers_must_be_declared() -> None:
+    tensor = round_to_nearest(layer().weight, QuantScheme.parse("int8"))
+    with pytest.raises(PluginError, match="does not declare has_outliers"):
+        outlying = replace(tensor, outliers=Outliers(torch.tensor([3]), torch.zeros(4, 1)))
+        contract.checked(outlying, layer(), QuantScheme.parse("int8"), NeverOutliers())
 
 
 @pytest.mark.parametrize("scheme", ["int8-tensor", "int8-channel-asym", "int4-g16", "int4-g32-asym", "int8-channel-a8"])
@@ -57,7 +69,7 @@ def outliers(columns: list[int], weight: torch.Tensor) -> dict[str, object]:
             lambda t: {"scale": torch.tensor([[1], [0], [1], [torch.nan]])},
             "2 scales are zero or not finite, the first in row 1",
         ),
-        ("int8", lambda t: {"scale": t.scale * 1.0001}, "scale is not rounded to what is stored"),
+        ("int4-g32", lambda t: {"scale": t.scale * 1.0001}, "scale is not rounded to what is stored"),
         ("int8", lambda t: {"zero_point": torch.zeros(4, 1, dtype=torch.int8)}, "int8-channel is symmetric"),
         ("int8-asym", lambda t: {"zero_point": None}, "int8-channel-asym is asymmetric, but it returned no zero_point"),
         (

@@ -26,8 +26,7 @@ BUILTINS: list[Quantizer] = [
     AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), AWQQuantizer(), LLMInt8Quantizer()
 ]  # fmt: skip
 WEIGHT_ONLY = [
-    f"int{bits}-{granularity}{asym}"
-    for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
+    f"int{bits}-{granularity}{asym}" for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
 ]
 # int8 activations have kernels with int8 weights per tensor or channel only; the plan refuses the rest for every quantizer.
 SCHEMES = [*WEIGHT_ONLY, "int8-tensor-a8", "int8-tensor-asym-a8", "int8-channel-a8", "int8-channel-asym-a8"]
@@ -99,7 +98,6 @@ def test_a_quantizer_accepts_what_makes_sense_for_it_and_says_why_not(quantizer:
 
 @pytest.mark.parametrize("quantizer", BUILTINS, ids=lambda quantizer: quantizer.name)
 def test_the_default_scheme_is_one_that_it_accepts(quantizer: Quantizer) -> None:
-    assert str(quantizer.default_scheme) in {*ACCEPTED[quantizer.name], "int4-g32-asym"}
     assert quantizer.refuses(quantizer.default_scheme) is None
 
 
@@ -124,7 +122,9 @@ def test_odd_weights_survive(quantizer: Quantizer, text: str, kind: str) -> None
 def test_widths_that_no_kernel_block_divides(quantizer: Quantizer, text: str) -> None:
     width = 16 if "-g16" in text else 33
     tensor = contract.quantize(quantizer, layer_of(normal(5, width)), QuantScheme.parse(text))
-    assert (tensor.dequantize() - normal(5, width)).norm() < (0.25 if text.startswith("int4") else 0.03) * normal(5, width).norm()
+    assert (tensor.dequantize() - normal(5, width)).norm() < (0.25 if text.startswith("int4") else 0.03) * normal(
+        5, width
+    ).norm()
 
 
 @pytest.mark.parametrize(("quantizer", "text"), PAIRS)

@@ -78,7 +78,7 @@ class Gram(Observer):
     def merge(self, other: Self) -> None:
         if other.total is not None:
             self.rows += other.rows
-            self.total = other.total if self.total is None else self.total + other.total
+            self.total = other.total.clone() if self.total is None else self.total + other.total
 
     def finalize(self) -> Tensor:
         assert self.total is not None

@@ -45,10 +45,9 @@ def verify(
     folder: an output folder or a stage with its manifest. evaluation: held-out samples.
     with_transformers: whether the folder promises to load in transformers.
 
-    Raises InputError QC-VERIFY-001 where a file is not what the manifest says.
+    Raises InputError QC-VERIFY-004 where the float model is not the one that the artifact was made from.
     """
-    progress.stage("check files", None)
-    check_digests(folder)
+    _check_source(folder, model)
     artifact = Artifact(folder, model, plan, read_index(folder))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     progress.stage("parity", None)
@@ -67,8 +66,8 @@ def verify(
     baseline = memory_session(float_graph(template.graph, shapes), read, threads)
     fidelity, latency = [], []
     for target in targets:
-        if not available(target):
-            reason = f"this machine's ONNX Runtime has no provider for {target}"
+        reason = _why_not_run(folder, target)
+        if reason is not None:
             parity.append(Parity(target=target, status="not-run", reason=reason))
             fidelity.append(Fidelity(target=target, status="not-run", reason=reason))
             latency.append(Latency(target=target, status="not-run", reason=reason))
@@ -81,14 +80,20 @@ def verify(
     return Evidence(parity=tuple(parity), fidelity=tuple(fidelity), latency=tuple(latency))
 
 
+def _why_not_run(folder: Path, target: str) -> str | None:
+    if not available(target):
+        return f"this machine's ONNX Runtime has no provider for {target}"
+    if not (folder / GRAPHS[target]).exists():
+        return f"the folder holds no {GRAPHS[target]}: this version of qconvert exports for the CPU provider only"
+    return None
+
+
 def check_digests(folder: Path) -> None:
     """Raises InputError QC-VERIFY-001 if a file is missing or differs from its digest in qconvert.json."""
-    outputs = read_manifest(folder)["outputs"]
-    for name, expected in outputs.items():
+    for name, expected in read_manifest(folder)["outputs"].items():
         path = folder / name
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _digest(path)
         except OSError as error:
             raise InputError("QC-VERIFY-001", f"{path} can't be read: {error}", hint="convert again") from error
         if found != expected:
@@ -97,6 +102,22 @@ def check_digests(folder: Path) -> None:
                 f"{path} is not the file that was written: sha256 {found[:12]}…, expected {expected[:12]}…",
                 hint="copy the folder again, or convert again",
             )
+
+
+def _check_source(folder: Path, model: Model) -> None:
+    for name, expected in read_manifest(folder)["inputs"].items():
+        path = model.input_files.get(name)
+        if path is None or _digest(path) != expected:
+            raise InputError(
+                "QC-VERIFY-004",
+                f"the source {model.name!a} is not what {folder} was made from: {name!a} is {'another' if path else 'missing'}",
+                hint="put the original source back: compared with another one, the numbers would mean nothing",
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parity(target: str, measure: Callable[[], float]) -> Parity:

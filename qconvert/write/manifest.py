@@ -77,11 +77,11 @@ def run_digest(recipe: Recipe, inputs: Mapping[str, str], plugin: Distribution) 
 
 
 def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> Recipe:
-    """The recipe in a published folder's manifest, its paths resolved against the folder.
+    """The recipe to verify a published folder by: that of its manifest, its paths resolved against the folder.
 
     targets, evaluation, gates: take the place of the recipe's where given.
     """
-    settings = read_manifest(folder)["recipe"] | {"output": str(folder)}
+    settings = read_manifest(folder)["recipe"] | {"output": str(folder), "verify": True}
     settings["model"] = _resolved(settings["model"], folder)
     for part in ("calibration", "evaluation"):
         if settings[part]["source"] is not None:

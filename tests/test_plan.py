@@ -1,0 +1,364 @@
+"""The plan: what a run will do, what it will cost and why not, known from the headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import pytest
+import torch
+from calibrate_models import model_of
+from safetensors.torch import load_file
+from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qconvert.calibrate import calibrate
+from qconvert.errors import UsageError
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.progress import silent
+from qconvert.ir.template import InputGroup, Template
+from qconvert.load import load
+from qconvert.plan import plan as make_plan
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantize import quantize
+from qconvert.quantizers.absmax import AbsMaxQuantizer
+from qconvert.quantizers.awq import AWQQuantizer
+from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
+from qconvert.quantizers.per_channel import PerChannelQuantizer
+from qconvert.quantizers.zero_point import ZeroPointQuantizer
+from qconvert.recipe import Recipe
+from qconvert.workdir import open_stage
+from qconvert.write import write
+
+Build = Callable[[Path], Path]
+
+
+def load_folder(build: Build, folder: Path, **options: Any) -> Model:
+    return load(str(build(folder / "model", **options)), lambda source: None)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Tied; 14 linears in 2 blocks, of width 64, but for down_proj, of width 128."""
+    return load_folder(tiny_llama, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_folder(tiny_llama, tmp_path_factory.mktemp("untied"), tie=False)
+
+
+def planned(model: Model, quantizer: Quantizer | None = None, unused: tuple[str, ...] = (), **settings: Any) -> Plan:
+    """The plan for a model whose graph uses every linear but `unused`."""
+    names = [
+        name
+        for name, module in model.module.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | Conv1D) and name not in unused
+    ]
+    template = Template(
+        onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10), {}, tuple(InputGroup((name,), None) for name in names)
+    )
+    rules = [{"pattern": pattern, "scheme": scheme} for pattern, scheme in settings.pop("rules", {}).items()]
+    recipe = Recipe.from_settings({"model": "m", "output": "out", "rules": rules, **settings})
+    return make_plan(model, template, recipe, quantizer or PerChannelQuantizer())
+
+
+def refusal(model: Model, quantizer: Quantizer | None = None, **settings: Any) -> UsageError:
+    with pytest.raises(UsageError) as raised:
+        planned(model, quantizer, **settings)
+    assert raised.value.exit_code == 2
+    return raised.value
+
+
+def schemes(plan: Plan) -> dict[str, str]:
+    return {name: str(layer.scheme) for name, layer in plan.layers.items()}
+
+
+def reasons(plan: Plan) -> dict[str, str]:
+    return {entry.name: entry.reason for entry in plan.kept_float}
+
+
+# Which layers, in which scheme
+
+
+def test_every_linear_of_the_blocks_is_quantized_in_order(llama: Model) -> None:
+    names = [name for name, module in llama.module.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    plan = planned(llama)
+    assert list(plan.layers) == names
+    assert len(names) == 14
+    down = plan.layers["model.layers.1.mlp.down_proj"]
+    assert (down.kind, down.out_features, down.in_features) == ("linear", 64, 128)
+
+
+def test_the_quantizers_default_holds_unless_the_recipe_or_a_rule_says_otherwise(llama: Model) -> None:
+    assert set(schemes(planned(llama)).values()) == {"int8-channel-a8"}
+    assert set(schemes(planned(llama, AWQQuantizer())).values()) == {"int4-g32-asym"}
+    assert set(schemes(planned(llama, AWQQuantizer(), scheme="int4-g16")).values()) == {"int4-g16"}
+    mixed = schemes(planned(llama, rules={"*.down_proj": "int4-g32", "*.layers.1.*": "int8"}))
+    assert mixed["model.layers.1.mlp.down_proj"] == "int4-g32"  # the first rule that matches
+    assert mixed["model.layers.1.mlp.up_proj"] == "int8-channel"
+    assert mixed["model.layers.0.mlp.up_proj"] == "int8-channel-a8"
+
+
+def test_gpt2s_conv1d_is_planned_as_out_by_in(tmp_path: Path) -> None:
+    plan = planned(load_folder(tiny_gpt2, tmp_path), layout="onnx")
+    layer = plan.layers["transformer.h.0.attn.c_attn"]
+    assert (layer.kind, layer.out_features, layer.in_features) == ("conv1d", 192, 64)
+    assert layer.disk_tensors["weight_scale"].shape == (192, 1)
+    assert len(plan.layers) == 8
+
+
+class Net(nn.Module):
+    """One of each kind of module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, groups=2, bias=False)
+        self.reflecting = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.same = nn.Conv2d(8, 8, 3, padding="same")
+        self.norm = nn.BatchNorm2d(8)
+        self.scaled = Scaled(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.linear = nn.Linear(8, 5)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_convolutions_are_flattened_and_what_is_no_plain_layer_stays_float() -> None:
+    plan = planned(model_of(Net()), unused=("attention.out_proj",))
+    assert {name: (layer.kind, layer.out_features, layer.in_features) for name, layer in plan.layers.items()} == {
+        "conv": ("conv2d", 8, 2 * 3 * 3),
+        "linear": ("linear", 5, 8),
+    }
+    assert reasons(plan) == {
+        "reflecting": "Conv2d is not quantized",
+        "same": "Conv2d is not quantized",
+        "norm": "BatchNorm2d is not quantized",
+        "scaled": "Scaled is not quantized",
+        "attention": "MultiheadAttention is not quantized",
+        "attention.out_proj": "the exported graph does not use it as a layer",
+    }
+
+
+# What stays float
+
+
+def test_everything_that_stays_float_is_listed_with_its_reason(llama: Model) -> None:
+    found = reasons(planned(llama, rules={"*.layers.0.mlp.*": "float"}))
+    rule = dict.fromkeys((f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")), "a rule keeps it in float")
+    norms = [f"model.layers.{index}.{name}_layernorm" for index in (0, 1) for name in ("input", "post_attention")]
+    assert found == {
+        "model.embed_tokens": "Embedding is not quantized",
+        **dict.fromkeys([*norms, "model.norm"], "LlamaRMSNorm is not quantized"),
+        **rule,
+        "lm_head": "shares its weight with model.embed_tokens, which stays in float",
+    }
+
+
+def test_every_module_with_weights_is_either_planned_or_listed(llama: Model) -> None:
+    plan = planned(llama)
+    weighted = [name for name, module in llama.module.named_modules() if list(module.parameters(recurse=False))]
+    assert sorted([*plan.layers, *reasons(plan)]) == sorted(weighted)
+
+
+def test_an_output_head_is_quantized_only_if_a_rule_names_it(untied: Model) -> None:
+    assert "--rule 'lm_head=int8-channel-a8'" in reasons(planned(untied))["lm_head"]
+    assert schemes(planned(untied, rules={"lm_head": "int8-channel"}))["lm_head"] == "int8-channel"
+
+
+def test_a_tied_head_stays_float_even_if_a_rule_names_it(llama: Model) -> None:
+    assert "shares its weight" in reasons(planned(llama, rules={"lm_head": "int8"}))["lm_head"]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 8)
+        self.b.weight = self.a.weight
+
+
+def test_linears_that_share_a_weight_both_stay_float() -> None:
+    """Codes for one and floats for the other would take more bytes than the source."""
+    plan = planned(model_of(Tied()))
+    assert list(plan.layers) == ["c"]
+    assert reasons(plan) == {
+        "a": "shares its weight with b, which stays in float",
+        "b": "shares its weight with a, which stays in float",
+    }
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("scheme", ["int4-channel-a8", "int8-g32-a8", "int4-g32-asym-a8"])
+@pytest.mark.parametrize("where", ["scheme", "rule"])
+def test_001_int8_activations_need_int8_weights_per_tensor_or_channel(llama: Model, scheme: str, where: str) -> None:
+    error = refusal(llama, **({"scheme": scheme} if where == "scheme" else {"rules": {"*.q_proj": scheme}}))
+    assert error.code == "QC-PLAN-001"
+    assert scheme in error.message
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "scheme", "words"),
+    [
+        (AbsMaxQuantizer(), "int8-asym", "absmax has no zero point"),
+        (ZeroPointQuantizer(), "int8", "add -asym"),
+        (PerChannelQuantizer(), "int8-tensor", "take -channel or -gN"),
+        (AWQQuantizer(), "int8-channel-a8", "leave out -a8"),
+        (LLMInt8Quantizer(), "int4", "take int8-channel-a8"),
+    ],
+)
+@pytest.mark.parametrize("where", ["scheme", "rule"])
+def test_002_a_quantizer_refuses_a_scheme(llama: Model, quantizer: Quantizer, scheme: str, words: str, where: str) -> None:
+    error = refusal(llama, quantizer, **({"scheme": scheme} if where == "scheme" else {"rules": {"*": scheme}}))
+    assert error.code == "QC-PLAN-002"
+    assert words in error.message
+    assert f"quantizer {quantizer.name} can't produce" in error.message
+    assert str(quantizer.default_scheme) in error.hint
+
+
+def test_003_a_rule_that_matches_nothing(llama: Model) -> None:
+    error = refusal(llama, rules={"*.down_proj": "int8", "*.w2": "float"})
+    assert error.code == "QC-PLAN-003"
+    assert "'*.w2'" in error.message
+    assert "model.layers.0.self_attn.q_proj" in error.hint
+    planned(llama, rules={"model.norm": "float"})  # what stays float anyway may be named
+
+
+def test_004_a_group_that_does_not_divide_lists_every_layer(llama: Model) -> None:
+    """Fault 14."""
+    error = refusal(llama, scheme="int4-g128")
+    assert error.code == "QC-PLAN-004"
+    odd = [name for name in planned(llama).layers if not name.endswith("down_proj")]
+    assert f"{len(odd)} layers" in error.message
+    assert all(f"{name} (64 inputs, int4-g128)" in error.message for name in odd)
+    assert "down_proj" not in error.message
+    assert f"--rule '{odd[0]}=float'" in error.hint
+
+
+def test_004_counts_the_columns_of_a_flattened_kernel() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 4, 3), nn.Conv2d(16, 4, 3))
+    assert "1 layers: 0 (72 inputs, int8-g16)" in refusal(model_of(net), scheme="int8-g16").message
+
+
+@pytest.mark.parametrize(
+    ("default", "other"), [("int4-g32-asym", "int4-g32"), ("int4-g32", "int8-asym"), ("int4-g32-asym", "int4-g16-asym")]
+)
+def test_005_zero_points_beside_a_second_scheme_which_transformers_would_load_wrongly(
+    llama: Model, default: str, other: str
+) -> None:
+    error = refusal(llama, scheme=default, rules={"*.down_proj": other})
+    assert error.code == "QC-PLAN-005"
+    assert "has zero points" in error.message
+    assert "--layout onnx" in error.hint
+    planned(llama, scheme=default, rules={"*.down_proj": other}, layout="onnx")
+    planned(llama, scheme="int4-g32", rules={"*.down_proj": "int8"})  # symmetric schemes mix freely
+
+
+def test_005_a_conv1d_has_no_place_in_the_transformers_layout(tmp_path: Path) -> None:
+    error = refusal(load_folder(tiny_gpt2, tmp_path))
+    assert error.code == "QC-PLAN-005"
+    assert "'transformer.h.0.attn.c_attn' is a conv1d" in error.message
+
+
+def test_005_does_not_concern_models_that_transformers_never_loads() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    assert len(planned(model_of(net), scheme="int4-g32", rules={"1": "int8-asym"}).layers) == 2
+
+
+def test_006_nothing_to_quantize(llama: Model) -> None:
+    error = refusal(llama, rules={"*": "float"})
+    assert error.code == "QC-PLAN-006"
+    assert "a rule keeps it in float; shares its weight" in error.message
+    assert refusal(model_of(nn.Sequential(nn.BatchNorm1d(3)))).code == "QC-PLAN-006"
+
+
+def test_007_zero_points_on_cuda(llama: Model) -> None:
+    error = refusal(llama, AWQQuantizer(), targets=["cpu", "cuda"])
+    assert error.code == "QC-PLAN-007"
+    assert "take int4-g32, or leave out --target cuda" in error.hint
+    planned(llama, AWQQuantizer(), targets=["cuda"], scheme="int4-g32")
+
+
+# What it will cost
+
+
+def test_calibration_is_needed_by_quantizers_with_observers(llama: Model) -> None:
+    assert [planned(llama, quantizer).calibrated for quantizer in (AbsMaxQuantizer(), AWQQuantizer(), LLMInt8Quantizer())] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def written_bytes(model: Model, plan: Plan, folder: Path) -> int:
+    """The tensors that the stages put into model.safetensors, in bytes."""
+    with open_stage(folder / "out", "0123456789abcdef") as stage:
+        blocks = calibrate(model, plan, (), Nearest(), ())
+        write(quantize(blocks, plan, Nearest(), silent, keep_unfolded=True), model, plan, stage, "onnx")
+        stage.publish()
+    return sum(tensor.nbytes for tensor in load_file(folder / "out" / "model.safetensors").values())
+
+
+class Nearest(PerChannelQuantizer):
+    """Takes every scheme."""
+
+    def refuses(self, scheme: object) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "settings"),
+    [
+        (tiny_llama, {}, {}),
+        (tiny_llama, {}, {"scheme": "int4-g32-asym"}),
+        (tiny_llama, {}, {"scheme": "int8-tensor-asym"}),
+        (tiny_llama, {"dtype": torch.bfloat16, "shards": 3}, {"scheme": "int4-g16"}),
+        (tiny_llama, {"tie": False}, {"scheme": "int8-g64-asym", "rules": {"lm_head": "int4", "*.k_proj": "float"}}),
+        (tiny_llama, {}, {"rules": {"lm_head": "int8"}}),
+        (tiny_gpt2, {"dtype": torch.float16}, {"scheme": "int4-channel-asym"}),
+        (tiny_bert, {}, {"scheme": "int8-tensor-asym-a8"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_weights_bytes_are_exactly_what_is_written(
+    tmp_path: Path, build: Build, options: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    model = load_folder(build, tmp_path, **options)
+    plan = planned(model, Nearest(), layout="onnx", **settings)
+    assert plan.weights_bytes == written_bytes(model, plan, tmp_path)
+    assert plan.weights_bytes < model.source_bytes
+
+
+@pytest.mark.parametrize("scheme", ["int8-channel-a8", "int4-channel-asym", "int8-g16"])
+def test_weights_bytes_of_a_module_with_convolutions_and_tied_weights(tmp_path: Path, scheme: str) -> None:
+    torch.manual_seed(0)
+    model = model_of(nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8, affine=False), Tied()))
+    plan = planned(model, Nearest(), scheme=scheme)
+    assert plan.weights_bytes == written_bytes(model, plan, tmp_path)
+
+
+def test_the_peak_grows_with_the_block_and_not_with_their_number(llama: Model) -> None:
+    class Deep(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(depth))
+
+    def peak(depth: int) -> int:
+        return planned(model_of(Deep(depth), blocks=tuple(f"blocks.{index}" for index in range(depth)))).peak_bytes
+
+    assert peak(2) == peak(20) > 64 * 64 * 4
+    assert peak(2) < planned(llama).peak_bytes
+
+
+def test_a_plan_reads_no_weight(llama: Model) -> None:
+    net = model_of(Net())
+    planned(net, unused=("attention.out_proj",))
+    assert net.source.reads == []  # type: ignore[attr-defined]

@@ -1,0 +1,471 @@
+"""The quantize stage: input scales go into the weights around them where that changes nothing, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from calibrate_models import gpt2, llama, model_of, plan_of, text_model, tiny_llama, token_batch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from qconvert.calibrate import calibrate
+from qconvert.errors import InputError
+from qconvert.ir.layer import Block, CalibrationStats, Layer, LinearGroup, Producer
+from qconvert.ir.model import Model
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import InputGroup
+from qconvert.plugin.observer import AbsMax, Gram, Observer
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.quantize import quantize
+from qconvert.quantize.fold import Folded, fold
+from qconvert.quantizers.awq import AWQQuantizer
+from qconvert.trace import trace
+
+BATCHES = (token_batch((7, 7)), token_batch((9, 4), seed=1))
+INT8 = QuantScheme.parse("int8-channel")
+LAYER = "model.layers.0"
+NORM, UP, DOWN = f"{LAYER}.input_layernorm", f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.down_proj"
+QKV = tuple(f"{LAYER}.self_attn.{name}_proj" for name in "qkv")
+V, OUT = f"{LAYER}.self_attn.v_proj", f"{LAYER}.self_attn.o_proj"
+# 4 heads of 8 channels read 2 value heads.
+COPIES = tuple(head // 2 * 8 + channel for head in range(4) for channel in range(8))
+
+ScaleOf = Callable[[LinearGroup], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Scaling(Quantizer):
+    """Asks for the input scale that `scale_of` gives."""
+
+    scale_of: ScaleOf = field(default=lambda group: None)
+    asked: list[str] = field(default_factory=list)
+
+    name = "scaling"
+    default_scheme = INT8
+    observers = (AbsMax, Gram)
+
+    def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        self.asked.append(group.layers[0].name)
+        return LinearGroup(group.layers, group.producer, group.stats, self.scale_of(group))
+
+    def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        return round_to_nearest(layer.weight, scheme)
+
+
+def ramp(group: LinearGroup) -> Tensor:
+    """A scale that differs from channel to channel, but not between copies of one."""
+    width = group.layers[0].weight.shape[1]
+    scale = torch.linspace(0.5, 2, width)
+    channels = group.producer.channels if group.producer else None
+    return scale if channels is None else scale[torch.tensor(channels)]
+
+
+def only(*names: str) -> ScaleOf:
+    """`ramp` for the groups of these layers."""
+    return lambda group: ramp(group) if group.layers[0].name in names else None
+
+
+def block_of(model: Model, *groups: InputGroup, kept_float: tuple[str, ...] = ()) -> Block:
+    """The first block, calibrated."""
+    batches = [{"input": torch.randn(5, 8, generator=torch.Generator().manual_seed(0))}] if model.task == "module" else BATCHES
+    return next(calibrate(model, plan_of(model, kept_float), groups, Scaling(), batches))
+
+
+def llama_block(**options: Any) -> Block:
+    return block_of(
+        llama()[1],
+        InputGroup(QKV, Producer("norm", NORM)),
+        InputGroup((OUT,), Producer("linear", V, COPIES)),
+        InputGroup((f"{LAYER}.mlp.gate_proj", UP), Producer("norm", f"{LAYER}.post_attention_layernorm")),
+        InputGroup((DOWN,), Producer("linear", UP)),
+        **options,
+    )
+
+
+def folded(block: Block, scale_of: ScaleOf, keep_unfolded: bool = False) -> Folded:
+    schemes = {layer.name: INT8 for layer in block.layers}
+    return fold(block, Scaling(scale_of), schemes, keep_unfolded)
+
+
+def weights(block: Block) -> dict[str, Tensor]:
+    return {layer.name: layer.weight for layer in block.layers}
+
+
+def parameters(result: Folded) -> dict[str, Tensor]:
+    """Every parameter of the folded block, in the module's own shape."""
+    layers = {
+        f"{layer.name}.weight": layer.weight.T if layer.kind == "conv1d" else layer.weight for layer in result.block.layers
+    }
+    return {**result.tensors, **layers}
+
+
+def change(block: Block, replaced: Mapping[str, Tensor]) -> float:
+    assert block.relative_change is not None
+    return block.relative_change(replaced)
+
+
+# Where a scale goes
+
+
+def test_into_a_norm() -> None:
+    block = llama_block()
+    result = folded(block, only(QKV[0]))
+    scale = torch.linspace(0.5, 2, 32)
+    for name in QKV:
+        assert torch.equal(weights(result.block)[name], weights(block)[name] * scale)
+    assert result.tensors.keys() == {f"{NORM}.weight"}
+    assert torch.equal(result.tensors[f"{NORM}.weight"], block.tensors[f"{NORM}.weight"] / scale)
+    assert result.input_scales == {}
+
+
+def test_into_the_rows_of_a_linear_that_is_quantized_too() -> None:
+    block = llama_block()
+    result = folded(block, only(DOWN))
+    scale = torch.linspace(0.5, 2, 48)
+    assert torch.equal(weights(result.block)[DOWN], weights(block)[DOWN] * scale)
+    assert torch.equal(weights(result.block)[UP], weights(block)[UP] / scale.unsqueeze(1))
+    assert result.tensors == {}  # `up` is quantized from its folded weight
+
+
+def test_into_the_rows_of_a_linear_that_stays_float() -> None:
+    block = llama_block(kept_float=(V,))
+    result = folded(block, only(OUT))
+    scale = torch.linspace(0.5, 2, 32)[:16]  # the 16 channels of v, as the copies have them
+    assert torch.equal(result.tensors[f"{V}.weight"], block.tensors[f"{V}.weight"] / scale.unsqueeze(1))
+    assert change(block, parameters(result)) < 1e-5
+
+
+def test_through_grouped_query_attention_into_v() -> None:
+    block = llama_block()
+    result = folded(block, only(OUT))
+    scale = torch.linspace(0.5, 2, 32)[:16]
+    assert torch.equal(weights(result.block)[V], weights(block)[V] / scale.unsqueeze(1))
+    assert torch.equal(weights(result.block)[OUT], weights(block)[OUT] * scale[torch.tensor(COPIES)])
+
+
+def test_everything_at_once_leaves_the_block_as_it_computes() -> None:
+    block = llama_block()
+    result = folded(block, ramp)
+    changed = parameters(result)
+    assert all(not torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
+    assert len(result.tensors) == 2
+    assert change(block, changed) < 1e-5
+    for name in changed:  # each of them is needed
+        assert change(block, {key: value for key, value in changed.items() if key != name}) > 1e-3
+
+
+def biased_net(activation: nn.Module) -> Model:
+    """LayerNorm, a linear, an activation, a linear: weights and biases far from 1 and 0."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), activation, nn.Linear(12, 4))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    return model_of(net, input_names=("input",))
+
+
+def biased_block(activation: nn.Module, **options: Any) -> Block:
+    groups = (InputGroup(("1",), Producer("norm", "0")), InputGroup(("3",), Producer("linear", "1")))
+    return block_of(biased_net(activation), *groups, **options)
+
+
+@pytest.mark.parametrize("kept_float", [(), ("1",)], ids=["quantized producer", "float producer"])
+def test_biases_of_producers_are_divided_too(kept_float: tuple[str, ...]) -> None:
+    block = biased_block(nn.ReLU(), kept_float=kept_float)
+    result = folded(block, ramp)
+    assert {name for name in result.tensors if name.endswith("bias")} == {"1.bias"} | ({"0.bias"} if not kept_float else set())
+    assert change(block, parameters(result)) < 1e-5
+    layers = {layer.name: layer for layer in result.block.layers}
+    if not kept_float:
+        assert layers["1"].bias is result.tensors["1.bias"]
+
+
+def test_into_a_norm_before_a_conv1d() -> None:
+    norm, layer = "transformer.h.0.ln_1", "transformer.h.0.attn.c_attn"
+    block = block_of(gpt2()[1], InputGroup((layer,), Producer("norm", norm)))
+    result = folded(block, only(layer))
+    assert result.tensors.keys() == {f"{norm}.weight", f"{norm}.bias"}
+    assert change(block, parameters(result)) < 1e-5
+
+
+def relu_gpt2() -> Model:
+    config = GPT2Config(
+        vocab_size=100, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
+        activation_function="relu",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return text_model(GPT2LMHeadModel(config).eval(), "causal-lm", "transformer.h")
+
+
+FC, PROJ = "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"
+
+
+def test_into_the_rows_of_a_conv1d() -> None:
+    block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)))
+    result = folded(block, only(PROJ))
+    assert torch.equal(weights(result.block)[FC], weights(block)[FC] / torch.linspace(0.5, 2, 128).unsqueeze(1))
+    assert change(block, parameters(result)) < 1e-5
+
+
+def test_not_into_a_conv1d_that_stays_float() -> None:
+    block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)), kept_float=(FC,))
+    result = folded(block, only(PROJ))
+    assert torch.equal(weights(result.block)[PROJ], weights(block)[PROJ])
+    assert result.tensors == {}
+
+
+# What does not fold
+
+
+def test_an_unsound_fold_is_seen_and_left_out_while_the_sound_one_is_made() -> None:
+    block = biased_block(nn.GELU())  # gelu(x / s) is not gelu(x) / s
+    result = folded(block, ramp)
+    assert torch.equal(weights(result.block)["3"], weights(block)["3"])
+    assert torch.equal(weights(result.block)["1"], weights(block)["1"] * torch.linspace(0.5, 2, 8))
+    assert result.tensors.keys() == {"0.weight", "0.bias"}
+    assert result.input_scales == {}
+
+
+def test_copies_of_one_channel_with_different_scales_do_not_fold() -> None:
+    block = llama_block()
+    result = folded(block, lambda group: torch.linspace(0.5, 2, 32) if group.layers[0].name == OUT else None)
+    assert all(torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
+    assert result.input_scales == {}
+
+
+def test_without_a_producer_the_quantizer_is_not_even_asked() -> None:
+    block = block_of(llama()[1], InputGroup(QKV, Producer("norm", NORM)))
+    quantizer = Scaling(ramp)
+    fold(block, quantizer, {layer.name: INT8 for layer in block.layers}, keep_unfolded=False)
+    assert quantizer.asked == [QKV[0]]
+
+
+def test_a_layout_that_has_a_place_for_it_keeps_what_does_not_fold() -> None:
+    block = biased_block(nn.GELU())
+    result = folded(block, ramp, keep_unfolded=True)
+    assert result.input_scales.keys() == {"3"}
+    assert torch.equal(result.input_scales["3"], torch.linspace(0.5, 2, 12))
+    assert torch.equal(weights(result.block)["3"], weights(block)["3"] * torch.linspace(0.5, 2, 12))
+    assert result.tensors.keys() == {"0.weight", "0.bias"}
+
+
+def test_layers_that_share_an_input_keep_one_scale() -> None:
+    block = block_of(llama()[1], InputGroup(QKV, None))
+    result = folded(block, only(QKV[0]), keep_unfolded=True)
+    assert result.input_scales.keys() == set(QKV)
+    assert len({id(scale) for scale in result.input_scales.values()}) == 1
+
+
+def test_the_input_of_a_convolution_is_never_scaled() -> None:
+    """Its columns are patches: one input channel is in many of them."""
+    torch.manual_seed(0)
+    model = model_of(nn.Sequential(nn.Conv2d(2, 3, 3)), input_names=("input",))
+    block = next(calibrate(model, plan_of(model), (), Scaling(), [{"input": torch.randn(2, 2, 5, 5)}]))
+    quantizer = Scaling(ramp)
+    result = fold(block, quantizer, {"0": INT8}, keep_unfolded=True)
+    assert (quantizer.asked, result.input_scales) == ([], {})
+
+
+def test_a_quantizer_that_asks_for_nothing_gets_the_block_as_it_is() -> None:
+    block = llama_block()
+    result = folded(block, lambda group: None, keep_unfolded=True)
+    assert (result.tensors, result.input_scales) == ({}, {})
+    assert all(weights(result.block)[name] is weight for name, weight in weights(block).items())
+
+
+# Statistics follow
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()], ids=["folded", "kept"])
+def test_statistics_are_those_of_the_divided_input(activation: nn.Module) -> None:
+    block = biased_block(activation)
+    result = folded(block, ramp, keep_unfolded=True)
+    for before, after in zip(block.layers, result.block.layers, strict=True):
+        scale = torch.linspace(0.5, 2, before.weight.shape[1])
+        assert isinstance(before.stats, CalibrationStats)
+        assert isinstance(after.stats, CalibrationStats)
+        assert after.stats.rows == before.stats.rows
+        assert torch.allclose(after.stats.values["absmax"], before.stats.values["absmax"] / scale)
+        assert torch.allclose(after.stats.values["gram"], before.stats.values["gram"] / torch.outer(scale, scale))
+
+
+def rows_of(seed: int, count: int) -> Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-1, 1, 6)
+
+
+def seen(kind: type[Observer], *parts: Tensor) -> Observer:
+    observer = kind()
+    for rows in parts:
+        observer.update(rows)
+    return observer
+
+
+OBSERVERS = pytest.mark.parametrize("kind", [AbsMax, Gram], ids=lambda kind: kind.name)
+
+
+@OBSERVERS
+def test_divided_is_what_would_have_been_observed(kind: type[Observer]) -> None:
+    rows, scale = rows_of(0, 20), torch.linspace(0.1, 3, 6)
+    divided = kind.divided(seen(kind, rows).finalize(), scale)
+    assert torch.allclose(divided, seen(kind, rows / scale).finalize(), rtol=1e-5)
+
+
+@OBSERVERS
+def test_however_rows_are_split_and_merged_the_statistic_is_the_same(kind: type[Observer]) -> None:
+    parts = rows_of(0, 5), rows_of(1, 8), rows_of(2, 1)
+    whole = seen(kind, torch.cat(parts)).finalize()
+    assert torch.allclose(seen(kind, *parts).finalize(), whole, rtol=1e-5)
+
+    left, right, first = seen(kind, parts[0]), seen(kind, parts[1]), seen(kind, parts[0])
+    left.merge(seen(kind, parts[1]))  # (a + b) + c
+    left.merge(seen(kind, parts[2]))
+    right.merge(seen(kind, parts[2]))  # a + (b + c)
+    first.merge(right)
+    empty = kind()  # nothing + a + b + c + nothing
+    empty.merge(left)
+    empty.merge(kind())
+    for merged in (left, first, empty):
+        assert torch.allclose(merged.finalize(), whole, rtol=1e-5)
+
+
+@OBSERVERS
+def test_merging_leaves_the_other_observer_as_it_was(kind: type[Observer]) -> None:
+    first, second = kind(), seen(kind, rows_of(1, 8))
+    before = second.finalize().clone()
+    first.merge(second)
+    first.update(rows_of(2, 4))
+    assert torch.equal(second.finalize(), before)
+
+
+# From the graph
+
+
+class Residual(nn.Module):
+    """Two convolutions and two linears that share an input each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.conv(x) + self.shortcut(x)).mean((2, 3))
+        return self.a(x) * self.b(x)
+
+
+def residual() -> Model:
+    torch.manual_seed(0)
+    return model_of(Residual(), input_names=("x",), example_inputs={"x": torch.randn(4, 4, 6, 6)})
+
+
+def test_linears_share_statistics_and_convolutions_do_not() -> None:
+    """Convolutions of one input cut it into patches of their own."""
+    model = residual()
+    plan, groups = plan_of(model), trace(model).groups
+    assert [group.layers for group in groups] == [("conv",), ("shortcut",), ("a", "b")]
+    (block,) = calibrate(model, plan, groups, AWQQuantizer(), [dict(model.example_inputs)])
+    (quantized,) = quantize([block], plan, AWQQuantizer(), Counting(), keep_unfolded=True)
+    for layer in quantized.layers:
+        weight = model.read(f"{layer.name}.weight").flatten(1)
+        assert (layer.tensor.dequantize() - weight).norm() < 0.02 * weight.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named_even_where_the_graph_is_checked_on_it(value: float) -> None:
+    """Faults 11 and 12: the trace runs a block on its weights before anything is quantized."""
+    model = residual()
+    model.source.held["b.weight"][3, 2] = value  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"tensor b\.weight holds [01] NaN and [01] infinite values among 128") as raised:
+        trace(model)
+    assert raised.value.code == "QC-WEIGHT-001"
+
+
+# The whole stage
+
+
+class Counting:
+    """A Progress that counts blocks."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+
+    def stage(self, name: str, total: int | None) -> None: ...
+
+    def advance(self, n: int = 1) -> None:
+        self.blocks += n
+
+
+def stream(model: Model, quantizer: Quantizer, progress: Counting, keep_unfolded: bool = False) -> Iterator[Any]:
+    plan = plan_of(model)
+    return quantize(calibrate(model, plan, (), quantizer, BATCHES), plan, quantizer, progress, keep_unfolded=keep_unfolded)
+
+
+def test_blocks_are_quantized_one_at_a_time() -> None:
+    model, progress = llama()[1], Counting()
+    blocks = stream(model, Scaling(), progress)
+    assert next(blocks).name == LAYER
+    assert not any("layers.1." in name for name in model.source.reads)  # type: ignore[attr-defined]
+    assert progress.blocks == 0
+    assert [block.name for block in blocks] == ["model.layers.1", "model.layers.2", ""]
+    assert progress.blocks == 4
+
+
+def test_what_was_kept_is_on_the_tensor_and_dequantizes_to_the_weight() -> None:
+    model = llama()[1]
+    for block in stream(model, Scaling(ramp), Counting(), keep_unfolded=True):
+        for layer in block.layers:
+            weight = model.read(f"{layer.name}.weight")
+            assert torch.equal(layer.tensor.input_scale, torch.linspace(0.5, 2, weight.shape[1]))
+            assert (layer.tensor.dequantize() - weight).norm() < 0.02 * weight.norm()
+
+
+def test_the_relative_error_is_that_of_the_codes() -> None:
+    model = llama()[1]
+    for block in stream(model, Scaling(), Counting()):
+        for layer in block.layers:
+            weight = model.read(f"{layer.name}.weight")
+            expected = (layer.tensor.dequantize() - weight).norm() / weight.norm()
+            assert layer.relative_error == pytest.approx(expected.item(), rel=1e-4)
+            assert 0 < layer.relative_error < 0.02
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(size: float) -> None:
+    def error(factor: float) -> float:
+        plain = nn.Sequential(nn.Linear(16, 8))
+        nn.init.uniform_(plain[0].weight, -factor, factor, generator=torch.Generator().manual_seed(0))
+        model = model_of(plain, input_names=("input",))
+        plan = plan_of(model)
+        blocks = calibrate(model, plan, (), Blind(), ())
+        (block,) = quantize(blocks, plan, Blind(), Counting(), keep_unfolded=False)
+        return block.layers[0].relative_error
+
+    assert error(size) == pytest.approx(error(1.0), rel=1e-3)
+
+
+@dataclass(frozen=True)
+class Blind(Scaling):
+    observers = ()
+
+
+@pytest.mark.parametrize(
+    ("value", "counts"), [(torch.nan, "3 NaN and 0 infinite"), (torch.inf, "0 NaN and 3 inf"), (-torch.inf, "0 NaN and 3 inf")]
+)
+def test_weights_that_are_not_finite_are_refused_before_a_quantizer_sees_them(value: float, counts: str) -> None:
+    """Faults 11 and 12."""
+    plain = tiny_llama()
+    with torch.no_grad():
+        plain.get_submodule("model.layers.1.mlp.up_proj").weight[5, 7:10] = value  # type: ignore[index]
+    model = text_model(plain, "causal-lm", "model.layers")
+    quantizer = Blind()
+    blocks = stream(model, quantizer, Counting())
+    next(blocks)
+    with pytest.raises(InputError) as raised:
+        next(blocks)
+    assert raised.value.code == "QC-WEIGHT-001"
+    assert f"tensor model.layers.1.mlp.up_proj.weight holds {counts}" in raised.value.message
+    assert "among 1536, first in channel 5 (1 channels in all)" in raised.value.message

@@ -1,0 +1,132 @@
+"""Fidelity numbers against their definitions, worked out sample by sample in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qconvert.ir.progress import silent
+from qconvert.ir.report import Fidelity, Task
+from qconvert.verify.fidelity import ROWS_AT_ONCE, measure_fidelity
+
+VOCABULARY = 11
+# One sample is longer than what is compared at once.
+LENGTHS = ((ROWS_AT_ONCE + 44, 7), (1, 12))
+
+
+class FakeSession:
+    """Answers with `table`[token ids] plus its position, or for modules with x @ table; padding gets rubbish."""
+
+    def __init__(self, seed: int, width: int = VOCABULARY) -> None:
+        self.table = np.random.default_rng(seed).normal(size=(VOCABULARY, width)).astype(np.float32)
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="input_ids")]
+
+    def run(self, _: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        if "x" in inputs:
+            return [inputs["x"] @ self.table]
+        positions = np.arange(inputs["input_ids"].shape[1], dtype=np.float32)
+        output = self.table[inputs["input_ids"]] * np.cos(positions + self.table[0, 0])[None, :, None]
+        output[inputs["attention_mask"] == 0] = 1e4
+        return [output]
+
+
+ARTIFACT, FLOAT = FakeSession(0), FakeSession(1)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    made = []
+    for seed, lengths in enumerate(LENGTHS):
+        generator = torch.Generator().manual_seed(seed)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(1, VOCABULARY, mask.shape, generator=generator) * mask
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def measured(task: Task, artifact: FakeSession = ARTIFACT, data: list[dict[str, Tensor]] | None = None) -> Fidelity:
+    return measure_fidelity(artifact, FLOAT, batches() if data is None else data, task, "cpu", silent)
+
+
+def samples() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(ids, artifact's outputs, float outputs) of every sample, without padding, in float64."""
+    found = []
+    for batch in batches():
+        fed = {name: value.numpy() for name, value in batch.items()}
+        outputs = [torch.from_numpy(session.run(None, fed)[0]).double() for session in (ARTIFACT, FLOAT)]
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            found.append((batch["input_ids"][row, :length], outputs[0][row, :length], outputs[1][row, :length]))
+    return found
+
+
+def test_decoders_by_hand() -> None:
+    kl, same, losses, float_losses, largest = [], [], [], [], 0.0
+    for ids, found, expected in samples():
+        p, q = expected.softmax(-1), found.softmax(-1)
+        kl += (p * (p / q).log()).sum(-1).tolist()
+        same += (p.argmax(-1) == q.argmax(-1)).tolist()
+        losses += [-float(q[t, ids[t + 1]].log()) for t in range(len(ids) - 1)]
+        float_losses += [-float(p[t, ids[t + 1]].log()) for t in range(len(ids) - 1)]
+        largest = max(largest, float((found - expected).abs().max()))
+    result = measured("causal-lm")
+    assert result.status == "passed"
+    assert result.kl == pytest.approx(np.mean(kl), rel=1e-5)
+    assert result.top1 == pytest.approx(np.mean(same))
+    assert result.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+    assert result.perplexity_float == pytest.approx(np.exp(np.mean(float_losses)), rel=1e-5)
+    assert result.max_abs == pytest.approx(largest, rel=1e-5)
+    assert result.cosine is None
+
+
+def test_encoders_by_the_cosine_of_mean_pooled_vectors() -> None:
+    cosines, largest = [], 0.0
+    for _, found, expected in samples():
+        one, other = found.mean(0), expected.mean(0)
+        cosines.append(float(one @ other / (one.norm() * other.norm())))
+        largest = max(largest, float((found - expected).abs().max()))
+    result = measured("encoder")
+    assert result.cosine == pytest.approx(np.mean(cosines), rel=1e-4)
+    assert result.max_abs == pytest.approx(largest, rel=1e-5)
+    assert result.kl is result.top1 is result.perplexity is None
+
+
+def test_modules_by_rows() -> None:
+    x = torch.randn(9, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    found, expected = (x.double() @ torch.from_numpy(session.table).double() for session in (ARTIFACT, FLOAT))
+    result = measured("module", data=[{"x": x[:6]}, {"x": x[6:]}])
+    assert result.cosine == pytest.approx(float(torch.cosine_similarity(found, expected).mean()), rel=1e-5)
+    assert result.top1 == pytest.approx(float((found.argmax(1) == expected.argmax(1)).double().mean()))
+    assert result.max_abs == pytest.approx(float((found - expected).abs().max()), rel=1e-5)
+
+
+def test_a_module_with_one_output_has_no_top1() -> None:
+    x = torch.randn(4, VOCABULARY)
+    result = measure_fidelity(FakeSession(0, width=1), FakeSession(1, width=1), [{"x": x}], "module", "cpu", silent)
+    assert result.top1 is None
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
+def test_the_float_model_agrees_with_itself(task: Task) -> None:
+    data = [{"x": torch.randn(4, VOCABULARY)}] if task == "module" else None
+    result = measured(task, FLOAT, data)
+    assert result.max_abs == 0
+    if task == "causal-lm":
+        assert (result.kl, result.top1) == (0, 1)
+        assert result.perplexity == result.perplexity_float
+    else:
+        assert result.cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
+def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: Task) -> None:
+    broken = FakeSession(0)
+    broken.table[:] = np.nan
+    result = measured(task, broken, [{"x": torch.ones(2, VOCABULARY)}] if task == "module" else None)
+    assert result.status == "failed"
+    assert "not finite" in (result.reason or "")
