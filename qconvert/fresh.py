@@ -39,9 +39,8 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died already; why is said below
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that has died already is reported below
             json.dump(request, child.stdin)
-            child.stdin.close()
         for line in child.stdout:
             _pass_on(line, progress)
     if not result.exists():

@@ -111,9 +111,7 @@ class Recipe(_Part):
     options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
     rules: tuple[Rule, ...] = Field((), description="layers that get another scheme, or stay in float; the first match wins")
     calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
-    evaluation: DataSpec = Field(
-        DataSpec(samples=24), description="data on which the artifact is compared with the float model"
-    )
+    evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")
     seed: int = Field(0, ge=0, description="which samples are drawn from the data")
     targets: tuple[Target, ...] = Field(("cpu",), description="where the artifact is to run")
     layout: Layout = Field(

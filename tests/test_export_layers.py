@@ -28,7 +28,10 @@ from qconvert.verify.parity import Artifact
 EXACT = 2e-6  # float32 sums in another order
 
 WEIGHT_ONLY = [
-    f"int{bits}-{granularity}{asym}" for bits in (4, 8) for granularity in ("tensor", "channel", "g16") for asym in ("", "-asym")
+    f"int{bits}-{granularity}{asym}"
+    for bits in (4, 8)
+    for granularity in ("tensor", "channel", "g16")
+    for asym in ("", "-asym")
 ]
 INT8_ACTIVATIONS = [f"int8-{granularity}{asym}-a8" for granularity in ("tensor", "channel") for asym in ("", "-asym")]
 SCHEMES = WEIGHT_ONLY + INT8_ACTIVATIONS
@@ -224,10 +227,11 @@ def test_weight_only_linears_are_one_matmul_nbits(text: str, width: int, expecte
 def test_layers_that_are_not_quantized_stay_plain_float_ops(tmp_path: Path) -> None:
     model, template = linear_and_conv1d(64)
     scheme = QuantScheme.parse("int8-channel")
-    artifact = publish(model, template, quantize_nearest(model, lambda name, _: scheme if name == "one" else None), tmp_path / "out")
+    artifact = publish(
+        model, template, quantize_nearest(model, lambda name, _: scheme if name == "one" else None), tmp_path / "out"
+    )
     assert sorted(set(ops(artifact)) - {"Cast"}) == ["Add", "MatMul", "MatMulNBits"]
     x = torch.randn(3, 64)
     expected = x @ model.read("other.weight") + model.read("other.bias")
     assert largest_difference(outputs(artifact, x)[1], expected.numpy()) < EXACT
     assert artifact.layer("one").q.shape == (8, 64)
-

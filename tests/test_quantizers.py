@@ -284,6 +284,18 @@ def test_clipping_can_be_turned_off() -> None:
     assert not torch.equal(AWQQuantizer().quantize(layer, scheme).dequantize(), unclipped)
 
 
+@pytest.mark.parametrize("scheme", AWQ_SCHEMES, ids=str)
+def test_the_scale_is_the_power_of_the_magnitudes_with_the_least_output_error(scheme: QuantScheme) -> None:
+    rows, weight = skewed_rows(), normal(16, 48) * torch.logspace(0, 1, 48)
+    magnitude = rows.square().mean(0).sqrt()
+    powers = [magnitude ** (step / 20) for step in range(20)]
+    scales = [power / (power.max() * power.min()).sqrt() for power in powers]
+    errors = [output_error(rows, weight, round_to_nearest(weight * scale, scheme).dequantize() / scale) for scale in scales]
+    found = AWQQuantizer().prepare(group_of(rows, weight), (scheme,)).input_scale
+    assert found is not None
+    assert torch.allclose(found, scales[errors.index(min(errors))], rtol=1e-4)
+
+
 def test_larger_inputs_get_larger_scales() -> None:
     scale = AWQQuantizer().prepare(group_of(skewed_rows(), normal(16, 48)), (AWQ_SCHEMES[0],)).input_scale
     assert scale is not None

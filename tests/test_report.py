@@ -264,7 +264,7 @@ def test_layers_that_differ_only_in_their_block_share_a_row() -> None:
     assert rows == [
         ["layer", "count", "[out,", "in]", "scheme", "bytes"],
         ["model.layers.*.a", "3", "64,", "128", "int4-g32", "13.9", "kB"],
-        ["model.layers.*.b", "2", "64,", "128", "int8-channel", "16.7", "kB"],
+        ["model.layers.*.b", "2", "64,", "128", "int8-channel", "16.9", "kB"],
         ["model.layers.2.b", "1", "64,", "128", "int4-g64", "4.4", "kB"],
     ]
 

@@ -37,8 +37,10 @@ def test_without_a_granularity_per_channel_is_meant(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "int", "int3", "int16", "INT4", "fp8", "float", "int4-g", "int4-g0", "int4-g8", "int4-g33", "int4-g512"]
-    + ["int4-a8-asym", "int4-sym", "int4-channel-channel", "int4-g32-g32", "int4 ", "int4\n", "int8-a16"],
+    [
+        *("", "int", "int3", "int16", "INT4", "fp8", "float", "int4 ", "int4\n", "int8-a16", "int4-sym", "int4-a8-asym"),
+        *("int4-g", "int4-g0", "int4-g8", "int4-g33", "int4-g512", "int4-channel-channel", "int4-g32-g32"),
+    ],
     ids=repr,
 )
 def test_what_is_no_scheme_is_refused_with_an_example(text: str) -> None:

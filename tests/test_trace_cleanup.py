@@ -92,8 +92,7 @@ def test_a_replaced_output_keeps_its_name_and_type() -> None:
 
 def test_what_nothing_needs_is_removed() -> None:
     model = parse(
-        "(float[2] x) => (float[2] y) <float[2] used = {1, 2}, float[2] unused = {3, 4}>"
-        "{ a = Add(x, unused) y = Add(x, used) }"
+        "(float[2] x) => (float[2] y) <float[2] used = {1, 2}, float[2] unused = {3, 4}>{ a = Add(x, unused) y = Add(x, used) }"
     )
     remove_unused(model)
     assert nodes(model) == ["Add(x, used)"]
@@ -147,6 +146,7 @@ def test_stamped_blocks_have_their_own_parameters_and_caches_and_share_the_rest(
 
 
 # --- producers ---
+
 
 def linear(name: str, x: str) -> str:
     return f'{name} = qconvert.Linear <module="{name}"> ({x})'

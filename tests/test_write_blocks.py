@@ -141,6 +141,18 @@ class TestModelSafetensors:
             assert torch.equal(tensors[name].float(), tensor.float())
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_a_parameter_that_is_not_finite_is_refused_by_name(self, tmp_path: Path) -> None:
+        model = net(extra={"blocks.1.norm.bias": torch.zeros(64)})
+        model.source.content["blocks.1.norm.bias"][5] = torch.nan  # type: ignore[attr-defined]
+        with pytest.raises(InputError, match=r"blocks\.1\.norm\.bias holds 1 NaN and 0 infinite") as raised:
+            convert(model, all_linears("int8"), tmp_path / "out")
+        assert raised.value.code == "QC-WEIGHT-001"
+
+    def test_a_mask_that_is_no_parameter_may_be_infinite(self, tmp_path: Path) -> None:
+        model = net(extra={"mask": torch.full((3,), -torch.inf)})
+        convert(model, all_linears("int8"), tmp_path / "out")
+        assert torch.isinf(load_file(tmp_path / "out" / WEIGHTS)["mask"]).all()
+
     def test_a_folded_tensor_is_written_in_the_source_s_dtype(self, tmp_path: Path) -> None:
         model = net()
         source = MemorySource({name: t.bfloat16() for name, t in model.source.content.items()})  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qconvert.errors import InputError
 from qconvert.ir.scheme import PerTensor, QuantScheme
 
 FLOAT16_TINY = 2.0**-14  # smallest normal float16: a smaller scale would lose bits to subnormals
@@ -26,24 +25,6 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     step = max(1, 131_072 // columns)
     for start in range(0, rows, step):
         yield slice(start, start + step)
-
-
-def refuse_not_finite(name: str, weight: Tensor) -> None:
-    """Raises InputError QC-WEIGHT-001 if the tensor `name` holds NaN or infinite values; rows are its first axis."""
-    if not weight.numel() or not weight.is_floating_point():
-        return
-    smallest, largest = weight.aminmax()  # one pass, and NaN comes through
-    if bool(torch.isfinite(smallest) & torch.isfinite(largest)):
-        return
-    bad = ~torch.isfinite(weight)
-    count, nans = int(bad.sum()), int(torch.isnan(weight).sum())
-    rows = bad.reshape(weight.shape[0], -1).any(1).nonzero().flatten() if weight.ndim else torch.zeros(1)
-    raise InputError(
-        "QC-WEIGHT-001",
-        f"tensor {name!a} holds {nans} NaN and {count - nans} infinite values among {weight.numel()}, "
-        f"in {len(rows)} rows, the first of them row {int(rows[0])}",
-        hint="the checkpoint is damaged or its training diverged: take an earlier one",
-    )
 
 
 def grouped(weight: Tensor, scheme: QuantScheme) -> Tensor:

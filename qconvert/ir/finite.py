@@ -11,14 +11,18 @@ from qconvert.errors import InputError
 def require_finite(name: str, weight: Tensor) -> None:
     """Raises InputError QC-WEIGHT-001, which says how many values of the tensor `name` are not finite, and where.
 
-    weight: [channels, ...]
+    weight: [channels, ...], of any dtype and size.
     """
+    if not weight.is_floating_point() or not weight.numel():
+        return
+    if weight.dtype.itemsize == 1:  # float8 has no arithmetic
+        weight = weight.float()
     smallest, largest = weight.aminmax()  # one pass, and NaN comes through
     if bool(torch.isfinite(smallest) & torch.isfinite(largest)):
         return
     wrong = ~torch.isfinite(weight)
     count, nans = int(wrong.sum()), int(torch.isnan(weight).sum())
-    channels = wrong.reshape(len(weight), -1).any(1).nonzero().flatten().tolist()
+    channels = wrong.reshape(len(weight) if weight.ndim else 1, -1).any(1).nonzero().flatten().tolist()
     raise InputError(
         "QC-WEIGHT-001",
         f"tensor {name} holds {nans} NaN and {count - nans} infinite values among {weight.numel()}, "

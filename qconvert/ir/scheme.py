@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from qconvert.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class QuantScheme:
         schemes, outliers). int4 scales are rounded so that the product is exact in float16 (affine.round_scale); 8-bit
         codes leave no room for that. One scale per channel is so few that float32 costs nothing.
         """
+        import torch  # here: recipes and --help need no torch
+
         grouped = isinstance(self.granularity, PerGroup)
         return torch.float16 if self.bits == 4 or (grouped and self.symmetric) else torch.float32
 

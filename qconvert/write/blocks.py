@@ -10,6 +10,7 @@ from torch import Tensor
 from qconvert.errors import PluginError, QConvertError
 from qconvert.ir import kernel
 from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
+from qconvert.ir.finite import require_finite
 from qconvert.ir.layout import SUFFIXES, encode
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -115,11 +116,23 @@ def _float_tensor(model: Model, block: QuantizedBlock, output: str, source: str)
     """A tensor that stays float, in its stored dtype: as a fold has left it, else as the source holds it."""
     changed = block.tensors.get(output, block.tensors.get(source))
     if changed is None:
-        return model.source.read(source)
+        tensor = model.source.read(source)
+        if _is_parameter(model, output):
+            require_finite(output, tensor)
+        return tensor
     info = model.source.tensors[source]
     if tuple(changed.shape) != info.shape:
         raise _internal(f"tensor {output!a} was folded to {tuple(changed.shape)}, but the source has {info.shape}")
     return changed.to(info.dtype)
+
+
+def _is_parameter(model: Model, name: str) -> bool:
+    """Whether the module computes with it: checkpoints also hold masks and the like, which may well be infinite."""
+    try:
+        model.module.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _check_input_scales(block: QuantizedBlock) -> None:

@@ -1,6 +1,6 @@
 """Benchmarks print ratios; they need real models, so they run only where these are given:
 
-    pytest tests/bench -s --bench-models DIR --bench-data DIR
+pytest tests/bench -s --bench-models DIR --bench-data DIR
 """
 
 from __future__ import annotations

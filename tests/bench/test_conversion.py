@@ -44,7 +44,9 @@ def test_memory_does_not_grow_with_depth(models: Path, tmp_path: Path) -> None:
     once = convert(models / "smollm2", tmp_path / "once")
     twice = convert(twice_as_deep(models / "smollm2", tmp_path / "deep"), tmp_path / "twice")
     growth = twice.peak_anonymous / once.peak_anonymous - 1
-    print(f"\npeak anonymous: {once.peak_anonymous / 1e6:.0f} MB, twice as deep {twice.peak_anonymous / 1e6:.0f} MB: {growth:+.1%}")
+    print(
+        f"\npeak anonymous: {once.peak_anonymous / 1e6:.0f} MB, twice as deep {twice.peak_anonymous / 1e6:.0f} MB: {growth:+.1%}"
+    )
     assert growth < 0.10
 
 

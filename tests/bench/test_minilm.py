@@ -73,7 +73,9 @@ def test_speed_and_cosine(models: Path, data: Path, tmp_path: Path) -> None:
     model = load(str(models / "minilm"), lambda source: None)
     write_float(model, tmp_path / "float.onnx")
     float_model = onnx.load(tmp_path / "float.onnx")
-    quantize_dynamic(float_model, tmp_path / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+    quantize_dynamic(
+        float_model, tmp_path / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
+    )
     sessions = {
         "float": session(tmp_path / "float.onnx"),
         "quantize_dynamic": session(tmp_path / "dynamic.onnx"),
