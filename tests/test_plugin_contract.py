@@ -39,8 +39,8 @@ class NeverOutliers(Nearest):
 
 def test_outliers_must_be_declared() -> None:
     tensor = round_to_nearest(layer().weight, QuantScheme.parse("int8"))
+    outlying = replace(tensor, outliers=Outliers(torch.tensor([3]), torch.zeros(4, 1)))
     with pytest.raises(PluginError, match="does not declare has_outliers"):
-        outlying = replace(tensor, outliers=Outliers(torch.tensor([3]), torch.zeros(4, 1)))
         contract.checked(outlying, layer(), QuantScheme.parse("int8"), NeverOutliers())
 
 

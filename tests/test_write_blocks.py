@@ -216,8 +216,8 @@ class TestSidecar:
         assert found.outliers is not None
         assert torch.equal(found.outliers.columns, torch.tensor([3, 17]))
         assert torch.equal(found.dequantize()[:, [3, 17]], weight[:, [3, 17]])
-        # 48 x 64 codes, 48 float32 scales; 2 int64 columns, 48 x 2 float32 weights, 64 float32 mask
-        assert written.layers[0].bytes == 48 * 64 + 48 * 4 + 2 * 8 + 48 * 2 * 4 + 64 * 4
+        # 48 x 64 codes, 48 float32 scales; 2 int64 columns, 48 x 2 float32 weights, 64 uint8 mask
+        assert written.layers[0].bytes == 48 * 64 + 48 * 4 + 2 * 8 + 48 * 2 * 4 + 64
         assert written.layers[0].name == "blocks.0.a"
         assert written.layers[0].relative_error == 0.25
 

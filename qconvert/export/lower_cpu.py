@@ -131,7 +131,7 @@ class CpuLowering:
         if not columns:
             return x
         if (x, columns) not in self._inputs:
-            mask = self.builder.external(f"{plan.name}.outlier_mask")
+            mask = self.builder.float32(self.builder.external(f"{plan.name}.outlier_mask"))
             self._inputs[x, columns] = self.builder.op("Mul", [x, mask], f"{plan.name}/MaskOutliers")
         return self._inputs[x, columns]
 

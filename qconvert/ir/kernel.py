@@ -46,7 +46,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
     kernel_scale [out, blocks]: the scale repeated per block.
     kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
-    outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] float32 with
+    outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] uint8 with
     zeros at the outliers.
     input_factor [in] float32: what the input is multiplied by, 1 / input_scale.
     """
@@ -60,7 +60,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
         return extra
     if plan.scheme.activation_bits:
         if tensor.outliers is not None:
-            mask = torch.ones(plan.in_features)
+            mask = torch.ones(plan.in_features, dtype=torch.uint8)
             mask[tensor.outliers.columns] = 0
             extra["outlier_columns"] = tensor.outliers.columns
             extra["outlier_weight"] = stored_outliers(tensor.outliers.weight.T)

@@ -33,8 +33,9 @@ def test_time_and_memory_beside_the_builder(models: Path, tmp_path: Path) -> Non
         ours.append(convert(models / "smollm2", tmp_path / "ours"))
     seconds = min(cost.seconds for cost in ours), min(cost.seconds for cost in theirs)
     resident = max(cost.peak_resident for cost in ours), max(cost.peak_resident for cost in theirs)
-    print(f"\ntime: {seconds[0]:.1f} s, builder {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f} x")
-    print(f"peak resident: {resident[0] / 1e6:.0f} MB, builder {resident[1] / 1e6:.0f} MB: {resident[0] / resident[1]:.2f} x")
+    print(f"\n{seconds[0]:.1f} s, builder {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f} x the time")
+    megabytes = [size / 1e6 for size in resident]
+    print(f"{megabytes[0]:.0f} MB, builder {megabytes[1]:.0f} MB: {resident[0] / resident[1]:.2f} x the peak resident memory")
     assert seconds[0] <= 2 * seconds[1]
     assert resident[0] < resident[1]
 
