@@ -33,7 +33,7 @@ class FakeSession:
             return [inputs["x"] @ self.table]
         positions = np.arange(inputs["input_ids"].shape[1], dtype=np.float32)
         output = self.table[inputs["input_ids"]] * np.cos(positions + self.table[0, 0])[None, :, None]
-        output[inputs["attention_mask"] == 0] = 1e4
+        output[inputs["attention_mask"] == 0] = 1e4 * self.table[0, 0]
         return [output]
 
 

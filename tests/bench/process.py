@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import threading
 import time
@@ -43,3 +44,23 @@ def run(command: list[str]) -> Cost:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=stderr)
     return Cost(time.perf_counter() - begin, peaks["VmHWM"], peaks["RssAnon"])
+
+
+def run_stages(command: list[str]) -> tuple[str, dict[str, float]]:
+    """stdout, and the seconds that passed from each `qconvert: STAGE` line on stderr to the next; first come, first kept."""
+    begun: list[tuple[str, float]] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        stderr = []
+        for line in process.stderr:
+            stderr.append(line)
+            if line.startswith("qconvert: "):
+                begun.append((line.removeprefix("qconvert: ").strip(), time.perf_counter()))
+        stdout = process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr="".join(stderr))
+    seconds: dict[str, float] = {}
+    for (name, start), (_, end) in itertools.pairwise(begun):
+        seconds.setdefault(name, end - start)
+    return stdout, seconds
