@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def register_quantizers() -> list[type[Quantizer]]:
 class AWQQuantizer(Quantizer):
     """Activation-aware weight quantization, weights only.
 
-    grid: number of exponents between 0 and 1 that the scale search tries.
+    grid: the scale search tries exponents that are multiples of 1 / grid, below 1.
     min_clip: smallest clip ratio that is tried; 1 turns clipping off.
     """
 
@@ -60,12 +61,16 @@ class AWQQuantizer(Quantizer):
         magnitude = _shared_by_producer(gram.diagonal().clamp(min=0).sqrt(), group)
         if not bool((magnitude > 0).any()):
             return group
-        best, best_error = None, _output_error(group.layers, schemes, gram, None)
-        for step in range(1, self.grid):
-            scale = _normalised(magnitude, step / self.grid)
-            error = _output_error(group.layers, schemes, gram, scale)
-            if error < best_error:
-                best, best_error = scale, error
+
+        @cache
+        def attempt(step: int) -> tuple[float, Tensor | None]:
+            scale = _normalised(magnitude, step / self.grid) if step else None
+            return _output_error(group.layers, schemes, gram, scale), scale
+
+        # The error is smooth in the exponent, so every third is tried first, and then what lies around the best.
+        coarse = min(range(0, self.grid, 3), key=lambda step: attempt(step)[0])
+        around = range(max(coarse - 2, 0), min(coarse + 3, self.grid))
+        _, best = attempt(min(around, key=lambda step: attempt(step)[0]))
         return dataclasses.replace(group, input_scale=best)
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
