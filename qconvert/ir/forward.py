@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
+from qconvert.ir.report import Task
 
 ReadParameter = Callable[[str], Tensor]
 
@@ -122,15 +123,14 @@ class BlockRunner:
             for batch in range(len(self.batches)):
                 self.hidden[batch] = self.call_block(index, batch, self.hidden[batch])
 
-    def outputs(self) -> Iterator[Tensor]:
-        """The model's output per batch, once all blocks are run (a model without blocks runs whole, here).
-
-        causal-lm: logits [rows, tokens, vocabulary]; encoder: last_hidden_state [rows, tokens, hidden]; module: the first
-        tensor that its forward returns.
-        """
+    @torch.no_grad()
+    def outputs(self) -> Iterator[tuple[Tensor, ...]]:
+        """`graph_outputs` per batch, once all blocks are run (a model without blocks runs whole, here)."""
         with self.weights_of(""):
-            for batch in range(len(self.batches)):
-                yield self._output(batch)
+            for batch, inputs in enumerate(self.batches):
+                with self._stand_ins(lambda index, *args, **kwargs: self._wrap(self.hidden[batch])):  # noqa: B023
+                    outputs = graph_outputs(self.model.task, self.model.module, inputs)
+                yield outputs
 
     def weights_of(self, unit: str, read: ReadParameter | None = None) -> AbstractContextManager[None]:
         """`materialize` with this runner's device, and its `read` where none is given."""
@@ -150,31 +150,13 @@ class BlockRunner:
         """Everything but the blocks, heads included, on one batch: all tensors that the model returns, [] if it was
         stopped. The weights of "" must be in place. The blocks give the current hidden state."""
         with self._stand_ins(lambda index, *args, **kwargs: self._wrap(self.hidden[batch])):
-            return list(_tensors(self._forward(self.model.module, self.batches[batch])))
+            return list(tensors_in(self._forward(self.batches[batch])))
 
-    @torch.no_grad()
-    def _output(self, batch: int) -> Tensor:
-        # A head on top of an encoder is not what it is compared by.
-        net = cast(nn.Module, self.model.module.base_model) if self.model.task == "encoder" else self.model.module
-        with self._stand_ins(lambda index, *args, **kwargs: self._wrap(self.hidden[batch])):
-            result = self._forward(net, self.batches[batch])
-        match self.model.task:
-            case "causal-lm":
-                return cast(Tensor, result.logits)
-            case "encoder":
-                return cast(Tensor, result.last_hidden_state)
-            case "module":
-                return next(_tensors(result))
-
-    def _forward(self, net: nn.Module, batch: Batch) -> Any:
+    def _forward(self, batch: Batch) -> Any:
+        """The whole model with all its heads; () where a hook stopped it."""
+        options = {"use_cache": False, "return_dict": True} if self.model.task == "causal-lm" else {}
         try:
-            match self.model.task:
-                case "causal-lm":
-                    return net(**batch, use_cache=False, return_dict=True)
-                case "encoder":
-                    return net(**batch, return_dict=True)
-                case "module":
-                    return net(**batch)
+            return self.model.module(**batch, **options)
         except StopForward:
             return ()
 
@@ -188,10 +170,10 @@ class BlockRunner:
 
         hook = self._blocks[0].register_forward_hook(look)
         try:
-            self._forward(self.model.module, batch)
+            self._forward(batch)
         finally:
             hook.remove()
-        if self._tail and any(True for _ in _tensors(self._tail)):
+        if self._tail and any(True for _ in tensors_in(self._tail)):
             raise self._not_a_chain("blocks hand on more tensors than the hidden state")
 
     @torch.no_grad()
@@ -214,7 +196,7 @@ class BlockRunner:
             return self._wrap(hidden)
 
         with self._stand_ins(stand_in):
-            self._forward(self.model.module, batch)
+            self._forward(batch)
         if len(calls) < len(self._blocks):
             raise self._not_a_chain(f"only {len(calls)} of {len(self._blocks)} blocks are called")
         self.hidden.append(first[0])
@@ -243,6 +225,27 @@ class BlockRunner:
         )
 
 
+@torch.no_grad()
+def graph_outputs(task: Task, module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """What a model's graph gives for a batch, computed by torch.
+
+    causal-lm: logits [rows, tokens, vocabulary]. encoder: last_hidden_state [rows, tokens, hidden], then the logits of a
+    head if there is one. module: every tensor that its forward returns.
+    """
+    if task == "causal-lm":
+        return (cast(Tensor, module(**batch, use_cache=False, return_dict=True).logits),)
+    if task == "module":
+        return tuple(tensors_in(module(**batch)))
+    states: list[Tensor] = []
+    base = cast(nn.Module, module.base_model)
+    hook = base.register_forward_hook(lambda part, args, output: states.append(output[0]))
+    try:
+        output = module(**batch, return_dict=True)
+    finally:
+        hook.remove()
+    return (states[0], output.logits) if "logits" in output else (states[0],)
+
+
 def checked_device(device: str) -> str:
     """`device` if tensors can be put there. Raises UsageError QC-DEVICE-001."""
     try:
@@ -253,13 +256,13 @@ def checked_device(device: str) -> str:
     return device
 
 
-def _tensors(result: Any) -> Iterator[Tensor]:
+def tensors_in(result: Any) -> Iterator[Tensor]:
     """All tensors in what a forward returned, in order."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, Mapping):
         for value in result.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(result, tuple | list):
         for value in result:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -47,6 +47,10 @@ class AWQQuantizer(Quantizer):
     default_scheme = QuantScheme.parse("int4-g32-asym")
     observers = (Gram,)
 
+    def __post_init__(self) -> None:
+        if self.grid < 1 or not 0 < self.min_clip <= 1:
+            raise ValueError("grid must be at least 1, min_clip above 0 and at most 1")
+
     def refuses(self, scheme: QuantScheme) -> str | None:
         if scheme.activation_bits:
             return "AWQ quantizes weights only; leave out -a8"

@@ -43,6 +43,10 @@ class LLMInt8Quantizer(Quantizer):
     observers = (AbsMax,)
     has_outliers = True
 
+    def __post_init__(self) -> None:
+        if self.threshold <= 0 or self.max_outliers < 0:
+            raise ValueError("threshold must be above 0, max_outliers at least 0")
+
     def refuses(self, scheme: QuantScheme) -> str | None:
         if scheme.bits == 8 and scheme.symmetric and scheme.activation_bits == 8:
             return None

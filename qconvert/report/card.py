@@ -84,8 +84,6 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     yield "## Run it with ONNX Runtime"
     yield f"In this folder, with `pip install onnxruntime{'' if report.task == 'module' else ' transformers'}`:"
     yield f"```python\n{RUN[report.task]}\n```"
-    if "cuda" in recipe.targets:
-        yield "For CUDA, take `model.cuda.onnx` and `CUDAExecutionProvider`."
     if report.task == "module":
         return
     yield "## Load it with transformers"

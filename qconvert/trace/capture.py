@@ -15,6 +15,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from qconvert.ir.forward import tensors_in
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
 from qconvert.trace import opaque as opaque_nodes
@@ -107,8 +108,7 @@ class _Encoder(_Wrapper):
 
 class _Module(_Wrapper):
     def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        output = self.call(parameters, **inputs)
-        return (output,) if isinstance(output, Tensor) else tuple(output)
+        return tuple(tensors_in(self.call(parameters, **inputs)))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from qconvert.ir import agreement
 from qconvert.ir.finite import require_finite
 from qconvert.ir.float_graph import float_graph
-from qconvert.ir.layer import Batch
+from qconvert.ir.forward import graph_outputs
 from qconvert.ir.model import Model
 from qconvert.ir.runtime import memory_session
 from qconvert.trace.capture import Captured
@@ -21,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 def relative_error(model: Model, captured: Captured, blocks: list[str]) -> float:
-    """Largest difference of the graph's first output to torch's, relative to its largest value; inf if one is not finite.
+    """Largest difference of the graph's outputs to torch's, relative to their largest value; inf if one is not finite.
 
     Raises InputError QC-WEIGHT-001 if that is because a weight is not.
     """
@@ -34,16 +33,8 @@ def relative_error(model: Model, captured: Captured, blocks: list[str]) -> float
     session = memory_session(float_graph(captured.graph, shapes), read, prepack=False)
     module = _materialized(model, blocks)
 
-    @torch.no_grad()
-    def forward(batch: Batch) -> Tensor:
-        if model.task == "causal-lm":
-            logits: Tensor = module(**batch, use_cache=False).logits
-            return logits
-        output = module.base_model(**batch) if model.task == "encoder" else module(**batch)  # type: ignore[operator]
-        first: Tensor = output if isinstance(output, Tensor) else output[0]
-        return first
-
-    error = agreement.relative_error(model, session, [forward(batch) for batch in agreement.probes(model)])
+    expected = [graph_outputs(model.task, module, batch) for batch in agreement.probes(model)]
+    error = agreement.relative_error(model, session, expected)
     if math.isinf(error):
         for name, parameter in module.named_parameters():
             require_finite(original_name(name, blocks), parameter)

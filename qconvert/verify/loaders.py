@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from qconvert.ir import agreement
+from qconvert.ir.forward import graph_outputs
 from qconvert.verify.parity import Artifact
 
 
-def transformers_parity(artifact: Artifact, expected: Sequence[Tensor]) -> float:
+def transformers_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
     """Largest relative difference of the folder loaded by transformers to torch on the dequantized weights.
 
     expected: `torch_outputs` on the weights as a loader that knows nothing of outliers sees them.
@@ -20,12 +21,10 @@ def transformers_parity(artifact: Artifact, expected: Sequence[Tensor]) -> float
     dequantize instead of simulating them.
     """
     loaded = _load(artifact)
-    errors = []
+    errors: list[float] = []
     for inputs, reference in zip(agreement.probes(artifact.model), expected, strict=True):
-        with torch.no_grad():
-            output = loaded(**inputs) if artifact.model.task == "causal-lm" else loaded.base_model(**inputs)
-        found = output.logits if artifact.model.task == "causal-lm" else output.last_hidden_state
-        errors.append(agreement.largest_difference(found.numpy(), reference.numpy()))
+        outputs = graph_outputs(artifact.model.task, loaded, inputs)
+        errors += [agreement.largest_difference(a.numpy(), b.numpy()) for a, b in zip(outputs, reference, strict=True)]
     return max(errors)
 
 

@@ -70,7 +70,7 @@ class Artifact:
         return weight.T if self.plan.layers[name].kind == "conv1d" else weight.reshape(parameter.shape)
 
 
-def torch_outputs(model: Model, read: Callable[[str], Tensor]) -> list[Tensor]:
+def torch_outputs(model: Model, read: Callable[[str], Tensor]) -> list[tuple[Tensor, ...]]:
     """The model's outputs in torch for `agreement.probes`, on the weights that `read` gives, one block in memory at a time."""
     runner = BlockRunner(model, read)
     runner.start(agreement.probes(model))
@@ -79,7 +79,7 @@ def torch_outputs(model: Model, read: Callable[[str], Tensor]) -> list[Tensor]:
     return list(runner.outputs())
 
 
-def graph_parity(artifact: Artifact, expected: Sequence[Tensor]) -> float:
+def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
     """Part 1: largest relative difference of the graph with float activations to torch.
 
     expected: `torch_outputs` on the dequantized weights.

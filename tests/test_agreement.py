@@ -1,0 +1,71 @@
+"""What counts when a graph is compared with torch: every output, every row, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_bert
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from qconvert.ir import agreement
+from qconvert.ir.forward import graph_outputs
+from qconvert.ir.model import Model
+from qconvert.load import load
+
+
+@dataclass
+class Session:
+    """Stands for an ONNX Runtime session: computes its outputs with `forward`."""
+
+    forward: Callable[[dict[str, np.ndarray[Any, Any]]], list[Tensor]]
+
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    def run(self, names: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        return [output.numpy() for output in self.forward(inputs)]
+
+
+class TwoHeads(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"sum": x.sum(-1), "double": 2 * x}
+
+
+def test_every_output_of_a_module_counts() -> None:
+    rows = torch.arange(6.0).reshape(2, 3)
+    model = Model("two", "module", TwoHeads(), source=None, example_inputs={"x": rows})  # type: ignore[arg-type]
+    expected = [graph_outputs("module", model.module, batch) for batch in agreement.probes(model)]
+    sound = Session(lambda inputs: [rows.sum(-1), 2 * rows])
+    assert agreement.relative_error(model, sound, expected) == 0
+    wrong = Session(lambda inputs: [rows.sum(-1), 2 * rows + torch.tensor([0.0, 0.0, 1.0])])
+    assert agreement.relative_error(model, wrong, expected) == pytest.approx(0.1)
+
+
+def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    classifier = BertForSequenceClassification(config).eval()
+    model = replace(load(str(tiny_bert(tmp_path / "bert")), lambda source: None), module=classifier)
+    expected = [graph_outputs("encoder", classifier, batch) for batch in agreement.probes(model)]
+    assert [len(outputs) for outputs in expected] == [2, 2]
+
+    def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
+        hidden, logits = graph_outputs("encoder", classifier, {key: torch.from_numpy(x) for key, x in inputs.items()})
+        return [hidden, logits + off]
+
+    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
+    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
+
+
+def test_what_is_not_finite_or_of_another_shape_is_infinitely_wrong() -> None:
+    one = np.ones((2, 3), np.float32)
+    assert agreement.largest_difference(one, one) == 0
+    for other in (np.full_like(one, np.nan), np.full_like(one, np.inf), np.ones((3, 2), np.float32)):
+        assert agreement.largest_difference(other, one) == np.inf
+        assert agreement.largest_difference(one, other) == np.inf
