@@ -72,7 +72,7 @@ class _ToParent:
     """Progress as JSON lines."""
 
     def stage(self, name: str, total: int | None) -> None:
-        self._send({"stage": name, "total": total})
+        self._send({"stage": f"verify: {name}", "total": total})
 
     def advance(self, n: int = 1) -> None:
         self._send({"advance": n})

@@ -150,6 +150,11 @@ def test_convolutions_are_flattened_and_what_is_no_plain_layer_stays_float() -> 
 # What stays float
 
 
+def test_a_convolution_computes_on_float_activations() -> None:
+    plan = planned(model_of(nn.Sequential(nn.Conv2d(16, 8, 3), nn.Linear(4, 4))), scheme="int8-channel-a8")
+    assert schemes(plan) == {"0": "int8-channel", "1": "int8-channel-a8"}
+
+
 def test_everything_that_stays_float_is_listed_with_its_reason(llama: Model) -> None:
     found = reasons(planned(llama, rules={"*.layers.0.mlp.*": "float"}))
     rule = dict.fromkeys((f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")), "a rule keeps it in float")

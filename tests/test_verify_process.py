@@ -125,7 +125,7 @@ def test_the_child_measures_the_folder_by_the_recipe(
         return REPORT
 
     assert Report.model_validate(child_answer(monkeypatch, tmp_path, measure)["report"]) == REPORT
-    assert capsys.readouterr().out == '{"stage": "parity", "total": null}\n{"advance": 2}\n'
+    assert capsys.readouterr().out == '{"stage": "verify: parity", "total": null}\n{"advance": 2}\n'
 
 
 def test_the_child_answers_with_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

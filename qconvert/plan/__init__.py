@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -99,7 +100,9 @@ def _sort_modules(
         elif name == model.output_head and not recipe.has_rule(name):
             reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
         else:
-            layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), scheme)
+            # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
+            own = dataclasses.replace(scheme, activation_bits=None) if kind == "conv2d" else scheme
+            layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own)
             continue
         kept.append(KeptFloat(name=name, reason=reason))
     return layers, kept
