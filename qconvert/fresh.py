@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,12 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         assert child.stdout is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that has died already is reported below
             json.dump(request, child.stdin)
-        for line in child.stdout:
-            _pass_on(line, progress)
+        try:
+            for line in child.stdout:
+                _pass_on(line, progress)
+        except BaseException:  # Ctrl-C: nobody waits for the answer any more
+            child.kill()
+            raise
     if not result.exists():
         raise ResourceError(
             "QC-VERIFY-002",
@@ -95,9 +100,24 @@ def main() -> None:
         report = pipeline.measure(Path(request["folder"]), recipe, _ToParent())
         answer = {"report": report.model_dump(mode="json")}
     except QConvertError as error:
-        answer = {"error": {"class": type(error).__name__, "code": error.code, "message": error.message, "hint": error.hint}}
+        known = next(
+            kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind
+        )  # plugins have their own
+        answer = {"error": {"class": known.__name__, "code": error.code, "message": error.message, "hint": error.hint}}
+    except Exception as error:
+        if os.environ.get("QCONVERT_DEBUG"):
+            traceback.print_exc()
+        answer = {
+            "error": {
+                "class": "QConvertError",
+                "code": "QC-INTERNAL-001",
+                "message": f"internal error while verifying: {type(error).__name__}: {error}",
+                "hint": "this is a bug of qconvert: set QCONVERT_DEBUG=1 to see the traceback, and report it",
+            }
+        }
     Path(request["result"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):  # the parent got it too, and says so
+        main()

@@ -39,7 +39,7 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     samples = read_samples(model, recipe, plan.calibrated)
     inputs, distribution = file_digests(model.input_files), plugins.distribution_of(quantizer)
     digest = run_digest(recipe, inputs, distribution)
-    with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_files.values()) as stage:
+    with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_paths) as stage:
         stage.require_space(plan.weights_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
         done = frozenset(stage.done_blocks())

@@ -106,6 +106,8 @@ def refuse_unverified(report: Report, recipe: Recipe) -> None:
         reasons = "; ".join(f"{part.target}: {part.reason}" for part in missing)
         raise TargetError(
             "QC-TARGET-001",
-            f"{recipe.output} was published, but not everything could be run: {reasons}",
-            hint="run qconvert verify on a machine that has it, or accept this with --allow-unverified",
+            f"the files in {recipe.output} are complete and report.json says what was measured, but not everything could be "
+            f"run here: {reasons}",
+            hint="run qconvert verify on a machine that has it (--target cpu checks only the CPU graph); qconvert run accepts "
+            "this with --allow-unverified",
         )

@@ -74,3 +74,16 @@ def test_working_leaves_logging_as_it_was() -> None:
     with working(StderrConsole()):
         assert [list(logging.getLogger(name).handlers) for name in (None, "qconvert")] != before
     assert [list(logging.getLogger(name).handlers) for name in (None, "qconvert")] == before
+
+
+def test_debug_shows_what_qconvert_logs_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCONVERT_DEBUG", "1")
+    console = Console(file=io.StringIO(), width=80)
+    with working(console):
+        try:
+            raise ValueError("first cause")
+        except ValueError:
+            logging.getLogger("qconvert").debug("can't be traced", exc_info=True)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.startswith("debug: can't be traced")
+    assert "ValueError: first cause" in shown

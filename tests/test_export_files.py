@@ -75,8 +75,8 @@ def test_a_narrow_embedding_is_cast_after_its_rows_are_gathered_and_a_tied_head_
     assert [node.op_type for node in graph.node if readers["Gather"].output[0] in node.input] == ["Cast"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_checkpoints_in_half_precision_agree_with_their_dequantized_weights(
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_checkpoints_in_narrow_floats_agree_with_their_dequantized_weights(
     dtype: torch.dtype, bfloat16: Artifact, tmp_path: Path
 ) -> None:
     artifact = bfloat16 if dtype == torch.bfloat16 else converted(dtype, tmp_path, "int8-channel-a8")

@@ -113,6 +113,7 @@ def test_files_and_the_tokenizer_come_along(tmp_path: Path) -> None:
     model = load_folder(tiny_bert(tmp_path))
     assert list(model.files) == ["tokenizer.json", "tokenizer_config.json"]
     assert list(model.input_files) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert model.input_paths[0] == model.folder  # no output may lie in it: the next run would carry that along
     assert model.encode_text is not None
     tokens = model.encode_text("class A: pass " * 1000)
     assert (tokens[0], tokens[-1]) == (1, 2)  # [CLS] and [SEP]

@@ -13,6 +13,7 @@ from torch import nn
 from qconvert.errors import InputError
 from qconvert.ir.model import Model
 from qconvert.load import load
+from qconvert.load.factory import MemorySource
 
 
 def no_plugin(source: str) -> Model | None:
@@ -187,7 +188,7 @@ def test_every_form_of_a_factory(factories: str, form: str) -> None:
     assert model.task == "module"
     assert model.name == "Tied"
     assert model.blocks == ()
-    assert list(model.input_files) == [f"{factories}.py"]
+    assert list(model.input_files) == [f"{factories}.py", "state_dict"]
 
 
 @pytest.mark.parametrize(("function", "names"), [("good", ("x", "mask")), ("one", ("x",)), ("named", ("mask", "x"))])
@@ -272,3 +273,10 @@ def test_what_a_factory_must_not_return(factories: str, function: str, said: str
     message = rejected(f"module:{factories}:{function}", "QC-INPUT-022")
     assert said in message
     assert function in message
+
+
+def test_other_weights_are_another_input() -> None:
+    """The factory may read them from a file that nobody knows of: a run must not resume with those of an earlier one."""
+    torch.manual_seed(0)
+    one, other = (MemorySource(nn.Linear(2, 2), "module:f").fingerprint() for _ in range(2))
+    assert one != other

@@ -143,7 +143,7 @@ def test_convolutions_are_flattened_and_what_is_no_plain_layer_stays_float() -> 
         "norm": "BatchNorm2d is not quantized",
         "scaled": "Scaled is not quantized",
         "attention": "MultiheadAttention is not quantized",
-        "attention.out_proj": "the exported graph does not use it as a layer",
+        "attention.out_proj": "NonDynamicallyQuantizableLinear is not quantized",
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from qconvert.errors import InputError
 from qconvert.ir.agreement import largest_difference
 from qconvert.ir.template import DOMAIN, Template
+from qconvert.load.factory import load_factory
 from qconvert.trace import trace
 from qconvert.trace.attention import rotary_caches
 from qconvert.trace.capture import FORMS, capture
@@ -294,3 +297,33 @@ def test_groups_name_the_layers_of_every_block_and_the_head() -> None:
     model = traced("llama")
     names = [name for name, module in model.plain.named_modules() if isinstance(module, nn.Linear)]
     assert sorted(name for group in model.template.groups for name in group.layers) == sorted(names)
+
+
+# Layers whose forward or weight is not the one that we know
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        pytest.param(lambda: Standardized(3, 4, 3), (3, 6, 6), id="conv-subclass"),
+        pytest.param(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), (8,), id="weight-norm"),
+        pytest.param(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (5, 8), id="transformer-layer"),
+    ],
+)
+def test_what_is_no_plain_layer_is_traced_as_it_is(
+    layer: Callable[[], nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    made = nn.Sequential(layer()), torch.randn(3, *shape)
+    code = ModuleType("odd_layers")
+    code.make = lambda: made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "odd_layers", code)
+    template = trace(load_factory("module:odd_layers:make"))
+    opaque = {node.attributes["module"].as_string() for node in template.graph.graph if node.domain == DOMAIN}
+    assert opaque <= {"0.linear1", "0.linear2"}

@@ -130,3 +130,12 @@ def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: Task) -
     result = measured(task, broken, [{"x": torch.ones(2, VOCABULARY)}] if task == "module" else None)
     assert result.status == "failed"
     assert "not finite" in (result.reason or "")
+
+
+def test_a_module_may_return_one_number_or_truth_value_per_row() -> None:
+    class PerRow(FakeSession):
+        def run(self, _: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            return [(inputs["x"] @ self.table)[:, 0] > 0]
+
+    result = measure_fidelity(PerRow(0), PerRow(0), [{"x": torch.ones(4, VOCABULARY)}], "module", "cpu", silent)
+    assert (result.status, result.max_abs, result.top1) == ("passed", 0, None)

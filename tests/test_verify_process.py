@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,37 @@ def test_the_child_answers_with_the_error(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert child_answer(monkeypatch, tmp_path, measure) == {
         "error": {"class": "InputError", "code": "QC-VERIFY-001", "message": "m", "hint": "h"}
     }
+
+
+def test_an_error_of_a_plugins_own_class_comes_back_as_the_class_it_extends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class GgufError(InputError):
+        pass
+
+    def measure(folder: Path, given: Recipe, progress: Any) -> Report:
+        raise GgufError("QC-GGUF-001", "m", hint="h")
+
+    assert child_answer(monkeypatch, tmp_path, measure)["error"]["class"] == "InputError"
+
+
+def test_a_bug_is_an_internal_error_not_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(folder: Path, given: Recipe, progress: Any) -> Report:
+        raise IndexError("out of range")
+
+    error = child_answer(monkeypatch, tmp_path, measure)["error"]
+    assert (error["class"], error["code"]) == ("QConvertError", "QC-INTERNAL-001")
+    assert "IndexError: out of range" in error["message"]
+
+
+def test_the_child_does_not_outlive_an_interrupted_parent(child: Any, tmp_path: Path) -> None:
+    child("print('{\"advance\": 1}', flush=True)\ntime.sleep(60)")
+
+    class Interrupted(Log):
+        def advance(self, n: int = 1) -> None:
+            raise KeyboardInterrupt
+
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        verify_in_fresh_process(recipe(), tmp_path, tmp_path, Interrupted())
+    assert time.perf_counter() - begin < 30

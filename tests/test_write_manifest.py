@@ -145,3 +145,11 @@ def test_a_time_is_there_only_if_the_build_gives_one(tmp_path: Path, monkeypatch
 def test_an_input_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"QC-WRITE-005.*gone\.bin"):
         file_digests({"gone": tmp_path / "gone.bin"})
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}}'])
+def test_a_file_that_is_no_manifest_is_an_input_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "qconvert.json").write_text(content)
+    with pytest.raises(InputError, match="it h") as caught:
+        published_recipe(tmp_path, (), None, ())
+    assert caught.value.code == "QC-READ-001"

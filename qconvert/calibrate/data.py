@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qconvert.calibrate.records import ARRAYS_SUFFIX, BUILTIN, read_arrays, read_records
 from qconvert.errors import InputError, UsageError
+from qconvert.ir.agreement import position_limit
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples
@@ -72,8 +73,7 @@ def read_samples(model: Model, recipe: Recipe, calibrated: bool) -> Samples:
 
 
 def _check_lengths(model: Model, recipe: Recipe) -> None:
-    config = model.config or {}
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    positions = position_limit(model)
     for role, spec in (("calibration", recipe.calibration), ("evaluation", recipe.evaluation)):
         if positions and spec.length > positions:
             raise UsageError(

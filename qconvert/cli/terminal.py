@@ -66,14 +66,15 @@ class TerminalProgress:
 
 
 class _Warnings(logging.Handler):
-    """qconvert's own warnings, one paragraph each, above any bar."""
+    """qconvert's own warnings, one paragraph each, above any bar; with QCONVERT_DEBUG=1 all that it logs, with tracebacks."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.DEBUG if os.environ.get("QCONVERT_DEBUG") else logging.WARNING)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(Text.assemble(("warning: ", "yellow"), record.getMessage()), soft_wrap=True)
+        title = f"{record.levelname.lower()}: "
+        self._console.print(Text.assemble((title, "yellow"), self.format(record)), soft_wrap=True)
 
 
 @contextmanager
@@ -89,6 +90,8 @@ def working(console: Console) -> Iterator[TerminalProgress]:
     # Threads that wait for each other spin by default: on a machine with other work, twice the processor time (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     handler, logger, progress = _Warnings(console), logging.getLogger("qconvert"), TerminalProgress(console)
+    level = logger.level
+    logger.setLevel(handler.level)
     logger.addHandler(handler)
     silence = logging.NullHandler()  # without any handler, Python prints the libraries' warnings itself
     logging.getLogger().addHandler(silence)
@@ -100,5 +103,6 @@ def working(console: Console) -> Iterator[TerminalProgress]:
             finally:
                 progress.close()  # while stdout is still redirected: bars give back the stdout that they found
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
         logging.getLogger().removeHandler(silence)

@@ -14,15 +14,17 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_tensor
 from qconvert.ir.template import DOMAIN, Template
-from qconvert.workdir import Stage
+from qconvert.workdir import Stage, disk_errors
 
 IR_VERSION = 10
+# Gather takes every float but these: such a table is widened when the model is loaded.
+NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
 
 
 def export(template: Template, model: Model, plan: Plan, written: Written, stage: Stage) -> None:
     """Write model.onnx into `stage.folder`.
 
-    Every tensor but small constants is external data in model.safetensors or the sidecar.
+    Every tensor but small constants is external data in model.safetensors or the sidecar. Raises ResourceError (disk).
     """
     graph = template.graph.clone()
     stored = dict(written.tensors)
@@ -47,7 +49,8 @@ def export(template: Template, model: Model, plan: Plan, written: Written, stage
             substitute(graph.graph, node, *lower_float(graph.graph, node, shapes))
     _bind(graph.graph, builder, model)
     _finish(graph)
-    onnx_ir.save(graph, stage.folder / GRAPH)
+    with disk_errors(stage.folder / GRAPH):
+        onnx_ir.save(graph, stage.folder / GRAPH)
 
 
 def _bind(graph: onnx_ir.Graph, builder: GraphBuilder, model: Model) -> None:
@@ -70,12 +73,11 @@ def _rebind(graph: onnx_ir.Graph, value: Value, builder: GraphBuilder, stored_na
     was_float = value.dtype == onnx_ir.DataType.FLOAT
     del graph.initializers[name]
     target = builder.external(stored_name)
-    first = graph[0]
     narrow = was_float and target.dtype != onnx_ir.DataType.FLOAT
     for node, index in uses:
         if not narrow:
             node.replace_input_with(index, target)
-        elif node.op_type == "Gather" and index == 0:
+        elif node.op_type == "Gather" and index == 0 and target.dtype not in NO_GATHER:
             node.replace_input_with(0, target)
             rows = node.outputs[0]
             readers = list(rows.uses())
@@ -84,8 +86,8 @@ def _rebind(graph: onnx_ir.Graph, value: Value, builder: GraphBuilder, stored_na
             for reader, position in readers:
                 reader.replace_input_with(position, cast)
         else:
-            node.replace_input_with(index, builder.float32(target))
-            graph.insert_before(first, builder.take_nodes())
+            node.replace_input_with(index, builder.widened(target))
+            graph.insert_before(graph[0], builder.take_nodes())
 
 
 def _typed(value: Value, like: Value) -> Value:

@@ -17,6 +17,8 @@ ONNX_TYPES = {
     torch.float16: DataType.FLOAT16,
     torch.bfloat16: DataType.BFLOAT16,
     torch.float64: DataType.DOUBLE,
+    torch.float8_e4m3fn: DataType.FLOAT8E4M3FN,
+    torch.float8_e5m2: DataType.FLOAT8E5M2,
     torch.int64: DataType.INT64,
     torch.int32: DataType.INT32,
     torch.int8: DataType.INT8,
@@ -35,6 +37,7 @@ class GraphBuilder:
         self.graph = graph
         self.stored = stored
         self.nodes: list[Node] = []
+        self._widened: dict[Value, Value] = {}
 
     def take_nodes(self) -> list[Node]:
         nodes, self.nodes = self.nodes, []
@@ -70,6 +73,12 @@ class GraphBuilder:
         if value.dtype == DataType.FLOAT:
             return value
         return self.op("Cast", [value], f"{value.name}/Cast", to=DataType.FLOAT)
+
+    def widened(self, value: Value) -> Value:
+        """`value` as float32, cast once for all its users: for nodes that go to the front of the graph."""
+        if value not in self._widened:
+            self._widened[value] = self.float32(value)
+        return self._widened[value]
 
     def _register(self, name: str, tensor: Any, dtype: DataType, shape: Sequence[int]) -> None:
         value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(dtype), const_value=tensor)

@@ -23,6 +23,7 @@ def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, An
     """max |found - expected| / max |expected|; infinite where shapes differ or a value is not finite."""
     if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
         return float("inf")
+    found, expected = found.astype(np.float64), expected.astype(np.float64)  # truth values and codes have no differences
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
 
 
@@ -30,6 +31,12 @@ def vocabulary_size(model: Model) -> int:
     """Rows of the input embedding."""
     embedding = model.module.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
+
+
+def position_limit(model: Model) -> int | None:
+    """How many tokens a text model takes at once, None where its config.json does not say."""
+    config = model.config or {}
+    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def probes(model: Model) -> list[Batch]:

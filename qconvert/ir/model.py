@@ -56,7 +56,9 @@ class Model:
     encode_text: for text models; None where no tokenizer came with the checkpoint.
     config: config.json as it was read, None for a "module".
     files: non-weight files to carry over: relative path -> path or content.
-    input_files: what the run depends on, for the manifest's digests: name without any folder outside -> path.
+    input_files: what the run depends on, for the manifest's digests: name without any folder outside -> path, or content
+        that stands for what lies in no file.
+    folder: the checkpoint's own folder, where no output may lie; None for other sources.
     """
 
     name: str
@@ -71,7 +73,8 @@ class Model:
     encode_text: EncodeText | None = None
     config: Mapping[str, Any] | None = None
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
-    input_files: Mapping[str, Path] = field(default_factory=dict)
+    input_files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    folder: Path | None = None
 
     def stored_name(self, parameter: str) -> str:
         """The name under which the source holds a parameter of the module."""
@@ -89,6 +92,12 @@ class Model:
             if prefix in self.blocks:
                 return prefix
         return ""
+
+    @property
+    def input_paths(self) -> list[Path]:
+        """The files and folders that are read, and must not be written."""
+        paths = [path for path in self.input_files.values() if isinstance(path, Path)]
+        return paths if self.folder is None else [self.folder, *paths]
 
     @property
     def source_bytes(self) -> int:

@@ -6,6 +6,7 @@ Format of model.safetensors: 8 bytes header length (little-endian), a JSON heade
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,7 +42,18 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+# What every manifest holds (write/manifest.py).
+MANIFEST_KEYS = ("schema", "recipe", "inputs", "outputs", "versions", "layers", "sidecar")
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def sha256(content: Path | bytes) -> str:
+    """Hex digest of a file, or of bytes. Raises OSError for a file that can't be read."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -89,7 +102,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """qconvert.json of an output folder. Raises InputError QC-READ-001 if it can't be read."""
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no JSON object")
+        missing = [key for key in MANIFEST_KEYS if key not in manifest]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
         return manifest
     except (OSError, ValueError) as error:
         raise InputError(

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from qconvert.ir.layer import Producer
+from qconvert.ir.layer import LayerKind, Producer
 
 # Domain of the opaque nodes and markers; none is left after lowering.
 DOMAIN = "qconvert"
@@ -38,3 +39,21 @@ class Template:
     representatives: Mapping[str, str]
     groups: tuple[InputGroup, ...]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """What kind of layer a module is; None for what is traced as it is, and never quantized.
+
+    Only a forward that we know, on a weight of the module's own, is a layer: a subclass may compute something else, a
+    parametrized weight is computed at every call, and nn.MultiheadAttention reads out_proj's weight without calling it.
+    """
+    if "weight" not in module._parameters or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    match module:
+        case nn.Linear() if type(module).forward is nn.Linear.forward:
+            return "linear"
+        case Conv1D():
+            return "conv1d"
+        case nn.Conv2d() if type(module).forward is nn.Conv2d.forward:
+            return "conv2d" if module.padding_mode == "zeros" and not isinstance(module.padding, str) else None
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import inspect
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qconvert.errors import InputError
 from qconvert.ir.model import Model, TensorInfo
+from qconvert.ir.reader import tensor_bytes
 
 SCHEME = "module:"
 
@@ -55,7 +57,7 @@ def load_factory(source: str) -> Model:
         tied=tensors.tied,
         input_names=tuple(example_inputs),
         example_inputs=example_inputs,
-        input_files=_files_of(code),
+        input_files={**_files_of(code), "state_dict": tensors.fingerprint()},
     )
 
 
@@ -102,8 +104,8 @@ def _search_first(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _files_of(code: ModuleType) -> dict[str, Path]:
-    return {Path(code.__file__).name: Path(code.__file__)} if code.__file__ else {}
+def _files_of(code: ModuleType) -> dict[str, Path | bytes]:
+    return {Path(file).name: Path(file)} if (file := getattr(code, "__file__", None)) else {}
 
 
 class MemorySource:
@@ -134,6 +136,14 @@ class MemorySource:
 
     def read(self, name: str) -> Tensor:
         return self._held[name].cpu().contiguous()
+
+    def fingerprint(self) -> bytes:
+        """sha256 of all tensors: the factory's code may read its weights from anywhere, or train them."""
+        digest = hashlib.sha256()
+        for name, tensor in self._held.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor_bytes(tensor))
+        return digest.digest()
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

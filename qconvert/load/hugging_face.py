@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def load_folder(folder: Path) -> Model:
     source = open_folder(folder)
     files = carried_files(folder)
     index = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
-    return model_from_config(
+    model = model_from_config(
         folder.resolve().name,
         read_json(config_path, "QC-INPUT-011"),
         source,
@@ -43,6 +43,7 @@ def load_folder(folder: Path) -> Model:
         input_files={CONFIG: config_path, **index, **source.paths, **files},
         encode_text=text_encoder(files, folder),
     )
+    return replace(model, folder=folder)
 
 
 def _no_folder(path: Path) -> InputError:
@@ -65,7 +66,7 @@ def _no_folder(path: Path) -> InputError:
     return InputError(
         "QC-INPUT-002",
         f"{path} is a file, and no installed plugin loads it",
-        hint=hint.get(path.suffix, "give a Hugging Face folder, or install a loader plugin (qconvert plugins list)"),
+        hint=hint.get(path.suffix, "give a Hugging Face folder, or install a plugin that loads such files"),
     )
 
 

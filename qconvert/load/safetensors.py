@@ -22,28 +22,10 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir.model import TensorInfo
+from qconvert.ir.reader import DTYPES
 from qconvert.load.folder import INDEX, SINGLE, parse_json, read_weight_map, refuse_git_lfs_pointer, weight_files
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 # Linux reserves memory for a private writable mapping unless told not to; the value is not in Python's mmap before 3.13.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from qconvert.errors import UsageError
 from qconvert.ir import layout
@@ -16,7 +15,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import KeptFloat
 from qconvert.ir.scheme import PerGroup, QuantScheme
-from qconvert.ir.template import Template
+from qconvert.ir.template import Template, layer_kind
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 
@@ -54,18 +53,6 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
         peak_bytes=_peak_bytes(model, layers),
     )
-
-
-def layer_kind(module: nn.Module) -> LayerKind | None:
-    """What kind of layer a module is; None for what qconvert does not quantize."""
-    match module:
-        case nn.Linear() if type(module).forward is nn.Linear.forward:
-            return "linear"
-        case Conv1D():
-            return "conv1d"
-        case nn.Conv2d() if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            return "conv2d"
-    return None
 
 
 def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
@@ -141,7 +128,7 @@ def _check_rules(recipe: Recipe, names: list[str]) -> None:
 
 
 def _check_groups(layers: Iterable[LayerPlan]) -> None:
-    """Fault 14: all layers whose width the group size does not divide, at once, before any work is done."""
+    """All layers whose width the group size does not divide, at once, before any work is done."""
     odd = [layer for layer in layers if layer.in_features % layer.scheme.group_size(layer.in_features)]
     if odd:
         listed = ", ".join(f"{layer.name} ({layer.in_features} inputs, {layer.scheme})" for layer in odd)

@@ -34,8 +34,8 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(".")
 session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 tokens = tokenizer(["A sentence.", "Another one."], padding=True, return_tensors="np")
-names = {each.name for each in session.get_inputs()}
-states = session.run(None, {name: value for name, value in tokens.items() if name in names})[0]
+zeros = tokens["input_ids"] * 0  # for token_type_ids, where the tokenizer gives none
+states = session.run(None, {each.name: tokens.get(each.name, zeros) for each in session.get_inputs()})[0]
 print(states.shape)  # [sentences, tokens, features]""",
     "module": """\
 import numpy as np

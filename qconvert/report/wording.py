@@ -74,6 +74,8 @@ def speed(part: Latency) -> str:
     """Plainly: whether the artifact is slower than float."""
     if part.speedup is None:
         return ""
+    if round(part.speedup, 2) == 1:
+        return "as fast as float"
     if part.speedup < 1:
         return f"slower than float: {part.speedup:.2f} x its speed"
     return f"{part.speedup:.2f} x the speed of float"

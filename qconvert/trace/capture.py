@@ -211,7 +211,7 @@ def _export(model: Model, module: nn.Module, blocks: list[str], form: Form, name
         renamed = list(inputs)
         outputs = ["output"]
     arguments["parameters"], shapes["parameters"] = parameters, dict.fromkeys(parameters)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _layers_called_one_by_one():
         program = torch.onnx.export(
             wrapper.eval(), kwargs=arguments, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
         )
@@ -258,6 +258,17 @@ def _as_initializer(value: onnx_ir.Value) -> onnx_ir.Value:
 
 def _no_data() -> onnx_ir.TensorProtocol:
     raise AssertionError("a template holds no parameter data")
+
+
+@contextmanager
+def _layers_called_one_by_one() -> Iterator[None]:
+    """nn.TransformerEncoder has a fast path that reads the weights of its linears without calling them."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

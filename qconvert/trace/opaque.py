@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qconvert.ir.model import Model
-from qconvert.ir.template import DOMAIN
+from qconvert.ir.template import DOMAIN, layer_kind
 
 
 class Opaque(nn.Module):
@@ -41,17 +41,15 @@ def opaque(name: str, module: nn.Module) -> Opaque | None:
     A subclass with a forward of its own (a scaled embedding, say) is traced as it is: only the forward that we know is
     replaced. The same goes for convolutions that pad with anything but zeros.
     """
+    kind = layer_kind(module)
     match module:
-        case nn.Linear() if type(module).forward is nn.Linear.forward:
-            out = module.out_features
-            return Opaque("Linear", name, lambda x: (*x.shape[:-1], out), {"kind": "linear"})
-        case Conv1D():
-            width = module.nf
-            return Opaque("Linear", name, lambda x: (*x.shape[:-1], width), {"kind": "conv1d"})
+        case nn.Linear() | Conv1D() if kind:
+            out = module.nf if isinstance(module, Conv1D) else module.out_features
+            return Opaque("Linear", name, lambda x: (*x.shape[:-1], out), {"kind": kind})
         case nn.Embedding() if type(module).forward is nn.Embedding.forward and module.max_norm is None:
             dim = module.embedding_dim
             return Opaque("Embedding", name, lambda x: (*x.shape, dim), {})
-        case nn.Conv2d() if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        case nn.Conv2d() if kind:
             return _opaque_conv(name, module)
     return None
 

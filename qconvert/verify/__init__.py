@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
-from qconvert.ir.reader import read_index, read_manifest
+from qconvert.ir.reader import read_index, read_manifest, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.ir.runtime import available, file_session, memory_session
 from qconvert.ir.template import Template
@@ -93,7 +92,7 @@ def check_digests(folder: Path) -> None:
     for name, expected in read_manifest(folder)["outputs"].items():
         path = folder / name
         try:
-            found = _digest(path)
+            found = sha256(path)
         except OSError as error:
             raise InputError("QC-VERIFY-001", f"{path} can't be read: {error}", hint="convert again") from error
         if found != expected:
@@ -107,17 +106,12 @@ def check_digests(folder: Path) -> None:
 def _check_source(folder: Path, model: Model) -> None:
     for name, expected in read_manifest(folder)["inputs"].items():
         path = model.input_files.get(name)
-        if path is None or _digest(path) != expected:
+        if path is None or sha256(path) != expected:
             raise InputError(
                 "QC-VERIFY-004",
                 f"the source {model.name!a} is not what {folder} was made from: {name!a} is {'another' if path else 'missing'}",
                 hint="put the original source back: compared with another one, the numbers would mean nothing",
             )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parity(target: str, measure: Callable[[], float]) -> Parity:

@@ -86,6 +86,7 @@ class _VectorMeter:
         self.same: int | None = None
 
     def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
+        found, expected = (x.reshape(len(x), -1) if x.ndim == 1 else x for x in (found.float(), expected.float()))
         difference = (found - expected).abs()
         if self.task == "encoder":
             mask = batch["attention_mask"].unsqueeze(-1)

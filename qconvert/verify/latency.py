@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconvert.ir.agreement import feed, vocabulary_size
+from qconvert.ir.agreement import feed, position_limit, vocabulary_size
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency
@@ -26,13 +26,17 @@ BUDGET_SECONDS = 30.0
 def measure_latency(model: Model, artifact: Any, baseline: Any, batches: Sequence[Batch], target: str, threads: int) -> Latency:
     """p50 and p95 of one run: a prefill of 128 tokens for decoders, 16 x 128 tokens for encoders, a batch for modules.
 
-    Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt).
+    Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt). A model that
+    takes fewer tokens is given fewer.
     """
+    limit = position_limit(model) or PROMPT + NEW_TOKENS
+    new_tokens = min(NEW_TOKENS, limit // 4)
+    prompt, length = min(PROMPT, limit - new_tokens), min(ENCODER_LENGTH, limit)
     if model.task == "causal-lm":
-        ids = (torch.arange(PROMPT)[None] * 7919 + 5) % vocabulary_size(model)
+        ids = (torch.arange(prompt)[None] * 7919 + 5) % vocabulary_size(model)
         inputs: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif model.task == "encoder":
-        ids = (torch.arange(ENCODER_BATCH * ENCODER_LENGTH).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
+        ids = (torch.arange(ENCODER_BATCH * length).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
         inputs = {name: torch.zeros_like(ids) for name in model.input_names}
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
@@ -44,8 +48,8 @@ def measure_latency(model: Model, artifact: Any, baseline: Any, batches: Sequenc
         target=target,
         status="passed",
         threads=threads,
-        prefill_tokens_per_s=PROMPT / p50 if decoder else None,
-        decode_tokens_per_s=_decode_speed(artifact, inputs) if decoder else None,
+        prefill_tokens_per_s=prompt / p50 if decoder else None,
+        decode_tokens_per_s=_decode_speed(artifact, inputs, new_tokens) if decoder else None,
         p50_ms=1e3 * p50,
         p95_ms=1e3 * float(np.percentile(times[0], 95)),
         float_p50_ms=1e3 * float_p50,
@@ -69,12 +73,12 @@ def _alternate(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
     return times
 
 
-def _decode_speed(session: Any, prompt: Batch) -> float:
+def _decode_speed(session: Any, prompt: Batch, new_tokens: int) -> float:
     """Tokens per second of greedy decoding after the prompt."""
     inputs = feed(session, prompt)
     names = [name for name in inputs if name.startswith("past_key_values.")]
     taken = []
-    for _ in range(NEW_TOKENS + 1):
+    for _ in range(new_tokens + 1):
         start = time.perf_counter()
         logits, *caches = session.run(None, inputs)
         taken.append(time.perf_counter() - start)

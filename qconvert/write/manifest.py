@@ -14,7 +14,7 @@ from typing import Any
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, Written
-from qconvert.ir.reader import read_manifest, tensor_record
+from qconvert.ir.reader import read_manifest, sha256, tensor_record
 from qconvert.plugin.distribution import Distribution
 from qconvert.recipe import Gate, Recipe
 from qconvert.workdir import Stage, disk_errors
@@ -23,15 +23,16 @@ from qconvert.workdir import Stage, disk_errors
 PACKAGES = ("compressed-tensors", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "qconvert", "torch", "transformers")
 
 
-def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """Name -> hex sha256 of the file's content. Raises InputError QC-WRITE-005 for a file that can't be read."""
+def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
+    """Name -> hex sha256 of the content. Raises InputError QC-WRITE-005 for a file that can't be read."""
 
-    def digest(path: Path) -> str:
+    def digest(path: Path | bytes) -> str:
         try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256(path)
         except OSError as error:
-            raise InputError("QC-WRITE-005", f"{path} can't be read: {error.strerror}", hint="check the file") from error
+            raise InputError(
+                "QC-WRITE-005", f"{error.filename} can't be read: {error.strerror}", hint="check the file"
+            ) from error
 
     with ThreadPoolExecutor(2) as pool:  # hashing leaves the GIL, and two saturate most disks
         return dict(zip(files, pool.map(digest, files.values()), strict=True))
