@@ -64,7 +64,10 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What `convert` would do, from the headers alone. Raises what `convert` would raise before it reads a weight."""
+    """What `convert` would do, from the headers and one block of each kind, on which the trace is checked.
+
+    Raises what `convert` would raise before it quantizes anything.
+    """
     return _understand(recipe, plugin_manager(), silent)[2]
 
 
@@ -103,7 +106,7 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
 
 
 def _understand(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Model, Template, Plan]:
-    """All that is known before a weight is read (but for one block, on which the template is checked)."""
+    """All that is known before the weights are read, but for those on which the trace is checked."""
     quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)

@@ -232,6 +232,14 @@ def test_what_a_plugin_or_library_prints_does_not_reach_stdout(pipeline: FakePip
     assert "chatter" in result.stderr
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: tried 8 bytes")])
+def test_a_lack_of_memory_is_no_internal_error(pipeline: FakePipeline, error: Exception) -> None:
+    pipeline.result = error
+    result = run("--json")
+    assert result.exit_code == 6
+    assert json.loads(result.stdout)["error"]["code"] == "QC-MEMORY-001"
+
+
 def test_qconverts_warnings_are_shown_and_those_of_libraries_are_not(
     pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

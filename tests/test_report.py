@@ -46,7 +46,6 @@ REPORT = Report(
         KeptFloat(name="lm_head", reason="a rule says so"),
         KeptFloat(name="pooler", reason="a rule says so"),
     ),
-    warnings=("calibration used 32 of 40 samples",),
 )
 RECIPE = Recipe.model_validate(
     {
@@ -91,7 +90,6 @@ def test_every_part_of_the_evidence_is_in_the_table(width: int) -> None:
         "30 quantized: 30 int4-g32",
         "1 kept, embeddings stay in float: embed",
         "2 kept, a rule says so: lm_head, pooler",
-        "calibration used 32 of 40 samples",
     ):
         assert words in text
 
@@ -122,7 +120,7 @@ def test_the_verdict_comes_first(report: Report, headline: str) -> None:
 
 
 def test_a_report_of_nothing_but_its_size_is_short() -> None:
-    parts = ("parity", "fidelity", "latency", "gates", "layers", "kept_float", "warnings")
+    parts = ("parity", "fidelity", "latency", "gates", "layers", "kept_float")
     lines = on_terminal(table(but(**dict.fromkeys(parts, ())))).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["size", "samples", "layers"]
 

@@ -130,6 +130,13 @@ def test_a_stage_belongs_to_recipe_and_inputs_but_not_to_force() -> None:
     assert run_digest(recipe(), {"model.safetensors": "cd" * 32}, BUILTIN) != digest
 
 
+def test_a_factory_s_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert publish(tmp_path / "out", recipe(model="module:nets/mlp.py:make"))["recipe"]["model"] == "module:../nets/mlp.py:make"
+    monkeypatch.chdir("/")
+    assert published_recipe(tmp_path / "out", (), None, ()).model == f"module:{tmp_path}/nets/mlp.py:make"
+
+
 @pytest.mark.parametrize("model", ["pkg:demo/model", "module:FACTORY", "org/name"])
 def test_sources_that_are_no_path_stay(tmp_path: Path, model: str) -> None:
     assert publish(tmp_path / "out", recipe(model=model))["recipe"]["model"] == model

@@ -70,7 +70,7 @@ def _observed_block(runner: BlockRunner, index: int, plan: Plan, groups: Sequenc
     inputs = list(runner.hidden[:1])
     with runner.weights_of(unit), watch.hooked():
         for batch, sample in enumerate(runner.batches):
-            watch.mask = _padding_mask(sample)
+            watch.mask = _padding_mask(sample) if model.task != "module" else None
             if unit:
                 runner.hidden[batch] = runner.call_block(index, batch, runner.hidden[batch])
             else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconvert.cli.stdout import emit
-from qconvert.errors import QConvertError
+from qconvert.errors import QConvertError, ResourceError
 
 if TYPE_CHECKING:
     from qconvert.ir.report import Report
@@ -44,6 +44,14 @@ def exit_codes(*, as_json: bool) -> Iterator[None]:
     except (click.exceptions.Exit, SystemExit):
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+            _fail(
+                "QC-MEMORY-001",
+                f"not enough memory: {error}",
+                "free some, or convert on a larger machine; qconvert plan tells the peak",
+                ResourceError.exit_code,
+                as_json,
+            )
         _fail(
             "QC-INTERNAL-001",
             f"internal error: {type(error).__name__}: {error}",

@@ -18,7 +18,7 @@ PIPE_WIDTH = 200  # columns for grep, sed and files, where folded names would be
 def plan(as_json: bool, **flags: Any) -> None:
     """Say what run would do, without doing it.
 
-    From the headers alone: scheme and bytes of every layer, what stays in float and why.
+    From the headers and one block: scheme and bytes of every layer, what stays in float and why.
 
     stdout: the plan, with --json as a document. Takes the flags of run.
     """

@@ -28,7 +28,7 @@ from qconvert.cli.recipe_flags import TARGETS
 def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates: tuple[str, ...], as_json: bool) -> None:
     """Run an artifact again.
 
-    Opens the files in OUT and compares with the float source, if that is there.
+    Checks the files in OUT against their digests and compares with the float source, which must still be there.
 
     stdout: the folder, or with --json the report.
     """

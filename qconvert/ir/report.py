@@ -116,7 +116,6 @@ class Report(_Part):
     gates: tuple[GateResult, ...] = ()
     layers: tuple[LayerReport, ...] = ()
     kept_float: tuple[KeptFloat, ...] = ()
-    warnings: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""

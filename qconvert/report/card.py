@@ -117,12 +117,12 @@ def _evidence(report: Report) -> str:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    notes = [_plain(warning) for warning in report.warnings]
+    notes = []
     schemes = {layer.scheme for layer in report.layers}
     if any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
-            "stored, but the kernel itself quantizes activations to int8, per row and block. The fidelity above includes that."
+            "stored, but the kernel itself quantizes activations to int8, per row and block."
         )
     if any(scheme.endswith("-a8") for scheme in schemes):
         notes.append("Layers whose scheme ends in -a8 quantize their activations to int8 at run time, with one scale per row.")

@@ -53,8 +53,6 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
                 for reason, names in wording.reasons(report.kept_float)
             ),
         )
-    if report.warnings:
-        yield "warnings", Text("\n").join(Text(wording.printable(warning), "yellow") for warning in report.warnings)
 
 
 def _checks(parts: Iterable[tuple[Parity | Fidelity | Latency, str]]) -> Table:

@@ -20,6 +20,7 @@ from qconvert.recipe import Gate, Recipe
 from qconvert.workdir import Stage, disk_errors
 
 # The distributions whose version can change the output.
+FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name
 PACKAGES = ("compressed-tensors", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "qconvert", "torch", "transformers")
 
 
@@ -97,6 +98,9 @@ def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | Non
 
 
 def _resolved(source: str, folder: Path) -> str:
+    if source.startswith(FACTORY) and ".py:" in source:
+        file, _, factory = source.removeprefix(FACTORY).rpartition(":")
+        return f"{FACTORY}{(folder.resolve() / file).resolve()}:{factory}"
     path = folder.resolve() / source
     return str(path.resolve()) if path.exists() else source
 
@@ -109,6 +113,9 @@ def portable_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
             return {key: relative(item, path=key in ("model", "source")) for key, item in value.items()}
         if isinstance(value, list):
             return [relative(item) for item in value]
+        if path and isinstance(value, str) and value.startswith(FACTORY) and ".py:" in value:
+            file, _, factory = value.removeprefix(FACTORY).rpartition(":")
+            return f"{FACTORY}{os.path.relpath(file, output)}:{factory}"
         if isinstance(value, str) and (Path(value).is_absolute() or (path and Path(value).exists())):
             return os.path.relpath(value, output)
         return value
