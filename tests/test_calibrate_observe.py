@@ -127,6 +127,13 @@ def test_a_quantizer_without_observers_costs_no_forward_and_no_samples() -> None
     assert sorted(model.source.reads) == sorted(model.stored_name(f"{name}.weight") for name in plan.layers)
 
 
+def test_a_device_that_is_not_there_is_refused_even_where_nothing_runs() -> None:
+    _, model = llama()
+    with pytest.raises(UsageError) as caught:
+        list(calibrate(model, plan_of(model), llama_groups(), Blind(), (), device="quantum"))
+    assert caught.value.code == "QC-DEVICE-001"
+
+
 def test_blocks_are_made_one_at_a_time_when_asked_for() -> None:
     _, model = llama()
     stream: Iterator[Block] = calibrate(model, plan_of(model), llama_groups(), Observing(), BATCHES)

@@ -207,7 +207,8 @@ def _draw(pool: _Pool, spec: DataSpec, role: str, seed: int, excluded: frozenset
         raise UsageError(
             "QC-DATA-004",
             f"{role}: {pool.origin!r} gives {found} {kind}{left}, but {spec.samples} are requested",
-            hint=f"give more data with --{role}, or set {role}.samples" + (f" to at most {found}" if found else " lower"),
+            hint=f"give more data with --{role}"
+            + (f", or write '{role}: {{samples: {found}}}' in the recipe" if found else ""),
         )
     # random.Random is the same on every platform and in every version of Python, for a text seed too.
     chosen = Random(f"{role} {seed}").sample(range(found), spec.samples)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qconvert.errors import UsageError
-from qconvert.ir.forward import BlockRunner, StopForward
+from qconvert.ir.forward import BlockRunner, StopForward, checked_device
 from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup, Producer
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -45,6 +45,7 @@ def calibrate(
 
     Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, and what BlockRunner raises.
     """
+    checked_device(device)  # also where nothing will run there: a misspelt one is never ignored
     members = _groups_by_unit(model, plan, groups)
     units = (*model.blocks, "")
     pending = [unit for unit in units if unit in members and unit not in done]

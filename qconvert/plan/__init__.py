@@ -147,7 +147,7 @@ def _check_layout(layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quanti
         raise UsageError(
             "QC-PLAN-005",
             f"transformers could not load this folder: {reason}",
-            hint="add --layout onnx for a folder that serves ONNX Runtime alone, or choose one scheme that it can",
+            hint="add --layout onnx for a folder that serves ONNX Runtime alone, or change what is named here with a --rule",
         )
 
 
