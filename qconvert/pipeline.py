@@ -18,6 +18,7 @@ from qconvert.ir.template import Template
 from qconvert.load import load
 from qconvert.plan import plan as make_plan
 from qconvert.plugin.manager import PluginManager, plugin_manager
+from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
 from qconvert.recipe import Gate, Recipe
 from qconvert.report.files import write_report
@@ -34,8 +35,7 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
     plugins = plugin_manager()
-    quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
-    model, template, plan = _understand(recipe, plugins, progress)
+    quantizer, model, template, plan = _understand(recipe, plugins, progress)
     samples = read_samples(model, recipe, plan.calibrated)
     inputs, distribution = file_digests(model.input_files), plugins.distribution_of(quantizer)
     digest = run_digest(recipe, inputs, distribution)
@@ -68,7 +68,7 @@ def plan(recipe: Recipe) -> Plan:
 
     Raises what `convert` would raise before it quantizes anything.
     """
-    return _understand(recipe, plugin_manager(), silent)[2]
+    return _understand(recipe, plugin_manager(), silent)[-1]
 
 
 def verify(
@@ -96,7 +96,7 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """The report on an artifact that `recipe` made, from its files and its float source alone."""
     progress.stage("check files", None)
     check_digests(folder)
-    model, template, plan = _understand(recipe, plugin_manager(), progress)
+    _, model, template, plan = _understand(recipe, plugin_manager(), progress)
     samples = read_samples(model, recipe, plan.calibrated)
     loadable = recipe.layout == "transformers" and model.config is not None
     evidence = verify_artifact(
@@ -105,11 +105,11 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     return verdict.make_report(recipe, model, plan, samples, folder, evidence)
 
 
-def _understand(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Model, Template, Plan]:
+def _understand(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model, Template, Plan]:
     """All that is known before the weights are read, but for those on which the trace is checked."""
     quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)
     progress.stage("trace", None)
     template = trace(model)
-    return model, template, make_plan(model, template, recipe, quantizer)
+    return quantizer, model, template, make_plan(model, template, recipe, quantizer)

@@ -38,7 +38,7 @@ def export(template: Template, model: Model, plan: Plan, written: Written, stage
         if (key := f"{name}.outlier_columns") in stored
     }
     lowering = CpuLowering(builder, outlier_columns)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters(remove_duplicate=False)}
+    shapes = model.parameter_shapes
     for node in [node for node in graph.graph if node.domain == DOMAIN]:
         name = node.attributes["module"].as_string()
         if name in plan.layers:

@@ -24,11 +24,11 @@ def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) 
     return model
 
 
-def parameter(graph: onnx_ir.Graph, name: str, shape: tuple[int, ...], dtype: DataType = DataType.FLOAT) -> Value:
-    """The initializer without data called `name`, made if it is not there yet."""
+def parameter(graph: onnx_ir.Graph, name: str, shape: tuple[int, ...]) -> Value:
+    """The float32 initializer without data called `name`, made if it is not there yet."""
     if name not in graph.initializers:
-        tensor = onnx_ir.LazyTensor(_no_data, dtype=dtype, shape=onnx_ir.Shape(shape), name=name)
-        value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(dtype), const_value=tensor)
+        tensor = onnx_ir.LazyTensor(_no_data, dtype=DataType.FLOAT, shape=onnx_ir.Shape(shape), name=name)
+        value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(DataType.FLOAT), const_value=tensor)
         graph.register_initializer(value)
     return graph.initializers[name]
 

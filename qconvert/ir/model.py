@@ -100,5 +100,10 @@ class Model:
         return paths if self.folder is None else [self.folder, *paths]
 
     @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of the module, tied ones under each of their names."""
+        return {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters(remove_duplicate=False)}
+
+    @property
     def source_bytes(self) -> int:
         return sum(info.nbytes for info in self.source.tensors.values())

@@ -36,8 +36,9 @@ def memory_session(
 ) -> Any:
     """A session over a graph in memory.
 
-    Initializers without data (see ir/template.py) are taken from `read(name)`, without a copy where the tensor is a
-    mapped one. folder: where the graph's external data lies. prepack: let kernels copy weights into faster layouts.
+    Initializers without data (see ir/template.py) are taken from `read(name)` as float32, without a copy where it is
+    a mapped tensor of that type. folder: where the graph's external data lies. prepack: let kernels copy weights into
+    faster layouts.
     """
     options = session_options(threads)
     if not prepack:
@@ -50,7 +51,7 @@ def memory_session(
         tensor = initializer.const_value
         if isinstance(tensor, onnx_ir.LazyTensor):
             assert initializer.shape is not None
-            array = to_numpy(read(name), tensor.dtype).reshape(initializer.shape.numpy())
+            array = np.ascontiguousarray(read(name).float().numpy()).reshape(initializer.shape.numpy())
             names.append(name)
             values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype.value))
             initializer.const_value = onnx_ir.ExternalTensor(
@@ -62,10 +63,3 @@ def memory_session(
     session = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS["cpu"]])
     session.fed = values  # the session reads them as long as it lives
     return session
-
-
-def to_numpy(tensor: Tensor, dtype: onnx_ir.DataType) -> np.ndarray[Any, Any]:
-    """A numpy array of an ONNX type; zero-copy where the types agree."""
-    if dtype == onnx_ir.DataType.FLOAT:
-        return np.ascontiguousarray(tensor.float().numpy())
-    return np.ascontiguousarray(tensor.numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from qconvert.ir import agreement
 from qconvert.ir.finite import require_finite
@@ -24,15 +24,9 @@ def relative_error(model: Model, captured: Captured, blocks: list[str]) -> float
 
     Raises InputError QC-WEIGHT-001 if that is because a weight is not.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters(remove_duplicate=False)}
-
-    def read(name: str) -> Tensor:
-        return captured.constants[name] if name in captured.constants else model.read(name)
-
     # Prepacking would copy the largest tensors for a single use.
-    session = memory_session(float_graph(captured.graph, shapes), read, prepack=False)
+    session = memory_session(float_graph(captured.graph, model.parameter_shapes), model.read, prepack=False)
     module = _materialized(model, blocks)
-
     expected = [graph_outputs(model.task, module, batch) for batch in agreement.probes(model)]
     error = agreement.relative_error(model, session, expected)
     if math.isinf(error):

@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from qconvert.errors import InputError
 from qconvert.ir.artifact import GRAPHS
 from qconvert.ir.float_graph import float_graph
@@ -57,12 +55,7 @@ def verify(
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
         parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters(remove_duplicate=False)}
-
-    def read(name: str) -> Tensor:
-        return template.constants[name] if name in template.constants else model.read(name)
-
-    baseline = memory_session(float_graph(template.graph, shapes), read, threads)
+    baseline = memory_session(float_graph(template.graph, model.parameter_shapes), model.read, threads)
     fidelity, latency = [], []
     for target in targets:
         reason = _why_not_run(folder, target)

@@ -37,8 +37,7 @@ def session(path: Path) -> Any:
 def write_float(model: Model, path: Path) -> None:
     """The float graph that qconvert itself compares with, as a file of its own."""
     template = trace(model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.module.named_parameters()}
-    graph = float_graph(template.graph, shapes)
+    graph = float_graph(template.graph, model.parameter_shapes)
     for name, value in graph.graph.initializers.items():
         if isinstance(value.const_value, onnx_ir.LazyTensor):
             value.const_value = onnx_ir.tensor(model.read(name).float().numpy(), name=name)
