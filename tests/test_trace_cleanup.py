@@ -7,7 +7,7 @@ import pytest
 
 from qconvert.errors import InputError
 from qconvert.ir.layer import Producer
-from qconvert.trace.cleanup import drop_markers, drop_reshape_pairs, remove_unused, replace
+from qconvert.trace.cleanup import drop_markers, drop_reshape_pairs, keep_sums_before_norms, remove_unused, replace
 from qconvert.trace.groups import input_groups
 from qconvert.trace.stamp import stamp
 
@@ -64,6 +64,18 @@ def test_unknown_sizes_are_not_taken_for_equal() -> None:
     model = reshapes(PAIR, ("B,?,6", "B,?,6"))
     drop_reshape_pairs(model.graph)
     assert nodes(model)[-1] == "Relu(j)"
+
+
+# --- sums before norms ---
+
+
+def test_a_sum_that_is_normalised_stays_out_of_the_slow_fusion() -> None:
+    model = parse(
+        "(float[B,6] x, float[B,6] z, float[6] w) => (float[B,6] y, float[B,6] other)"
+        "{ s = Add(x, z) y = LayerNormalization(s, w) other = Add(y, z) }"
+    )
+    keep_sums_before_norms(model.graph)
+    assert nodes(model) == ["Sum(x, z)", "LayerNormalization(s, w)", "Add(y, z)"]
 
 
 # --- markers, names, leftovers ---

@@ -9,7 +9,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.template import Template
 from qconvert.trace.capture import FORMS, Captured, capture
 from qconvert.trace.check import TOLERANCE, relative_error
-from qconvert.trace.cleanup import drop_reshape_pairs, remove_unused
+from qconvert.trace.cleanup import drop_reshape_pairs, keep_sums_before_norms, remove_unused
 from qconvert.trace.groups import input_groups
 from qconvert.trace.opaque import representatives
 from qconvert.trace.stamp import stamp
@@ -28,6 +28,7 @@ def trace(model: Model) -> Template:
     graph = captured.graph.graph
     stamp(graph, kinds)
     drop_reshape_pairs(graph)
+    keep_sums_before_norms(graph)
     remove_unused(captured.graph)
     constants = {name: value for name, value in captured.constants.items() if name in graph.initializers}
     return Template(captured.graph, kinds, input_groups(graph), constants)

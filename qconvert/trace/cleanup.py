@@ -26,6 +26,20 @@ def drop_reshape_pairs(graph: onnx_ir.Graph) -> None:
         replace(result, original)
 
 
+def keep_sums_before_norms(graph: onnx_ir.Graph) -> None:
+    """LayerNormalization(Add(a, b)) becomes LayerNormalization(Sum(a, b)).
+
+    ONNX Runtime fuses the first into SkipLayerNormalization, whose CPU kernel takes five times as long as its two parts
+    (16 x 128 rows of 384: 3.0 ms against 0.6 ms); it knows nothing to do with Sum.
+    """
+    for node in graph:
+        if node.op_type != "LayerNormalization" or node.inputs[0] is None:
+            continue
+        add = node.inputs[0].producer()
+        if add is not None and add.op_type == "Add":
+            add.op_type = "Sum"
+
+
 def drop_markers(graph: onnx_ir.Graph) -> None:
     """Block markers compute nothing: their output is their input."""
     for node in list(graph):
