@@ -21,7 +21,7 @@ from qconvert.load.factory import load_factory
 from qconvert.trace import trace
 from qconvert.trace.attention import rotary_caches
 from qconvert.trace.capture import FORMS, capture
-from qconvert.trace.cleanup import drop_reshape_pairs, remove_unused
+from qconvert.trace.cleanup import drop_reshape_pairs, keep_sums_before_norms, remove_unused
 from qconvert.trace.opaque import representatives
 from qconvert.trace.stamp import stamp
 
@@ -168,6 +168,7 @@ def test_a_stamped_graph_is_the_graph_of_all_blocks(name: str) -> None:
     every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0])
     stamp(every.graph.graph, {block: block for block in stamped.model.blocks})
     drop_reshape_pairs(every.graph.graph)
+    keep_sums_before_norms(every.graph.graph)
     remove_unused(every.graph)
     assert structure(stamped.template.graph.graph) == structure(every.graph.graph)
 

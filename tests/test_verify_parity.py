@@ -76,8 +76,8 @@ def set_attribute(op_type: str, name: str, value: float) -> Callable[[onnx.Graph
 
 
 def exchange_weights(graph: onnx.GraphProto) -> None:
-    """q of one block reads the weights of another."""
-    one, other = (node_named(graph, f"model.layers.{index}.self_attn.q_proj/MatMulNBits") for index in (0, 1))
+    """One block projects its attention's output with the weights of another."""
+    one, other = (node_named(graph, f"model.layers.{index}.self_attn.o_proj/MatMulNBits") for index in (0, 1))
     one.input[1], other.input[1] = other.input[1], one.input[1]
 
 

@@ -8,6 +8,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import MICROSOFT, CpuLowering
+from qconvert.export.pack import pack_query_key_value
 from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, Written
 from qconvert.ir.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
@@ -47,6 +48,7 @@ def export(template: Template, model: Model, plan: Plan, written: Written, stage
             substitute(graph.graph, node, builder.take_nodes(), output)
         else:
             substitute(graph.graph, node, *lower_float(graph.graph, node, shapes))
+    pack_query_key_value(graph.graph, builder)
     _bind(graph.graph, builder, model)
     _finish(graph)
     with disk_errors(stage.folder / GRAPH):

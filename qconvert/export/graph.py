@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,28 @@ class GraphBuilder:
             self._register(name, tensor, onnx_type, onnx_shape)
         return self.graph.initializers[name]
 
+    def spanning(self, values: Sequence[Value], axis: int) -> Value:
+        """Initializers joined along `axis`: without a copy where they lie one behind the other in a file, else by a
+        Concat, which folds when the model is loaded."""
+        tensors = [value.const_value for value in values]
+        name = ",".join(str(value.name) for value in values)
+        external = [tensor for tensor in tensors if isinstance(tensor, onnx_ir.ExternalTensor)]
+        if axis != 0 or len(external) < len(tensors) or not _adjacent(external):
+            return self.op("Concat", values, f"{name}/Concat", axis=axis)
+        if name not in self.graph.initializers:
+            first = external[0]
+            shape = (sum(tensor.shape[0] for tensor in external), *first.shape[1:])
+            tensor = onnx_ir.ExternalTensor(
+                first.location,
+                first.offset,
+                sum(tensor.length or 0 for tensor in external),
+                first.dtype,
+                shape=onnx_ir.Shape(shape),
+                name=name,
+            )
+            self._register(name, tensor, first.dtype, shape)
+        return self.graph.initializers[name]
+
     def float32(self, value: Value) -> Value:
         """`value`, cast if it is not float32; casts of initializers fold when the model is loaded."""
         if value.dtype == DataType.FLOAT:
@@ -83,3 +106,13 @@ class GraphBuilder:
     def _register(self, name: str, tensor: Any, dtype: DataType, shape: Sequence[int]) -> None:
         value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(dtype), const_value=tensor)
         self.graph.register_initializer(value)
+
+
+def _adjacent(tensors: Sequence[onnx_ir.ExternalTensor]) -> bool:
+    """Whether the tensors of one type lie one behind the other in one file."""
+    return all(
+        after.location == before.location
+        and after.dtype == before.dtype
+        and after.offset == (before.offset or 0) + (before.length or 0)
+        for before, after in pairwise(tensors)
+    )

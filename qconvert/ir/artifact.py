@@ -41,6 +41,8 @@ class Written:
     layers: tuple[LayerReport, ...]
 
 
-# Metadata on the last node of a layer with int8 activations: its module, and the value that the layer reads.
+# Metadata on the last node of a layer with int8 activations: its module, and the value that the layer reads. Layers packed
+# into one are named one after the other, in the order of their channels.
 LAYER_KEY = "qconvert.layer"
 INPUT_KEY = "qconvert.input"
+LAYER_SEPARATOR = ","

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from qconvert.ir import agreement
-from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, StoredTensor
+from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor
 from qconvert.ir.float_graph import parameter, substitute
 from qconvert.ir.forward import BlockRunner
 from qconvert.ir.model import Model
@@ -87,27 +87,36 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
     model = onnx_ir.load(artifact.folder / GRAPH)
     for node in list(model.graph):
         if LAYER_KEY in node.metadata_props:
-            layer = artifact.plan.layers[node.metadata_props[LAYER_KEY]]
-            _replace_cluster(model.graph, node, layer, f"{layer.name}.bias" in artifact.tensors)
+            layers = [artifact.plan.layers[name] for name in _layer_names(node)]
+            _replace_cluster(model.graph, node, layers, f"{layers[0].name}.bias" in artifact.tensors)
         elif node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
     RemoveUnusedNodesPass()(model)
 
     def read(name: str) -> Tensor:
-        return artifact.layer(name.removesuffix(FED)).dequantize()
+        layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
+        return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
     session = memory_session(model, read, folder=artifact.folder)
     return agreement.relative_error(artifact.model, session, expected)
 
 
-def _replace_cluster(graph: onnx_ir.Graph, last: onnx_ir.Node, plan: LayerPlan, has_bias: bool) -> None:
-    """Compute the output of `last` as x @ dequantized^T (+ bias), with the weight fed when the session is made."""
+def _layer_names(last: onnx_ir.Node) -> list[str]:
+    return last.metadata_props[LAYER_KEY].split(LAYER_SEPARATOR)
+
+
+def _replace_cluster(graph: onnx_ir.Graph, last: onnx_ir.Node, plans: Sequence[LayerPlan], has_bias: bool) -> None:
+    """Compute the output of `last` as x @ dequantized^T (+ bias), with the weight fed when the session is made.
+
+    plans: of the layers whose channels follow one another in that output.
+    """
     x = _value(graph, last.metadata_props[INPUT_KEY])
-    weight = parameter(graph, plan.name + FED, (plan.out_features, plan.in_features))
-    transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{plan.name}/DequantizedTranspose")
-    nodes = [transpose, onnx_ir.node("MatMul", [x, transpose.outputs[0]], name=f"{plan.name}/DequantizedMatMul")]
+    name = LAYER_SEPARATOR.join(plan.name for plan in plans)
+    weight = parameter(graph, name + FED, (sum(plan.out_features for plan in plans), plans[0].in_features))
+    transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/DequantizedTranspose")
+    nodes = [transpose, onnx_ir.node("MatMul", [x, transpose.outputs[0]], name=f"{name}/DequantizedMatMul")]
     if has_bias:
-        nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], last.inputs[1]], name=f"{plan.name}/DequantizedBias"))
+        nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], last.inputs[1]], name=f"{name}/DequantizedBias"))
     substitute(graph, last, nodes, nodes[-1].outputs[0])
 
 
@@ -124,7 +133,7 @@ def cluster_parity(artifact: Artifact) -> float:
     last = [node for node in model.graph if LAYER_KEY in node.metadata_props]
     if not last:
         return 0.0
-    clusters = [(node.metadata_props[LAYER_KEY], node.metadata_props[INPUT_KEY], str(node.outputs[0].name)) for node in last]
+    clusters = [(_layer_names(node), node.metadata_props[INPUT_KEY], str(node.outputs[0].name)) for node in last]
     shown = {value.name for value in model.graph.outputs}
     for name in dict.fromkeys(name for _, x, y in clusters for name in (x, y)):
         value = _value(model.graph, name)
@@ -134,9 +143,10 @@ def cluster_parity(artifact: Artifact) -> float:
     inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
     seen = inputs | dict(zip((output.name for output in session.get_outputs()), session.run(None, inputs), strict=True))
     errors = []
-    for layer, x, y in clusters:
-        bias = artifact.read(f"{layer}.bias").float() if f"{layer}.bias" in artifact.tensors else None
-        expected = emulate_row_form(torch.from_numpy(seen[x]), artifact.layer(layer), bias)
+    for layers, x, y in clusters:
+        rows = torch.from_numpy(seen[x])
+        biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
+        expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name)) for name in layers], -1)
         errors.append(agreement.largest_difference(seen[y], expected.numpy()))
     return max(errors)
 

@@ -1,0 +1,122 @@
+"""GroupQueryAttention takes query, key and value as one tensor: their three linears become one, over the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir
+from onnx_ir import Node, Value
+
+from qconvert.export.graph import GraphBuilder
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
+
+
+def pack_query_key_value(graph: onnx_ir.Graph, builder: GraphBuilder) -> None:
+    """Replace the linears of query, key and value by one, wherever all three are lowered alike and read the same rows."""
+    for attention in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        values = attention.inputs[:3]
+        if None in values or not all(_used_once(value) for value in values):
+            continue
+        packed = _joined([value for value in values if value is not None], builder)
+        nodes = builder.take_nodes()
+        if packed is not None:
+            graph.insert_before(attention, nodes)
+            attention.replace_input_with(0, packed)
+            attention.replace_input_with(1, None)
+            attention.replace_input_with(2, None)
+
+
+def _joined(values: list[Value], builder: GraphBuilder) -> Value | None:
+    """One value [..., sum of channels] instead of several [..., channels], or None where they are not computed alike."""
+    nodes = [value.producer() for value in values]
+    first = nodes[0]
+    if first is None or any(node is None or not _alike(first, node) for node in nodes):
+        return None
+    made = [node for node in nodes if node is not None]
+    inputs: list[Value | None] | None = None
+    if first.op_type in ("MatMulNBits", "MatMulIntegerToFloat", "MatMul"):
+        inputs = _product_inputs(made, builder)
+    elif first.op_type == "Mul" and len({node.inputs[1] for node in made}) == 1:
+        inputs = _with(_operand(made, 0, builder), made[0].inputs[1])
+    elif first.op_type == "Add":
+        added = _weights([node.inputs[1] for node in made], -1, builder) or _operand(made, 1, builder)
+        inputs = _with(_operand(made, 0, builder), added)
+    return None if inputs is None else _node(made, inputs, builder)
+
+
+def _operand(nodes: Sequence[Node], index: int, builder: GraphBuilder) -> Value | None:
+    values = [node.inputs[index] for node in nodes]
+    if not all(_used_once(value) for value in values):
+        return None
+    return _joined([value for value in values if value is not None], builder)
+
+
+def _with(left: Value | None, right: Value | None) -> list[Value | None] | None:
+    return None if left is None or right is None else [left, right]
+
+
+def _product_inputs(nodes: Sequence[Node], builder: GraphBuilder) -> list[Value | None] | None:
+    """Inputs that are the same stay, the others are joined along the output channels; None where one can't be."""
+    channels_last = nodes[0].op_type != "MatMulNBits"
+    joined: list[Value | None] = []
+    for index, value in enumerate(nodes[0].inputs):
+        others = [node.inputs[index] for node in nodes]
+        if index == 0 or len(set(others)) == 1:
+            if len(set(others)) > 1:
+                return None
+            joined.append(value)
+            continue
+        value = _weights(others, -1 if channels_last else 0, builder)
+        if value is None:
+            return None
+        joined.append(value)
+    return joined
+
+
+def _weights(values: Sequence[Value | None], axis: int, builder: GraphBuilder) -> Value | None:
+    """Initializers, or what folds when the model is loaded (Cast, Transpose of them), joined along `axis`."""
+    given = [value for value in values if value is not None]
+    if len(given) < len(values):
+        return None
+    if all(isinstance(value.const_value, onnx_ir.ExternalTensor) for value in given):
+        one_dimensional = given[0].shape is not None and len(given[0].shape) == 1
+        return builder.spanning(given, 0 if one_dimensional else axis)
+    nodes = [node for value in given if (node := value.producer()) is not None]
+    if len(nodes) < len(given) or nodes[0].op_type not in ("Cast", "Transpose") or not all(_alike(nodes[0], n) for n in nodes):
+        return None
+    if nodes[0].op_type == "Transpose":
+        axis = 0 if axis == -1 else -1
+    joined = _weights([node.inputs[0] for node in nodes], axis, builder)
+    return None if joined is None else _node(nodes, [joined], builder)
+
+
+def _node(nodes: Sequence[Node], inputs: list[Value | None], builder: GraphBuilder) -> Value:
+    """A node like the first of `nodes` that gives the channels of all of them."""
+    first = nodes[0]
+    attributes = dict(first.attributes)
+    if "N" in attributes:
+        attributes["N"] = onnx_ir.AttrInt64("N", sum(node.attributes["N"].as_int() for node in nodes))
+    name = LAYER_SEPARATOR.join(str(node.name) for node in nodes)
+    node = Node(first.domain, first.op_type, inputs, list(attributes.values()), name=name)
+    if LAYER_KEY in first.metadata_props:
+        node.metadata_props[LAYER_KEY] = LAYER_SEPARATOR.join(node.metadata_props[LAYER_KEY] for node in nodes)
+        node.metadata_props[INPUT_KEY] = first.metadata_props[INPUT_KEY]
+    output, like = node.outputs[0], first.outputs[0]
+    output.type = like.type
+    builder.nodes.append(node)
+    return output
+
+
+def _alike(first: Node, other: Node) -> bool:
+    """Whether two nodes do the same to their inputs."""
+    if (first.domain, first.op_type, len(first.inputs)) != (other.domain, other.op_type, len(other.inputs)):
+        return False
+    return _settings(first) == _settings(other)
+
+
+def _settings(node: Node) -> dict[str, object]:
+    return {name: attribute.value for name, attribute in node.attributes.items() if name != "N"}
+
+
+def _used_once(value: Value | None) -> bool:
+    return value is not None and len(value.uses()) == 1 and not value.is_graph_output()
