@@ -19,6 +19,7 @@ from typing import Any
 
 from qconvert import errors
 from qconvert.errors import QConvertError, ResourceError
+from qconvert.ir.garbage import importing
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
@@ -91,7 +92,8 @@ def main() -> None:
     # The parent has shown every warning already, and takes stdout for progress.
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
-    from qconvert import pipeline
+    with importing():
+        from qconvert import pipeline
 
     request = json.load(sys.stdin)
     recipe = Recipe.model_validate(request["recipe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qconvert import verdict
@@ -35,9 +36,12 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
     plugins = plugin_manager()
-    quantizer, model, template, plan = _understand(recipe, plugins, progress)
+    quantizer, model = _load(recipe, plugins, progress)
+    with ThreadPoolExecutor(1) as background:  # hashing leaves the interpreter to the trace
+        digests = background.submit(file_digests, model.input_files)
+        template, plan = _outline(recipe, quantizer, model, progress)
     samples = read_samples(model, recipe, plan.calibrated)
-    inputs, distribution = file_digests(model.input_files), plugins.distribution_of(quantizer)
+    inputs, distribution = digests.result(), plugins.distribution_of(quantizer)
     digest = run_digest(recipe, inputs, distribution)
     with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_paths) as stage:
         stage.require_space(plan.weights_bytes)
@@ -68,7 +72,8 @@ def plan(recipe: Recipe) -> Plan:
 
     Raises what `convert` would raise before it quantizes anything.
     """
-    return _understand(recipe, plugin_manager(), silent)[-1]
+    quantizer, model = _load(recipe, plugin_manager(), silent)
+    return _outline(recipe, quantizer, model, silent)[1]
 
 
 def verify(
@@ -96,7 +101,8 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """The report on an artifact that `recipe` made, from its files and its float source alone."""
     progress.stage("check files", None)
     check_digests(folder)
-    _, model, template, plan = _understand(recipe, plugin_manager(), progress)
+    quantizer, model = _load(recipe, plugin_manager(), progress)
+    template, plan = _outline(recipe, quantizer, model, progress)
     samples = read_samples(model, recipe, plan.calibrated)
     loadable = recipe.layout == "transformers" and model.config is not None
     evidence = verify_artifact(
@@ -105,11 +111,14 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     return verdict.make_report(recipe, model, plan, samples, folder, evidence)
 
 
-def _understand(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model, Template, Plan]:
-    """All that is known before the weights are read, but for those on which the trace is checked."""
+def _load(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model]:
     quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
     progress.stage("load", None)
-    model = load(recipe.model, plugins.load_model)
+    return quantizer, load(recipe.model, plugins.load_model)
+
+
+def _outline(recipe: Recipe, quantizer: Quantizer, model: Model, progress: Progress) -> tuple[Template, Plan]:
+    """All that is known before the weights are read, but for those on which the trace is checked."""
     progress.stage("trace", None)
     template = trace(model)
-    return quantizer, model, template, make_plan(model, template, recipe, quantizer)
+    return template, make_plan(model, template, recipe, quantizer)

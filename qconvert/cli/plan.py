@@ -9,6 +9,7 @@ import click
 
 from qconvert.cli.recipe_flags import recipe_flags, recipe_of
 from qconvert.cli.stdout import emit
+from qconvert.ir.garbage import importing
 
 PIPE_WIDTH = 200  # columns for grep, sed and files, where folded names would be in the way
 
@@ -29,7 +30,8 @@ def plan(as_json: bool, **flags: Any) -> None:
 
     with working(StderrConsole()):
         recipe = recipe_of(flags)
-        from qconvert import pipeline
+        with importing():
+            from qconvert import pipeline
 
         made = pipeline.plan(recipe)
     if as_json:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from qconvert.cli.recipe_flags import recipe_flags, recipe_of
+from qconvert.ir.garbage import importing
 
 
 @click.command()
@@ -24,7 +25,8 @@ def run(as_json: bool, **flags: Any) -> None:
     console = StderrConsole()
     with working(console) as progress:
         recipe = recipe_of(flags)
-        from qconvert import pipeline
+        with importing():
+            from qconvert import pipeline
 
         report = pipeline.convert(recipe, progress)
     show(report, recipe.output, console, as_json=as_json)

@@ -87,8 +87,9 @@ def working(console: Console) -> Iterator[TerminalProgress]:
     os.environ.setdefault("TORCH_LOGS", "-all")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Threads that wait for each other spin by default: on a machine with other work, twice the processor time (measured).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How often threads that wait for each other look before they sleep. By default they spin for milliseconds: on a machine
+    # with other work, twice the processor time; without any spinning, quantizing takes a third longer (both measured).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     handler, logger, progress = _Warnings(console), logging.getLogger("qconvert"), TerminalProgress(console)
     level = logger.level
     logger.setLevel(handler.level)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qconvert.cli.recipe_flags import TARGETS
+from qconvert.ir.garbage import importing
 
 
 @click.command()
@@ -39,7 +40,8 @@ def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates
     console = StderrConsole()
     with working(console) as progress:
         parsed = tuple(map(Gate.parse, gates))
-        from qconvert import pipeline
+        with importing():
+            from qconvert import pipeline
 
         report = pipeline.verify(folder, targets, evaluation, parsed, progress)
     show(report, folder, console, as_json=as_json)

@@ -79,7 +79,7 @@ class GraphBuilder:
             return self.op("Concat", values, f"{name}/Concat", axis=axis)
         if name not in self.graph.initializers:
             first = external[0]
-            shape = (sum(tensor.shape[0] for tensor in external), *first.shape[1:])
+            shape = (sum(tensor.shape.numpy()[0] for tensor in external), *first.shape.numpy()[1:])
             tensor = onnx_ir.ExternalTensor(
                 first.location,
                 first.offset,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.ir.forward import tensors_in
+from qconvert.ir.garbage import uncollected
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
 from qconvert.trace import opaque as opaque_nodes
@@ -211,7 +212,7 @@ def _export(model: Model, module: nn.Module, blocks: list[str], form: Form, name
         renamed = list(inputs)
         outputs = ["output"]
     arguments["parameters"], shapes["parameters"] = parameters, dict.fromkeys(parameters)
-    with torch.no_grad(), _quiet(), _layers_called_one_by_one():
+    with torch.no_grad(), _quiet(), _layers_called_one_by_one(), uncollected():
         program = torch.onnx.export(
             wrapper.eval(), kwargs=arguments, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
         )

@@ -24,7 +24,7 @@ def convert(model: Path, output: Path) -> process.Cost:
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime_genai") is None, reason="needs onnxruntime-genai")
 def test_time_and_memory_beside_the_builder(models: Path, tmp_path: Path) -> None:
-    """At most twice the builder's time, and less resident memory; the best of three alternating runs of each."""
+    """At most 1.2 times the builder's time, and less resident memory; the best of three alternating runs of each."""
     ours, theirs = [], []
     for _ in range(ROUNDS):
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
@@ -36,7 +36,7 @@ def test_time_and_memory_beside_the_builder(models: Path, tmp_path: Path) -> Non
     print(f"\n{seconds[0]:.1f} s, builder {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f} x the time")
     megabytes = [size / 1e6 for size in resident]
     print(f"{megabytes[0]:.0f} MB resident, builder {megabytes[1]:.0f} MB: {resident[0] / resident[1]:.2f} x the memory")
-    assert seconds[0] <= 2 * seconds[1]
+    assert seconds[0] <= 1.2 * seconds[1]
     assert resident[0] < resident[1]
 
 
