@@ -6,6 +6,7 @@ import onnx_ir
 from onnx_ir import Value
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+from qconvert.export.genai import write_genai_config
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import MICROSOFT, CpuLowering
 from qconvert.export.pack import pack_query_key_value
@@ -23,7 +24,7 @@ NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
 
 
 def export(template: Template, model: Model, plan: Plan, written: Written, stage: Stage) -> None:
-    """Write model.onnx into `stage.folder`.
+    """Write model.onnx, and for decoders genai_config.json, into `stage.folder`.
 
     Every tensor but small constants is external data in model.safetensors or the sidecar. Raises ResourceError (disk).
     """
@@ -53,6 +54,8 @@ def export(template: Template, model: Model, plan: Plan, written: Written, stage
     _finish(graph)
     with disk_errors(stage.folder / GRAPH):
         onnx_ir.save(graph, stage.folder / GRAPH)
+    if model.task == "causal-lm":
+        write_genai_config(model, graph.graph, stage)
 
 
 def _bind(graph: onnx_ir.Graph, builder: GraphBuilder, model: Model) -> None:

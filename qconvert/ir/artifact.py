@@ -13,6 +13,7 @@ WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"
 GRAPH = "model.onnx"
 GRAPHS = {"cpu": GRAPH, "cuda": "model.cuda.onnx"}
+GENAI_CONFIG = "genai_config.json"
 MANIFEST = "qconvert.json"
 REPORT = "report.json"
 CARD = "README.md"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS
 from qconvert.ir.model import Model
 from qconvert.workdir import Stage, disk_errors
 
@@ -14,10 +14,9 @@ from qconvert.workdir import Stage, disk_errors
 OWN_FILES = {
     CARD.lower(),
     "config.json",
-    "genai_config.json",
     "model.cuda.onnx",
     f"{WEIGHTS}.index.json",
-    *(GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS),
+    *(GENAI_CONFIG, GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS),
 }
 
 

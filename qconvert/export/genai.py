@@ -1,0 +1,102 @@
+"""genai_config.json: what onnxruntime-genai has to know to run the folder as it is.
+
+Source: the configurations that onnxruntime-genai's model builder writes, and https://onnxruntime.ai/docs/genai/reference/config.html.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from qconvert.ir.artifact import GENAI_CONFIG, GRAPH
+from qconvert.ir.model import Model
+from qconvert.workdir import Stage, disk_errors
+
+# The name of onnxruntime-genai for any decoder that is one graph with a KV cache, whatever its architecture.
+MODEL_TYPE = "decoder"
+CACHE = ("past_key_values.%d.key", "past_key_values.%d.value")
+SEARCH_OPTIONS = ("do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
+
+
+def write_genai_config(model: Model, graph: onnx_ir.Graph, stage: Stage) -> None:
+    """Write genai_config.json for a decoder whose blocks have caches of one shape. Raises ResourceError (disk)."""
+    path = stage.folder / GENAI_CONFIG
+    cache = _cache_shape(graph)
+    if cache is None:
+        return
+    text = json.dumps(_genai_config(model.module.config, _generation_config(model), graph, cache), indent=2) + "\n"
+    with disk_errors(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _genai_config(
+    config: Any, generation: Mapping[str, Any], graph: onnx_ir.Graph, cache: tuple[int, int, int]
+) -> dict[str, Any]:
+    """config: of transformers, which knows the names that an architecture has for a setting."""
+    layers, kv_heads, head_size = cache
+    attention = next(node for node in graph if node.op_type == "GroupQueryAttention")
+    first, last, pad = (_tokens(name, config, generation) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    context = int(config.max_position_embeddings)
+    model: dict[str, Any] = {
+        "type": MODEL_TYPE,
+        "context_length": context,
+        "vocab_size": int(config.vocab_size),
+        "bos_token_id": first[0] if first else None,
+        "eos_token_id": last if len(last) > 1 else last[0] if last else None,
+        "pad_token_id": (pad or last or [0])[0],  # without one, onnxruntime-genai does not load the folder
+        "decoder": {
+            "filename": GRAPH,
+            "session_options": {"provider_options": []},
+            "hidden_size": int(config.hidden_size),
+            "head_size": head_size,
+            "num_attention_heads": attention.attributes["num_heads"].as_int(),
+            "num_key_value_heads": kv_heads,
+            "num_hidden_layers": layers,
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": CACHE[0],
+                "past_value_names": CACHE[1],
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    }
+    search = {"max_length": context, "past_present_share_buffer": True}
+    search |= {key: generation[key] for key in SEARCH_OPTIONS if generation.get(key) is not None}
+    return {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
+
+
+def _tokens(name: str, config: Any, generation: Mapping[str, Any]) -> list[int]:
+    """The tokens of that name; those beyond the vocabulary, as in configurations made by hand, are left out."""
+    found = generation.get(name, getattr(config, name, None))
+    tokens = found if isinstance(found, list) else [found]
+    return [token for token in tokens if token is not None and 0 <= token < config.vocab_size]
+
+
+def _cache_shape(graph: onnx_ir.Graph) -> tuple[int, int, int] | None:
+    """(blocks, heads, head size) of the KV cache; None without one, or where it differs from block to block."""
+    values = {value.name: value for value in graph.inputs}
+    shapes: list[tuple[object, object]] = []
+    while (value := values.get(CACHE[0] % len(shapes))) is not None:
+        assert value.shape is not None
+        shapes.append((value.shape[1], value.shape[3]))
+    if len(set(shapes)) != 1 or not all(isinstance(size, int) for size in shapes[0]):
+        return None
+    return len(shapes), int(shapes[0][0]), int(shapes[0][1])  # type: ignore[arg-type]
+
+
+def _generation_config(model: Model) -> dict[str, Any]:
+    content = model.files.get("generation_config.json")
+    if content is None:
+        return {}
+    text = content.read_bytes() if isinstance(content, Path) else content
+    found: dict[str, Any] = json.loads(text)
+    return found
