@@ -84,13 +84,13 @@ def _tokens(name: str, config: Any, generation: Mapping[str, Any]) -> list[int]:
 def _cache_shape(graph: onnx_ir.Graph) -> tuple[int, int, int] | None:
     """(blocks, heads, head size) of the KV cache; None without one, or where it differs from block to block."""
     values = {value.name: value for value in graph.inputs}
-    shapes: list[tuple[object, object]] = []
+    shapes: list[tuple[int, int]] = []
     while (value := values.get(CACHE[0] % len(shapes))) is not None:
-        assert value.shape is not None
-        shapes.append((value.shape[1], value.shape[3]))
-    if len(set(shapes)) != 1 or not all(isinstance(size, int) for size in shapes[0]):
-        return None
-    return len(shapes), int(shapes[0][0]), int(shapes[0][1])  # type: ignore[arg-type]
+        heads, size = (value.shape[1], value.shape[3]) if value.shape is not None else (None, None)
+        if not isinstance(heads, int) or not isinstance(size, int):
+            return None
+        shapes.append((heads, size))
+    return (len(shapes), *shapes[0]) if len(set(shapes)) == 1 else None
 
 
 def _generation_config(model: Model) -> dict[str, Any]:
