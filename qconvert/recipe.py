@@ -135,13 +135,12 @@ class Recipe(_Part):
 
     def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
         """The scheme of the layer `name`: the first rule that matches, else the recipe's, else `default`."""
-        for rule in self.rules:
-            if rule.matches(name):
-                return rule.scheme
-        return self.scheme or default
+        rule = self.rule_for(name)
+        return rule.scheme if rule else self.scheme or default
 
-    def has_rule(self, name: str) -> bool:
-        return any(rule.matches(name) for rule in self.rules)
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches the layer `name`."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

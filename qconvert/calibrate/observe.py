@@ -143,6 +143,7 @@ class _Watch:
         hooks = [
             self.model.module.get_submodule(group.layers[0]).register_forward_pre_hook(partial(self._see, index))
             for index, group in enumerate(self.groups)
+            if not self._is_embedding(group)
         ]
         try:
             yield
@@ -166,8 +167,14 @@ class _Watch:
             return value[self.mask]
         return value.reshape(-1, value.shape[-1])
 
-    def finalize(self) -> list[CalibrationStats]:
-        unseen = [group.layers for group, rows in zip(self.groups, self.rows, strict=True) if not rows]
+    def _is_embedding(self, group: InputGroup) -> bool:
+        """An embedding reads indices, of which there is nothing to observe."""
+        return self.plan.layers[group.layers[0]].kind == "embedding"
+
+    def finalize(self) -> list[CalibrationStats | None]:
+        """Per group; None for embeddings."""
+        observed = [not self._is_embedding(group) for group in self.groups]
+        unseen = [group.layers for group, rows, seen in zip(self.groups, self.rows, observed, strict=True) if seen and not rows]
         if unseen:
             names = [name for layers in unseen for name in layers]
             raise UsageError(
@@ -176,8 +183,8 @@ class _Watch:
                 hint=f"keep it in float with --rule '{names[0]}=float', or calibrate on more varied data",
             )
         return [
-            CalibrationStats(rows, {observer.name: observer.finalize().cpu() for observer in observers})
-            for rows, observers in zip(self.rows, self.observers, strict=True)
+            CalibrationStats(rows, {observer.name: observer.finalize().cpu() for observer in observers}) if seen else None
+            for rows, observers, seen in zip(self.rows, self.observers, observed, strict=True)
         ]
 
 

@@ -43,9 +43,10 @@ def export(template: Template, model: Model, plan: Plan, written: Written, stage
     shapes = model.parameter_shapes
     for node in [node for node in graph.graph if node.domain == DOMAIN]:
         name = node.attributes["module"].as_string()
-        if name in plan.layers:
+        layer = plan.layer_of(name)
+        if layer is not None:
             bias = builder.float32(builder.external(f"{name}.bias")) if f"{name}.bias" in shapes else None
-            output = lowering.lower(plan.layers[name], node, bias)
+            output = lowering.lower(layer, node, bias)
             substitute(graph.graph, node, builder.take_nodes(), output)
         else:
             substitute(graph.graph, node, *lower_float(graph.graph, node, shapes))

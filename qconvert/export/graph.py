@@ -57,10 +57,14 @@ class GraphBuilder:
             self._register(name, tensor, tensor.dtype, array.shape)
         return self.graph.initializers[name]
 
-    def external(self, name: str, shape: Sequence[int] | None = None, dtype: DataType | None = None) -> Value:
-        """The stored tensor `name` as an initializer, optionally under another shape or type of the same bytes."""
+    def external(self, name: str, shape: Sequence[int] | None = None, dtype: DataType | None = None, view: str = "") -> Value:
+        """The stored tensor `name` as an initializer, optionally under another shape or type of the same bytes.
+
+        view: what tells this initializer from another one on the same bytes.
+        """
+        stored = self.stored[name]
+        name += view
         if name not in self.graph.initializers:
-            stored = self.stored[name]
             onnx_type = dtype or ONNX_TYPES[stored.dtype]
             onnx_shape = tuple(stored.shape if shape is None else shape)
             tensor = onnx_ir.ExternalTensor(

@@ -4,6 +4,7 @@ weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantize
 int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
                   1/127, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
 outliers          the row form on what is left when the outlier columns are masked out, plus their float product
+embedding         GatherBlockQuantized on the packed bytes; a head that shares them reads them with MatMulNBits
 conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
 """
 
@@ -35,6 +36,7 @@ class CpuLowering:
         self.outlier_columns = outlier_columns
         self._inputs: dict[tuple[Value, object], Value] = {}
         self._rows: dict[Value, tuple[Value, Value]] = {}
+        self._qparams: dict[str, tuple[Value, Value | None]] = {}
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
         """Add the nodes for `node` to the builder and give their output."""
@@ -42,6 +44,8 @@ class CpuLowering:
         assert x is not None
         if plan.kind == "conv2d":
             return self._conv2d(plan, node, x, bias)
+        if node.op_type == "Embedding":
+            return self._embedding(plan, x)
         x = self._scaled_input(plan, x)
         if plan.scheme.activation_bits:
             return self._row_form(plan, x, bias)
@@ -65,10 +69,7 @@ class CpuLowering:
         blocks = -(-plan.in_features // size)
         packed = f"{name}.kernel_weight" if kernel.is_padded(plan) else f"{name}.weight_packed"
         weight = builder.external(packed, (plan.out_features, blocks, size * bits // 8), DataType.UINT8)
-        scale_name = f"{name}.kernel_scale" if f"{name}.kernel_scale" in builder.stored else f"{name}.weight_scale"
-        scale = builder.float32(builder.external(scale_name))
-        zero_point = None if plan.scheme.symmetric else builder.external(f"{name}.kernel_zero_point")
-        inputs = [x, weight, scale, zero_point, None, bias]
+        inputs = [x, weight, *self._block_qparams(plan), None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return builder.op(
@@ -81,6 +82,33 @@ class CpuLowering:
             bits=bits,
             block_size=size,
             accuracy_level=4,
+        )
+
+    def _block_qparams(self, plan: LayerPlan) -> tuple[Value, Value | None]:
+        """Scale and zero point per block, as MatMulNBits and GatherBlockQuantized both take them; made once per tensor."""
+        builder, name = self.builder, plan.name
+        if name not in self._qparams:
+            scale_name = f"{name}.kernel_scale" if f"{name}.kernel_scale" in builder.stored else f"{name}.weight_scale"
+            zero_point = None if plan.scheme.symmetric else builder.external(f"{name}.kernel_zero_point")
+            self._qparams[name] = builder.float32(builder.external(scale_name)), zero_point
+        return self._qparams[name]
+
+    def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
+        builder, name, bits = self.builder, plan.name, plan.scheme.bits
+        shape = (plan.out_features, plan.in_features * bits // 8)
+        # Another initializer than the head's, which has a block axis; both map the same bytes.
+        rows = builder.external(f"{name}.weight_packed", shape, DataType.UINT8, view="/rows")
+        scale, zero_point = self._block_qparams(plan)
+        inputs = [rows, indices, scale] if zero_point is None else [rows, indices, scale, zero_point]
+        return builder.op(
+            "GatherBlockQuantized",
+            inputs,
+            f"{name}/GatherBlockQuantized",
+            MICROSOFT,
+            bits=bits,
+            block_size=kernel.block_size(plan),
+            gather_axis=0,
+            quantize_axis=1,
         )
 
     def _row_form(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-LayerKind = Literal["linear", "conv1d", "conv2d"]
+LayerKind = Literal["linear", "conv1d", "conv2d", "embedding"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,13 +25,14 @@ class CalibrationStats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """One linear or convolution.
+    """One linear, convolution or embedding.
 
     name: full module name, "model.layers.0.self_attn.q_proj".
-    kind: "linear", "conv1d" (GPT-2's transposed linear) or "conv2d".
-    weight: [out, in] float32 whatever the kind: Conv1D transposed, kernels flattened to [out, in/groups * kh * kw].
+    kind: "linear", "conv1d" (GPT-2's transposed linear), "conv2d" or "embedding".
+    weight: [out, in] float32 whatever the kind: Conv1D transposed, kernels flattened to [out, in/groups * kh * kw],
+        embeddings [vocabulary, width].
     bias: [out] or None.
-    stats: None where the quantizer has no observers.
+    stats: None where the quantizer has no observers, and for embeddings.
     """
 
     name: str

@@ -83,9 +83,10 @@ def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
     """Whether transformers can load the layer only with `"dequantize": true`.
 
     Measured with transformers 5.23 and compressed-tensors 0.20: packed zero points fail with a shape mismatch, and
-    int-quantized weights without quantized activations fail at the first forward. Both load with `dequantize`.
+    int-quantized weights without quantized activations fail at the first forward, and a packed embedding can't be looked
+    up in. All load with `dequantize`.
     """
-    return not plan.scheme.symmetric if is_packed(plan) else outliers
+    return plan.kind == "embedding" or (not plan.scheme.symmetric if is_packed(plan) else outliers)
 
 
 def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False) -> str | None:
@@ -98,19 +99,29 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
     """
     layers = tuple(layers)
     for layer in layers:
-        if layer.kind != "linear":
-            return f"'{layer.name}' is a {layer.kind}, and the transformers layout holds quantized nn.Linear only"
+        if layer.kind not in ("linear", "embedding"):
+            return (
+                f"'{layer.name}' is a {layer.kind}, and the transformers layout holds quantized nn.Linear and nn.Embedding only"
+            )
     groups: list[tuple[LayerPlan, dict[str, Any]]] = []
     for layer in layers:
         group = config_group(layer, outliers=outliers)
         if all(group != known for _, known in groups):
             groups.append((layer, group))
     needy = next((layer for layer in layers if must_dequantize(layer, outliers=outliers)), None)
-    if needy is None or len(groups) == 1:
+    if needy is None:
+        return None
+    if needy.scheme.bits == 8 and needy.scheme.scale_dtype == torch.float16:
+        return (
+            f"'{needy.name}' ({needy.scheme}) is an embedding, which transformers dequantizes in the float16 of its scales: "
+            "8-bit codes do not fit there (int8-channel has float32 scales)"
+        )
+    if len(groups) == 1:
         return None
     other = next(layer for layer, group in groups if group != config_group(needy, outliers=outliers))
-    kind = "outlier columns" if needy.scheme.symmetric else "zero points"
+    kind = "zero points" if not needy.scheme.symmetric else "outlier columns"
+    trait = "is an embedding" if needy.kind == "embedding" else f"has {kind}"
     return (
-        f"'{needy.name}' ({needy.scheme}) has {kind}, which transformers loads only where every quantized layer has the "
+        f"'{needy.name}' ({needy.scheme}) {trait}, which transformers loads only where every quantized layer has the "
         f"same scheme, but '{other.name}' is {other.scheme}"
     )

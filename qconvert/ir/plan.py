@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -59,6 +59,7 @@ class Plan:
     layers: by name, in the model's order.
     kept_float: modules that stay as they are, each with the reason.
     calibrated: whether calibration data is needed.
+    shared: output head -> the embedding of `layers` whose tensor it reads too.
     weights_bytes: exact size of model.safetensors' tensor data (a scale beyond float16's range adds two bytes).
     peak_bytes: estimate of the largest amount of memory held at once while quantizing.
     """
@@ -69,3 +70,8 @@ class Plan:
     calibrated: bool
     weights_bytes: int
     peak_bytes: int
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def layer_of(self, name: str) -> LayerPlan | None:
+        """The planned layer that the module `name` computes with, None where it stays float."""
+        return self.layers.get(self.shared.get(name, name))

@@ -33,12 +33,14 @@ class Template:
     representatives: block -> the traced block of its kind. A block that was traced itself maps to itself.
     groups: input groups of the whole model, in forward order, block names put in.
     constants: tensors that tracing made (e.g. rotary caches), by initializer name.
+    embeddings: modules that look up rows of their weight.
     """
 
     graph: onnx_ir.Model
     representatives: Mapping[str, str]
     groups: tuple[InputGroup, ...]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
@@ -56,4 +58,6 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
             return "conv1d"
         case nn.Conv2d() if type(module).forward is nn.Conv2d.forward:
             return "conv2d" if module.padding_mode == "zeros" and not isinstance(module.padding, str) else None
+        case nn.Embedding() if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+            return "embedding"
     return None

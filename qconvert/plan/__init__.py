@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from qconvert.errors import UsageError
-from qconvert.ir import layout
+from qconvert.ir import kernel, layout
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import KeptFloat
 from qconvert.ir.scheme import PerGroup, QuantScheme
 from qconvert.ir.template import Template, layer_kind
+from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 
@@ -23,27 +24,24 @@ from qconvert.recipe import Recipe
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-007 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-009 for a scheme that the quantizer, the kernels or the layout can't carry,
     for group sizes that do not divide (all layers are listed), and for rules that match nothing.
     """
     default = recipe.scheme or quantizer.default_scheme
-    _check_scheme(default, quantizer)
-    for rule in recipe.rules:
-        if rule.scheme is not None:
-            _check_scheme(rule.scheme, quantizer)
-    layers, kept = _sort_modules(model, template, recipe, default)
-    _check_rules(recipe, [*layers, *(entry.name for entry in kept)])
+    layers, kept, shared = _sort_modules(model, template, recipe, default)
+    _check_rules(recipe, [*layers, *shared, *(entry.name for entry in kept)])
     if not layers:
         raise UsageError(
             "QC-PLAN-006",
             f"no layer of {model.name} would be quantized: " + "; ".join(sorted({entry.reason for entry in kept})),
             hint="check the rules, and that the model has linear or Conv2d layers",
         )
+    _check_schemes(default, layers.values(), recipe, quantizer)
     _check_groups(layers.values())
     _check_layout(layers.values(), recipe, quantizer, model)
     if "cuda" in recipe.targets:
         _check_cuda(layers.values())
-    replaced = {f"{name}.weight" for name in layers}
+    replaced = {model.stored_name(f"{name}.weight") for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
     return Plan(
         default,
@@ -52,6 +50,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         calibrated=bool(quantizer.observers),
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
         peak_bytes=_peak_bytes(model, layers),
+        shared=shared,
     )
 
 
@@ -65,40 +64,53 @@ def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
 
 def _sort_modules(
     model: Model, template: Template, recipe: Recipe, default: QuantScheme
-) -> tuple[dict[str, LayerPlan], list[KeptFloat]]:
-    """Every module with a weight of its own: planned, or kept in float for a reason."""
-    reached = {name for group in template.groups for name in group.layers}
-    sharing = _modules_that_share(model)
+) -> tuple[dict[str, LayerPlan], list[KeptFloat], dict[str, str]]:
+    """Every module with a weight of its own: planned, kept in float for a reason, or a head that shares a planned embedding."""
+    reached = {*template.embeddings, *(name for group in template.groups for name in group.layers)}
+    sharing = modules_that_share(model)
+    shared = shared_heads(model, recipe, reached)
     layers: dict[str, LayerPlan] = {}
     kept = []
     for name, module in model.module.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
+        if name in shared:
+            continue
         kind = layer_kind(module)
-        scheme = recipe.scheme_of(name, default)
+        head = next((head for head, embedding in shared.items() if embedding == name), None)
+        named = recipe.rule_for(name) or (recipe.rule_for(head) if head else None)
+        scheme = named.scheme if named else default
         if kind is None:
             reason = f"{type(module).__name__} is not quantized"
-        elif name in sharing:
-            reason = f"shares its weight with {sharing[name]}, which stays in float"
+        elif kind == "embedding" and named is None:
+            reason = "an embedding stays in float unless a rule names it"
+        elif name in sharing and head is None:
+            reason = f"shares its weight with {', '.join(sharing[name])}, which stays in float"
         elif name not in reached:
             reason = "the exported graph does not use it as a layer"
         elif scheme is None:
             reason = "a rule keeps it in float"
-        elif name == model.output_head and not recipe.has_rule(name):
+        elif name == model.output_head and named is None:
             reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
         else:
-            # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
-            own = dataclasses.replace(scheme, activation_bits=None) if kind == "conv2d" else scheme
+            # A convolution has no kernel for int8 activations: it is small on disk, and computes in float. Nor has a head
+            # that reads an embedding's tensor.
+            own = dataclasses.replace(scheme, activation_bits=None) if kind in ("conv2d", "embedding") else scheme
             layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own)
             continue
         kept.append(KeptFloat(name=name, reason=reason))
-    return layers, kept
+    return layers, kept, shared
 
 
-def _modules_that_share(model: Model) -> dict[str, str]:
-    """Module -> another with the same weight. Both stay in float: codes for one and floats for the other cost more bytes."""
-    pairs = [(alias.removesuffix(".weight"), owner.removesuffix(".weight")) for alias, owner in model.tied.items()]
-    return {owner: alias for alias, owner in pairs} | dict(pairs)
+def _check_schemes(default: QuantScheme, layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quantizer) -> None:
+    """Every scheme that is asked for; a quantizer with observers has no say in embeddings (qconvert.quantize)."""
+    asked = {default, *(rule.scheme for rule in recipe.rules if rule.scheme)}
+    if quantizer.observers:
+        asked -= {layer.scheme for layer in layers if layer.kind == "embedding"} - {
+            layer.scheme for layer in layers if layer.kind != "embedding"
+        }
+    for scheme in sorted(asked, key=str):
+        _check_scheme(scheme, quantizer)
 
 
 def _check_scheme(scheme: QuantScheme, quantizer: Quantizer) -> None:
@@ -129,6 +141,7 @@ def _check_rules(recipe: Recipe, names: list[str]) -> None:
 
 def _check_groups(layers: Iterable[LayerPlan]) -> None:
     """All layers whose width the group size does not divide, at once, before any work is done."""
+    layers = tuple(layers)
     odd = [layer for layer in layers if layer.in_features % layer.scheme.group_size(layer.in_features)]
     if odd:
         listed = ", ".join(f"{layer.name} ({layer.in_features} inputs, {layer.scheme})" for layer in odd)
@@ -136,6 +149,14 @@ def _check_groups(layers: Iterable[LayerPlan]) -> None:
             "QC-PLAN-004",
             f"the group size does not divide the width of {len(odd)} layers: {listed}",
             hint=f"take a smaller group or -channel, or keep them in float: --rule '{odd[0].name}=float'",
+        )
+    narrow = [layer for layer in layers if layer.kind == "embedding" and kernel.is_padded(layer)]
+    if narrow:
+        raise UsageError(
+            "QC-PLAN-009",
+            f"{narrow[0].name} has a width of {narrow[0].in_features}: the kernel for quantized embeddings takes blocks of "
+            f"{kernel.block_size(narrow[0])}",
+            hint=f"keep it in float: --rule '{narrow[0].name}=float'",
         )
 
 

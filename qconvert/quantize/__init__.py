@@ -14,7 +14,7 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
 from qconvert.plugin import contract
-from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantize.fold import fold
 
 
@@ -34,7 +34,10 @@ def quantize(
         folded = fold(block, quantizer, schemes, keep_unfolded)
         layers = []
         for layer in folded.block.layers:
-            tensor = contract.quantize(quantizer, layer, schemes[layer.name])
+            if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
+                tensor = round_to_nearest(layer.weight, schemes[layer.name])
+            else:
+                tensor = contract.quantize(quantizer, layer, schemes[layer.name])
             if layer.name in folded.input_scales:
                 tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
             layers.append(QuantizedLayer(layer.name, tensor, _relative_error(layer, tensor)))

@@ -43,7 +43,8 @@ def fold(block: Block, quantizer: Quantizer, schemes: Mapping[str, QuantScheme],
     wanted = {}
     for index, group in enumerate(block.groups):
         # A convolution reads each input channel through a whole kernel: no factor on the input stands for a scale per column.
-        if group.producer is None and not (keep_unfolded and group.layers[0].kind != "conv2d"):
+        # An embedding reads no channels at all.
+        if group.producer is None and not (keep_unfolded and group.layers[0].kind not in ("conv2d", "embedding")):
             continue
         prepared = contract.prepare(quantizer, group, tuple(schemes[layer.name] for layer in group.layers))
         if prepared.input_scale is not None:

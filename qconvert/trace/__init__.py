@@ -6,7 +6,7 @@ import logging
 
 from qconvert.errors import InputError
 from qconvert.ir.model import Model
-from qconvert.ir.template import Template
+from qconvert.ir.template import DOMAIN, Template
 from qconvert.trace.capture import FORMS, Captured, capture
 from qconvert.trace.check import TOLERANCE, relative_error
 from qconvert.trace.cleanup import drop_reshape_pairs, keep_sums_before_norms, remove_unused
@@ -31,7 +31,10 @@ def trace(model: Model) -> Template:
     keep_sums_before_norms(graph)
     remove_unused(captured.graph)
     constants = {name: value for name, value in captured.constants.items() if name in graph.initializers}
-    return Template(captured.graph, kinds, input_groups(graph), constants)
+    embeddings = [
+        node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"
+    ]
+    return Template(captured.graph, kinds, input_groups(graph), constants, tuple(dict.fromkeys(embeddings)))
 
 
 def _first_that_is_right(model: Model, blocks: list[str]) -> Captured:

@@ -46,7 +46,7 @@ def opaque(name: str, module: nn.Module) -> Opaque | None:
         case nn.Linear() | Conv1D() if kind:
             out = module.nf if isinstance(module, Conv1D) else module.out_features
             return Opaque("Linear", name, lambda x: (*x.shape[:-1], out), {"kind": kind})
-        case nn.Embedding() if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+        case nn.Embedding() if kind:
             dim = module.embedding_dim
             return Opaque("Embedding", name, lambda x: (*x.shape, dim), {})
         case nn.Conv2d() if kind:

@@ -51,19 +51,23 @@ class Artifact:
 
     def read(self, parameter: str) -> Tensor:
         """A parameter in the module's shape, dequantized with outliers and input scale put in."""
-        name = parameter.removesuffix(".weight")
-        if name in self.plan.layers and parameter.endswith(".weight"):
+        name = self._layer_name(parameter)
+        if name is not None:
             return self._in_shape(name, self.layer(name).dequantize())
         return read_tensor(self.folder, self.tensors[self.model.stored_name(parameter)])
 
     def read_plain(self, parameter: str) -> Tensor:
         """Like `read`, but as a loader that knows nothing of outliers sees it."""
-        name = parameter.removesuffix(".weight")
-        if name in self.plan.layers and parameter.endswith(".weight"):
+        name = self._layer_name(parameter)
+        if name is not None:
             tensor = self.layer(name)
             plain = QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme)
             return self._in_shape(name, plain.dequantize())
         return self.read(parameter)
+
+    def _layer_name(self, parameter: str) -> str | None:
+        layer = self.plan.layer_of(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+        return None if layer is None else layer.name
 
     def _in_shape(self, name: str, weight: Tensor) -> Tensor:
         parameter = self.model.module.get_submodule(name).get_parameter("weight")

@@ -38,7 +38,7 @@ def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None
         config["quantization_config"] = (
             quantization_config(model, plan, outliers=outliers) if layout == "transformers" else _refusal()
         )
-    if any(f"{name}.weight" in model.tied for name in plan.layers):
+    if any(f"{name}.weight" in model.tied and layer.kind != "embedding" for name, layer in plan.layers.items()):
         # A quantized head has its own weight; transformers would overwrite it with the embedding.
         config["tie_word_embeddings"] = False
     path = stage.folder / "config.json"
@@ -55,8 +55,10 @@ def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str
     reason = transformers_refuses(layers, outliers=outliers)
     if reason is not None:
         raise UsageError("QC-WRITE-002", reason, hint="use one scheme for all layers, or --layout onnx")
-    linears = [name for name, module in model.module.named_modules() if isinstance(module, nn.Linear)]
-    target = _Targets(linears, getattr(model.module, "base_model_prefix", ""))
+    embedded = any(layer.kind == "embedding" for layer in layers)
+    classes = (nn.Linear, nn.Embedding) if embedded else (nn.Linear,)
+    modules = [name for name, module in model.module.named_modules() if isinstance(module, classes)]
+    target = _Targets(modules, getattr(model.module, "base_model_prefix", ""))
     groups: list[dict[str, Any]] = []
     targets: list[list[str]] = []
     for layer in layers:
@@ -66,7 +68,7 @@ def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str
             targets.append([])
         targets[groups.index(group)].append(target(layer.name))
     if len(groups) == 1:
-        targets = [["Linear"]]
+        targets = [[kind.__name__ for kind in classes]]
     formats = {group["format"] for group in groups}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
@@ -76,7 +78,7 @@ def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str
             f"group_{number}": {"targets": names, **group}
             for number, (names, group) in enumerate(zip(targets, groups, strict=True))
         },
-        "ignore": [target(name) for name in linears if name not in plan.layers],
+        "ignore": [target(name) for name in modules if plan.layer_of(name) is None],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -91,14 +93,15 @@ class _Targets:
     The same folder may be loaded with and without a head: `model.layers.0.mlp` is `layers.0.mlp` in the bare model.
     An exact name would not match there, and the layer's weights would be random without an error.
 
-    linears: names of all linears; a name without prefix that is the end of a second one is given exactly.
+    modules: names of all that compressed-tensors may target; a name without prefix that is the end of a second one is given
+        exactly.
     prefix: what the model class puts before the names of the bare model, "model".
     """
 
-    def __init__(self, linears: Iterable[str], prefix: str) -> None:
+    def __init__(self, modules: Iterable[str], prefix: str) -> None:
         self.prefix = prefix
         self.ends = Counter(
-            ".".join(parts[start:]) for name in linears for parts in [name.split(".")] for start in range(len(parts))
+            ".".join(parts[start:]) for name in modules for parts in [name.split(".")] for start in range(len(parts))
         )
 
     def __call__(self, name: str) -> str:

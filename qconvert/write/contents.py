@@ -43,7 +43,7 @@ def float_tensors(model: Model, plan: Plan) -> dict[str, str]:
     A tied tensor is kept, once, if any of its users stays float: then it goes under the name of that user, because a
     loader does not expect a float weight beside the packed one of a quantized layer.
     """
-    quantized = {f"{name}.weight" for name in plan.layers}
+    quantized = {f"{name}.weight" for name in (*plan.layers, *plan.shared)}
     floats: dict[str, str] = {}
     for stored in model.source.tensors:
         users = (stored, *(alias for alias, target in model.tied.items() if target == stored))
