@@ -181,10 +181,11 @@ def test_scales_beyond_float16_stay_float32(text: str, size: float) -> None:
     assert (dequantized[0, :16] - one_small[0, :16]).norm() < 0.2 * one_small[0, :16].norm()
 
 
-def test_float16_multiplies_asymmetric_int4_exactly() -> None:
+@pytest.mark.parametrize(("text", "differences"), [("int4-g16-asym", range(-15, 16)), ("int4-g16", range(-8, 8))])
+def test_float16_multiplies_int4_exactly(text: str, differences: range) -> None:
     """transformers dequantizes in the dtype of the scale."""
-    scale = affine.round_scale(torch.logspace(-3.8, 3, 500).reshape(1, -1), QuantScheme.parse("int4-g16-asym"))
-    for difference in range(-15, 16):
+    scale = affine.round_scale(torch.logspace(-3.8, 3, 500).reshape(1, -1), QuantScheme.parse(text))
+    for difference in differences:
         assert torch.equal((difference * scale.half()).float(), difference * scale)
 
 
