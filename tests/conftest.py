@@ -1,9 +1,41 @@
+"""What several test files share: the options of the benchmarks, and verification without a process of its own."""
+
 from __future__ import annotations
 
 import pytest
+
+from qconvert import pipeline
+from qconvert.ir.model import Model
+from qconvert.ir.template import Template
+from qconvert.trace import trace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
     group.addoption("--bench-models", help="folder with minilm/, smollm2/, smollm2-offgrid/ and smollm2.gguf")
     group.addoption("--bench-data", help="folder with calibration.txt and evaluation.txt")
+
+
+TEMPLATES: dict[str, Template] = {}
+
+
+def trace_once(model: Model) -> Template:
+    """The template of a model that was traced before, by its name and tensors: most tests use the same few."""
+    tensors = {name: (str(info.dtype), info.shape) for name, info in model.source.tensors.items()}
+    key = f"{model.name} {sorted(tensors.items())}"
+    if key not in TEMPLATES:
+        TEMPLATES[key] = trace(model)
+    return TEMPLATES[key]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification in this process on one thread, each model traced once.
+
+    The last test of test_pipeline runs everything as it is."""
+    monkeypatch.setattr(pipeline, "trace", trace_once)
+    monkeypatch.setattr(
+        pipeline, "verify_in_fresh_process", lambda recipe, folder, _, progress: pipeline.measure(folder, recipe, progress)
+    )
+    monkeypatch.setattr("qconvert.verify.latency.REPEATS", 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})

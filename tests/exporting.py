@@ -24,7 +24,7 @@ from qconvert.verify.parity import Artifact, cluster_parity, graph_parity, torch
 from qconvert.workdir import open_stage
 from qconvert.write import write, write_manifest
 
-KINDS: dict[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Conv2d": "conv2d"}
+KINDS: dict[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Conv2d": "conv2d", "Embedding": "embedding"}
 
 
 def nearest(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
@@ -43,8 +43,12 @@ def kind_of(model: Model, name: str) -> LayerKind | None:
 
 
 def quantize_nearest(model: Model, scheme_of: Callable[[str, Tensor], QuantScheme | None]) -> dict[str, QuantizedTensor]:
-    """Every layer that `scheme_of` gives a scheme for its name and matrix; tied ones stay in float."""
-    names = [name for name, _ in model.module.named_modules() if kind_of(model, name) and f"{name}.weight" not in model.tied]
+    """Every linear and convolution that `scheme_of` gives a scheme for its name and matrix; tied ones stay in float."""
+    names = [
+        name
+        for name, _ in model.module.named_modules()
+        if kind_of(model, name) not in (None, "embedding") and f"{name}.weight" not in model.tied
+    ]
     chosen = {name: scheme_of(name, matrix(model, name)) for name in names}
     return {name: nearest(matrix(model, name), scheme) for name, scheme in chosen.items() if scheme is not None}
 

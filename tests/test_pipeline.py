@@ -24,38 +24,12 @@ from qconvert import pipeline
 from qconvert.cli.exits import verdict
 from qconvert.errors import InputError, ParityError, TargetError, UsageError
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
-from qconvert.ir.model import Model
 from qconvert.ir.report import Report
 from qconvert.ir.runtime import file_session
-from qconvert.ir.template import Template
 from qconvert.plugin.manager import BUILTINS, PluginManager
 from qconvert.recipe import Recipe
-from qconvert.trace import trace
 
 QUANTIZERS = ("absmax", "zero-point", "per-channel", "awq", "llm-int8")
-
-
-TEMPLATES: dict[str, Template] = {}
-
-
-def trace_once(model: Model) -> Template:
-    """The template of a model that was traced before, by its name and tensors: most tests use the same few."""
-    tensors = {name: (str(info.dtype), info.shape) for name, info in model.source.tensors.items()}
-    key = f"{model.name} {sorted(tensors.items())}"
-    if key not in TEMPLATES:
-        TEMPLATES[key] = trace(model)
-    return TEMPLATES[key]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification in this process on one thread, each model traced once. The last test runs everything as it is."""
-    monkeypatch.setattr(pipeline, "trace", trace_once)
-    monkeypatch.setattr(
-        pipeline, "verify_in_fresh_process", lambda recipe, folder, _, progress: pipeline.measure(folder, recipe, progress)
-    )
-    monkeypatch.setattr("qconvert.verify.latency.REPEATS", 2)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
 
 
 @pytest.fixture(scope="module")

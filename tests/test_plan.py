@@ -20,6 +20,7 @@ from qconvert.errors import UsageError
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import silent
+from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup, Template
 from qconvert.load import load
 from qconvert.plan import plan as make_plan
@@ -60,7 +61,10 @@ def planned(model: Model, quantizer: Quantizer | None = None, unused: tuple[str,
         if isinstance(module, nn.Linear | nn.Conv2d | Conv1D) and name not in unused
     ]
     template = Template(
-        onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10), {}, tuple(InputGroup((name,), None) for name in names)
+        onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10),
+        {},
+        tuple(InputGroup((name,), None) for name in names),
+        embeddings=tuple(name for name, module in model.module.named_modules() if isinstance(module, nn.Embedding)),
     )
     rules = [{"pattern": pattern, "scheme": scheme} for pattern, scheme in settings.pop("rules", {}).items()]
     recipe = Recipe.from_settings({"model": "m", "output": "out", "rules": rules, **settings})
@@ -178,8 +182,31 @@ def test_an_output_head_is_quantized_only_if_a_rule_names_it(untied: Model) -> N
     assert schemes(planned(untied, rules={"lm_head": "int8-channel"}))["lm_head"] == "int8-channel"
 
 
-def test_a_tied_head_stays_float_even_if_a_rule_names_it(llama: Model) -> None:
-    assert "shares its weight" in reasons(planned(llama, rules={"lm_head": "int8"}))["lm_head"]
+@pytest.mark.parametrize("named", ["lm_head", "model.embed_tokens"])
+def test_a_rule_for_one_of_a_tied_pair_quantizes_both_as_one_embedding(llama: Model, named: str) -> None:
+    plan = planned(llama, scheme="int4-g32", rules={named: "int4-g32"})
+    assert plan.shared == {"lm_head": "model.embed_tokens"}
+    layer = plan.layers["model.embed_tokens"]
+    assert (layer.kind, str(layer.scheme)) == ("embedding", "int4-g32")
+    assert plan.layer_of("lm_head") is layer
+    assert "lm_head" not in plan.layers
+    assert not {"lm_head", "model.embed_tokens"} & set(reasons(plan))
+
+
+def test_a_tied_pair_is_left_in_float_by_a_rule_for_one_of_them(llama: Model) -> None:
+    assert not planned(llama, rules={"lm_head": "float"}).shared
+
+
+def test_an_embedding_has_no_activations_to_quantize(untied: Model) -> None:
+    plan = planned(untied, rules={"model.embed_tokens": "int8-channel-a8"}, layout="onnx")
+    assert str(plan.layers["model.embed_tokens"].scheme) == "int8-channel"
+
+
+def test_a_quantizer_that_observes_inputs_has_no_say_in_embeddings(untied: Model) -> None:
+    assert LLMInt8Quantizer().refuses(QuantScheme.parse("int4-g32"))
+    plan = planned(untied, LLMInt8Quantizer(), rules={"model.embed_tokens": "int4-g32"}, layout="onnx")
+    assert str(plan.layers["model.embed_tokens"].scheme) == "int4-g32"
+    assert refusal(untied, LLMInt8Quantizer(), rules={"*.q_proj": "int4-g32"}).code == "QC-PLAN-002"
 
 
 class Tied(nn.Module):
@@ -367,3 +394,37 @@ def test_a_plan_reads_no_weight(llama: Model) -> None:
     net = model_of(Net())
     planned(net, unused=("attention.out_proj",))
     assert net.source.reads == []  # type: ignore[attr-defined]
+
+
+def test_008_rules_that_want_two_things_of_one_tensor(llama: Model) -> None:
+    error = refusal(llama, scheme="int4-g32", rules={"lm_head": "int8-channel", "model.embed_tokens": "int4-g32"})
+    assert error.code == "QC-PLAN-008"
+    assert all(word in error.message for word in ("lm_head", "model.embed_tokens", "int8-channel", "int4-g32"))
+    assert refusal(llama, rules={"lm_head": "int8-channel", "model.embed_tokens": "float"}).code == "QC-PLAN-008"
+
+
+def test_009_an_embedding_that_the_kernels_blocks_do_not_divide() -> None:
+    model = model_of(nn.Sequential(nn.Embedding(10, 24), nn.Linear(24, 8)))
+    error = refusal(model, rules={"0": "int8-channel"})
+    assert error.code == "QC-PLAN-009"
+    assert "24" in error.message
+
+
+@pytest.mark.parametrize(
+    ("scheme", "embedding", "words"),
+    [
+        ("int4-g32", "int8-channel", "int4-g32"),  # two schemes: transformers would read one of them wrongly
+        ("int8-channel-a8", "int8-channel", "int8-channel-a8"),
+        ("int8-g32", "int8-g32", "float16"),  # 8-bit codes times float16 scales, in float16
+    ],
+)
+def test_005_what_transformers_can_not_load_beside_a_quantized_embedding(
+    llama: Model, scheme: str, embedding: str, words: str
+) -> None:
+    settings = {"scheme": scheme, "rules": {"lm_head": embedding}}
+    error = refusal(llama, **settings)
+    assert error.code == "QC-PLAN-005"
+    assert "model.embed_tokens" in error.message
+    assert words in error.message
+    assert "--layout onnx" in str(error.hint)
+    assert planned(llama, layout="onnx", **settings).shared
