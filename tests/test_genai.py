@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-import torch
 from exporting import publish, quantize_nearest
+from generation import genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
 from torch import Tensor
 from trace_models import ENCODERS, traced
 
-from qconvert.ir.artifact import GENAI_CONFIG, GRAPH
-from qconvert.ir.forward import materialize
-from qconvert.ir.runtime import file_session
+from qconvert.ir.artifact import GENAI_CONFIG
 from qconvert.ir.scheme import QuantScheme
 from qconvert.verify.parity import Artifact
 
-PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 DECODERS = ("llama", "gpt2", "smollm3")
 
 
@@ -39,59 +33,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
             return QuantScheme.parse(scheme) if model.block_of(layer) else None
 
         artifact = publish(model, traced(name).template, quantize_nearest(model, inside), base / f"{name}-{scheme}")
-        graph = onnx.load(artifact.folder / GRAPH, load_external_data=False)
-        for node in graph.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 1
-        onnx.save(graph, artifact.folder / GRAPH)
+        keep_activations_float(artifact)
         return artifact
 
     return make
-
-
-def torch_tokens(artifact: Artifact) -> list[int]:
-    """Greedy, on the dequantized weights, without a cache."""
-    model, tokens = artifact.model, list(PROMPT)
-    with torch.no_grad(), ExitStack() as weights:
-        for unit in ("", *model.blocks):
-            weights.enter_context(materialize(model, unit, artifact.read))
-        for _ in range(NEW):
-            ids = torch.tensor([tokens])
-            logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            tokens.append(int(logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
-
-
-def onnxruntime_tokens(artifact: Artifact) -> list[int]:
-    """Greedy, with the KV cache going out of one step and into the next."""
-    session = file_session(artifact.folder / GRAPH)
-    names = [output.name for output in session.get_outputs()]
-    past = {
-        each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
-        for each in session.get_inputs()
-        if each.name.startswith("past")
-    }
-    tokens, new = list(PROMPT), list(PROMPT)
-    for _ in range(NEW):
-        feeds = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
-        outputs = dict(zip(names, session.run(None, feeds), strict=True))
-        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
-        new = [int(outputs["logits"][0, -1].argmax())]
-        tokens += new
-    return tokens[len(PROMPT) :]
-
-
-def genai_tokens(artifact: Artifact) -> list[int]:
-    genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(artifact.folder))
-    settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=len(PROMPT) + NEW, do_sample=False)
-    generator = genai.Generator(model, settings)
-    generator.append_tokens(np.array(PROMPT, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]
 
 
 @pytest.mark.parametrize("name", DECODERS)

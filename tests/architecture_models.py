@@ -1,0 +1,136 @@
+"""Tiny random models of every architecture that qconvert is tested on, made from their transformers configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from calibrate_models import model_of
+from torch import nn
+
+from qconvert.ir.model import Model
+
+VOCABULARY, LAYERS = 100, 4
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def _decoder(name: str, model: str = "", config: str = "", **settings: object) -> Callable[[], nn.Module]:
+    """model, config: the classes, where they are not named as usual."""
+
+    def build() -> nn.Module:
+        made = getattr(transformers, config or f"{name}Config")(**settings)
+        return getattr(transformers, model or f"{name}ForCausalLM")(made)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _encoder(name: str, **settings: object) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+
+
+# name -> (where its blocks are, what builds it, what is special about it)
+DECODERS: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
+    "llama": ("model.layers", _decoder("Llama", **DECODER), ""),
+    "mistral": ("model.layers", _decoder("Mistral", **DECODER, sliding_window=4), "sliding window"),
+    "qwen2": ("model.layers", _decoder("Qwen2", **DECODER), "biases of query, key and value"),
+    "qwen3": ("model.layers", _decoder("Qwen3", **DECODER, head_dim=16), "norms of query and key"),
+    "gemma2": (
+        "model.layers",
+        _decoder("Gemma2", **DECODER, head_dim=16, query_pre_attn_scalar=16, **SLIDING),
+        "soft caps, sliding window",
+    ),
+    "gemma3_text": (
+        "model.layers",
+        _decoder("Gemma3", config="Gemma3TextConfig", **DECODER, head_dim=16, query_pre_attn_scalar=16, **SLIDING),
+        "two rotary embeddings, sliding window",
+    ),
+    "phi3": ("model.layers", _decoder("Phi3", **DECODER), "packed linears"),
+    "smollm3": ("model.layers", _decoder("SmolLM3", **DECODER, no_rope_layers=[1, 0] * 2), "layers without rotation"),
+    "granite": (
+        "model.layers",
+        _decoder("Granite", **DECODER, embedding_multiplier=2.0, residual_multiplier=0.5, logits_scaling=2.0),
+        "multipliers",
+    ),
+    "olmo2": ("model.layers", _decoder("Olmo2", **DECODER), "norms after attention and MLP"),
+    "gpt_neox": ("gpt_neox.layers", _decoder("GPTNeoX", **WIDE, rotary_pct=0.5), "partial rotation, parallel blocks"),
+    "phi": ("model.layers", _decoder("Phi", **DECODER), "partial rotation, parallel blocks"),
+    "gpt2": (
+        "transformer.h",
+        _decoder(
+            "GPT2",
+            model="GPT2LMHeadModel",
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=LAYERS,
+            n_head=4,
+            n_positions=64,
+            eos_token_id=2,
+            bos_token_id=1,
+        ),
+        "Conv1D, learned positions",
+    ),
+    "opt": (
+        "model.decoder.layers",
+        _decoder(
+            "OPT",
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
+        ),
+        "learned positions, ReLU",
+    ),
+}
+ENCODERS: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
+    "bert": ("encoder.layer", _encoder("Bert", **ENCODER), ""),
+    "distilbert": (
+        "transformer.layer",
+        _encoder("DistilBert", vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64),
+        "",
+    ),
+    "roberta": ("encoder.layer", _encoder("Roberta", **ENCODER), ""),
+    "mpnet": ("encoder.layer", _encoder("MPNet", **ENCODER), "relative positions"),
+    "electra": ("encoder.layer", _encoder("Electra", **ENCODER, embedding_size=16), "projected embeddings"),
+}
+
+
+def build(name: str) -> Model:
+    """The model of that name, its weights in memory, its norms and biases random as well."""
+    decoder = name in DECODERS
+    prefix, make, _ = (DECODERS if decoder else ENCODERS)[name]
+    torch.manual_seed(0)
+    module = make().eval()
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, std=0.2)
+        else:
+            nn.init.normal_(parameter, std=0.15)
+    blocks = tuple(f"{prefix}.{index}" for index in range(len(module.get_submodule(prefix))))  # type: ignore[arg-type]
+    inputs = ("input_ids", "attention_mask", *(("token_type_ids",) if name in ("bert", "electra") else ()))
+    return model_of(module, "causal-lm" if decoder else "encoder", blocks=blocks, input_names=inputs)

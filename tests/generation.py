@@ -1,0 +1,99 @@
+"""Greedy text of tiny decoders: in torch on the dequantized weights, in ONNX Runtime and in onnxruntime-genai."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from qconvert.ir.artifact import GRAPH
+from qconvert.ir.forward import materialize
+from qconvert.ir.runtime import file_session
+from qconvert.verify.parity import Artifact
+
+PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
+
+
+def keep_activations_float(artifact: Artifact) -> None:
+    """Set accuracy level 1: MatMulNBits then rounds no activations, and computes what torch does."""
+    graph = onnx.load(artifact.folder / GRAPH, load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(graph, artifact.folder / GRAPH)
+
+
+def torch_tokens(artifact: Artifact) -> list[int]:
+    """Greedy, on the dequantized weights, without a cache."""
+    model, tokens = artifact.model, list(PROMPT)
+    with torch.no_grad(), ExitStack() as weights:
+        for unit in ("", *model.blocks):
+            weights.enter_context(materialize(model, unit, artifact.read))
+        for _ in range(NEW):
+            ids = torch.tensor([tokens])
+            logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
+
+
+def onnxruntime_tokens(artifact: Artifact) -> list[int]:
+    """Greedy, with the KV cache going out of one step and into the next."""
+    session = file_session(artifact.folder / GRAPH)
+    names = [output.name for output in session.get_outputs()]
+    past = _empty_cache(session)
+    tokens, new = list(PROMPT), list(PROMPT)
+    for _ in range(NEW):
+        feeds = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
+        outputs = dict(zip(names, session.run(None, feeds), strict=True))
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        new = [int(outputs["logits"][0, -1].argmax())]
+        tokens += new
+    return tokens[len(PROMPT) :]
+
+
+def torch_logits(artifact: Artifact, tokens: list[int]) -> np.ndarray[Any, Any]:
+    """[tokens, vocabulary] on the dequantized weights, without a cache."""
+    ids = torch.tensor([tokens])
+    with torch.no_grad(), ExitStack() as weights:
+        for unit in ("", *artifact.model.blocks):
+            weights.enter_context(materialize(artifact.model, unit, artifact.read))
+        return artifact.model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()
+
+
+def onnxruntime_logits(artifact: Artifact, tokens: list[int], prompt: int) -> np.ndarray[Any, Any]:
+    """[tokens, vocabulary]: the first `prompt` tokens at once, the others one by one, through the KV cache."""
+    session = file_session(artifact.folder / GRAPH)
+    names = [output.name for output in session.get_outputs()]
+    past = _empty_cache(session)
+    found = []
+    for start, end in [(0, prompt), *((position, position + 1) for position in range(prompt, len(tokens)))]:
+        feeds = {"input_ids": np.array([tokens[start:end]]), "attention_mask": np.ones((1, end), np.int64), **past}
+        outputs = dict(zip(names, session.run(None, feeds), strict=True))
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        found.append(outputs["logits"][0])
+    return np.concatenate(found)
+
+
+def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+        for each in session.get_inputs()
+        if each.name.startswith("past")
+    }
+
+
+def genai_tokens(artifact: Artifact) -> list[int]:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(artifact.folder))
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(PROMPT) + NEW, do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(np.array(PROMPT, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]

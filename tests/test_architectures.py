@@ -1,0 +1,123 @@
+"""Every architecture, tiny and random: stamped, exported, the same as torch, and the same text. Makes docs/architectures.md:
+
+python tests/test_architectures.py > docs/architectures.md
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architecture_models import DECODERS, ENCODERS, VOCABULARY, build
+from exporting import parity, publish, quantize_nearest
+from generation import (
+    genai_tokens,
+    keep_activations_float,
+    onnxruntime_logits,
+    onnxruntime_tokens,
+    torch_logits,
+    torch_tokens,
+)
+from torch import Tensor
+
+from qconvert.ir.agreement import largest_difference
+from qconvert.ir.model import Model
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import Template
+from qconvert.trace import trace
+from qconvert.verify.parity import TOLERANCE, Artifact
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
+UNFUSED = ("mpnet",)  # its relative positions are a bias that MultiHeadAttention is not given
+
+
+@cache
+def traced(name: str) -> tuple[Model, Template]:
+    model = build(name)
+    return model, trace(model)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The artifact of an architecture, int4 inside its blocks, made once."""
+    folder = tmp_path_factory.mktemp("architectures")
+
+    @cache
+    def make(name: str) -> Artifact:
+        model, template = traced(name)
+
+        def inside(layer: str, weight: Tensor) -> QuantScheme | None:
+            return QuantScheme.parse("int4-g16") if model.block_of(layer) else None
+
+        return publish(model, template, quantize_nearest(model, inside), folder / name)
+
+    return make
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_blocks_are_traced_once_per_kind_and_stamped(name: str) -> None:
+    model, template = traced(name)
+    kinds = set(template.representatives.values())
+    assert list(template.representatives) == list(model.blocks)
+    assert len(kinds) < len(model.blocks)
+    ops = Counter(node.op_type for node in template.graph.graph)
+    attention = "GroupQueryAttention" if name in DECODERS else "MultiHeadAttention"
+    assert ops[attention] == (0 if name in UNFUSED else len(model.blocks))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_the_graph_computes_what_its_dequantized_weights_say(name: str, artifacts: Any) -> None:
+    artifact = artifacts(name)
+    assert artifact.plan.layers
+    assert parity(artifact) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_reads_on_through_its_cache_as_torch_reads_at_once(name: str, artifacts: Any) -> None:
+    artifact = artifacts(name)
+    keep_activations_float(artifact)
+    tokens = torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    error = largest_difference(onnxruntime_logits(artifact, tokens, prompt=9), torch_logits(artifact, tokens))
+    assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_writes_the_text_that_torch_writes(name: str, artifacts: Any) -> None:
+    artifact = artifacts(name)
+    keep_activations_float(artifact)
+    expected = torch_tokens(artifact)
+    assert onnxruntime_tokens(artifact) == expected
+    assert genai_tokens(artifact) == expected
+
+
+def document() -> str:
+    """docs/architectures.md, from the lists that the tests above go through."""
+    lines = [
+        "# Architectures",
+        "",
+        "Made from the tests (`python tests/test_architectures.py > docs/architectures.md`): of each, a tiny random model is",
+        "traced one block per kind, exported with int4 weights and compared with torch; decoders also write the same text as",
+        "torch in ONNX Runtime and in onnxruntime-genai. There is no list in the code: others that transformers has a class",
+        "for are tried in the same way, and a graph that does not compute what torch computes is refused.",
+        "",
+        "| architecture | task | attention | with |",
+        "|---|---|---|---|",
+    ]
+    for name, (_, _, special) in DECODERS.items():
+        lines.append(f"| {name} | text generation | GroupQueryAttention | {special} |")
+    for name, (_, _, special) in ENCODERS.items():
+        attention = "plain ops" if name in UNFUSED else "MultiHeadAttention"
+        lines.append(f"| {name} | text encoder | {attention} | {special} |")
+    return "\n".join(line.replace("|  |", "| |") for line in lines) + "\n"
+
+
+def test_the_document_lists_what_is_tested() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == document()
+
+
+if __name__ == "__main__":
+    print(document(), end="")
