@@ -393,6 +393,19 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
             },
             "mixture of experts (model.layers.0.mlp",
         ),
+        (
+            "Qwen2MoeForCausalLM",
+            {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "num_experts": 2,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+            },
+            "mixture of experts (model.layers.0.mlp",
+        ),
     ],
 )
 def test_kinds_of_models_that_are_not_converted(tmp_path: Path, model: str, settings: dict[str, Any], found: str) -> None:

@@ -94,7 +94,7 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
         module.tie_weights()  # moving parameters to meta one by one has untied them
     except Exception as error:  # sizes that do not go together, or that no memory can hold
         raise _bad_values(error) from error
-    if experts := next((name for name, part in module.named_modules() if _is_mixture(name, part)), None):
+    if experts := _experts(module):
         raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
     is_decoder = model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return module.eval().requires_grad_(False), "causal-lm" if is_decoder else "encoder"
@@ -138,8 +138,11 @@ def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
     return None
 
 
-def _is_mixture(name: str, part: nn.Module) -> bool:
-    return name.rpartition(".")[2] == "experts" or re.search(r"Moe|MoE|Experts", type(part).__name__) is not None
+def _experts(module: nn.Module) -> str | None:
+    """Where the experts of a mixture are, None in other models."""
+    names = {name: type(part).__name__ for name, part in module.named_modules() if name}
+    named = (name for name in names if name.rpartition(".")[2] == "experts")
+    return next(named, None) or next((name for name, kind in names.items() if re.search("Moe|MoE|Experts", kind)), None)
 
 
 def _not_converted(architecture: str, found: str) -> InputError:
