@@ -59,19 +59,35 @@ def where(graph: onnx.GraphProto, name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("quantizer", "scheme"),
-    [("per-channel", "int4-g32"), ("awq", "int4-g32-asym"), ("per-channel", "int8-channel"), ("zero-point", "int8-g32-asym")],
+    [
+        ("per-channel", "int4-g32"),
+        ("awq", "int4-g32-asym"),
+        ("per-channel", "int8-channel"),
+        ("zero-point", "int8-g32-asym"),
+        ("per-channel", "int8-channel-a8"),
+        ("zero-point", "int8-tensor-asym-a8"),
+        ("llm-int8", "int8-channel-a8"),
+    ],
 )
 def test_a_tied_pair_is_one_tensor_that_every_loader_reads(
     quantizer: str, scheme: str, sources: Path, tmp_path: Path, quick: None
 ) -> None:
     report = convert(sources / "tied", tmp_path / "out", {"lm_head": scheme}, quantizer=quantizer, scheme=scheme)
     assert {part.target: part.status for part in report.parity} == {"cpu": "passed", "transformers": "passed"}
-    assert "model.embed_tokens.weight_packed" in tensors(tmp_path / "out")
-    assert not any(name.startswith("lm_head") or name == "model.embed_tokens.weight" for name in tensors(tmp_path / "out"))
+    suffix = "weight" if scheme.endswith("-a8") else "weight_packed"
+    assert {f"model.embed_tokens.{suffix}", "model.embed_tokens.weight_scale"} <= tensors(tmp_path / "out")
+    assert not any(name.startswith("lm_head") for name in tensors(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"]
     (group,) = config["quantization_config"]["config_groups"].values()
     assert (group["targets"], config["quantization_config"]["dequantize"]) == (["Linear", "Embedding"], True)
+
+
+def test_with_int8_activations_too_the_embedding_and_the_head_read_the_same_bytes(sources: Path, tmp_path: Path) -> None:
+    convert(sources / "tied", tmp_path / "out", {"lm_head": "int8-channel-a8"}, verify=False)
+    graph = graph_of(tmp_path / "out")
+    readers = [node.op_type for node in graph.node if "model.embed_tokens.weight" in node.input]
+    assert sorted(readers) == ["Gather", "Transpose"]
 
 
 def test_the_embedding_and_the_head_read_the_same_bytes(sources: Path, tmp_path: Path) -> None:
@@ -98,13 +114,25 @@ def test_an_untied_head_may_stay_float(sources: Path, tmp_path: Path, quick: Non
     assert "lm_head.weight" in tensors(tmp_path / "out")
 
 
-def test_an_encoders_embeddings_go_with_int8_activations_in_the_onnx_layout(sources: Path, tmp_path: Path, quick: None) -> None:
+@pytest.mark.parametrize(("scheme", "layout"), [("int8-channel-a8", "transformers"), ("int4-g16", "onnx")])
+def test_an_encoders_embeddings_go_with_int8_activations(
+    scheme: str, layout: str, sources: Path, tmp_path: Path, quick: None
+) -> None:
     whole = convert(sources / "bert", tmp_path / "whole", {}, verify=False)
-    report = convert(sources / "bert", tmp_path / "out", {"*.word_embeddings": "int8-channel"}, layout="onnx")
+    report = convert(sources / "bert", tmp_path / "out", {"*.word_embeddings": scheme}, layout=layout)
     assert report.passed
     assert report.size.weights_bytes < whole.size.weights_bytes
     assert report.fidelity[0].cosine is not None
     assert report.fidelity[0].cosine > 0.99
+
+
+SCHEMES = [
+    f"int{bits}-{granularity}{asym}"
+    for bits in (4, 8)
+    for granularity in ("tensor", "channel", "g16")
+    for asym in ("", "-asym")
+]
+SCHEMES += [f"int8-{granularity}{asym}-a8" for granularity in ("tensor", "channel") for asym in ("", "-asym")]
 
 
 class Lookup(nn.Module):
@@ -116,14 +144,12 @@ class Lookup(nn.Module):
         return self.table(indices)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "g16"])
-@pytest.mark.parametrize("asym", ["", "-asym"])
-def test_rows_come_out_as_they_are_dequantized(bits: int, granularity: str, asym: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_come_out_as_they_are_dequantized(scheme: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     indices = torch.arange(50).reshape(5, 10)
     model = model_of(Lookup(), example_inputs={"indices": indices}, input_names=("indices",))
-    tensor = nearest(model.read("table.weight"), QuantScheme.parse(f"int{bits}-{granularity}{asym}"))
+    tensor = nearest(model.read("table.weight"), QuantScheme.parse(scheme))
     artifact = publish(model, trace(model), {"table": tensor}, tmp_path / "out")
     (found,) = file_session(artifact.folder / GRAPH).run(None, {"indices": indices.numpy()})
     assert largest_difference(found.reshape(50, 48), tensor.dequantize().numpy()) < 1e-6

@@ -4,7 +4,8 @@ weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantize
 int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
                   1/127, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
 outliers          the row form on what is left when the outlier columns are masked out, plus their float product
-embedding         GatherBlockQuantized on the packed bytes; a head that shares them reads them with MatMulNBits
+embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
+                  int8 activations (of a head that shares the bytes, in row form): gathered codes, cast and scaled
 conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
 """
 
@@ -48,7 +49,7 @@ class CpuLowering:
             return self._embedding(plan, x)
         x = self._scaled_input(plan, x)
         if plan.scheme.activation_bits:
-            return self._row_form(plan, x, bias)
+            return self._row_form(plan, node.attributes["module"].as_string(), x, bias)
         return self._matmul_nbits(plan, x, bias)
 
     def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
@@ -95,6 +96,8 @@ class CpuLowering:
 
     def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
         builder, name, bits = self.builder, plan.name, plan.scheme.bits
+        if plan.scheme.activation_bits:
+            return self._gathered_codes(plan, indices)
         shape = (plan.out_features, plan.in_features * bits // 8)
         # Another initializer than the head's, which has a block axis; both map the same bytes.
         rows = builder.external(f"{name}.weight_packed", shape, DataType.UINT8, view="/rows")
@@ -111,7 +114,21 @@ class CpuLowering:
             quantize_axis=1,
         )
 
-    def _row_form(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
+    def _gathered_codes(self, plan: LayerPlan, indices: Value) -> Value:
+        """Rows of the signed codes [out, in], times their scales [out, 1]."""
+        builder, name = self.builder, plan.name
+
+        def gathered(suffix: str, label: str) -> Value:
+            table = builder.external(f"{name}.{suffix}", view="" if suffix == "weight" else "/rows")
+            rows = builder.op("Gather", [table, indices], f"{name}/Gather{label}", axis=0)
+            return rows if table.dtype == DataType.FLOAT else builder.op("Cast", [rows], f"{name}/{label}", to=DataType.FLOAT)
+
+        codes = gathered("weight", "Codes")
+        if not plan.scheme.symmetric:
+            codes = builder.op("Sub", [codes, gathered("weight_zero_point", "ZeroPoints")], f"{name}/Centre")
+        return builder.op("Mul", [codes, gathered("weight_scale", "Scales")], f"{name}/Dequantize")
+
+    def _row_form(self, plan: LayerPlan, module: str, x: Value, bias: Value | None) -> Value:
         builder, name = self.builder, plan.name
         columns = self.outlier_columns.get(name, ())
         quantized, largest = self._quantized_rows(self._without(x, columns, plan), name)
@@ -130,7 +147,7 @@ class CpuLowering:
         assert producer is not None
         assert x.name is not None
         # The verifier finds the cluster by these, to run it alone and to replace it.
-        producer.metadata_props[LAYER_KEY] = name
+        producer.metadata_props[LAYER_KEY] = module
         producer.metadata_props[INPUT_KEY] = x.name
         return output
 

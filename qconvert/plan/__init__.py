@@ -93,9 +93,8 @@ def _sort_modules(
         elif name == model.output_head and named is None:
             reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
         else:
-            # A convolution has no kernel for int8 activations: it is small on disk, and computes in float. Nor has a head
-            # that reads an embedding's tensor.
-            own = dataclasses.replace(scheme, activation_bits=None) if kind in ("conv2d", "embedding") else scheme
+            # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
+            own = dataclasses.replace(scheme, activation_bits=None) if kind == "conv2d" else scheme
             layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own)
             continue
         kept.append(KeptFloat(name=name, reason=reason))
@@ -150,7 +149,8 @@ def _check_groups(layers: Iterable[LayerPlan]) -> None:
             f"the group size does not divide the width of {len(odd)} layers: {listed}",
             hint=f"take a smaller group or -channel, or keep them in float: --rule '{odd[0].name}=float'",
         )
-    narrow = [layer for layer in layers if layer.kind == "embedding" and kernel.is_padded(layer)]
+    packed = [layer for layer in layers if layer.kind == "embedding" and layout.is_packed(layer)]
+    narrow = [layer for layer in packed if kernel.is_padded(layer)]
     if narrow:
         raise UsageError(
             "QC-PLAN-009",

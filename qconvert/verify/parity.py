@@ -47,7 +47,9 @@ class Artifact:
         return any(f"{name}.outlier_columns" in self.tensors for name in self.plan.layers)
 
     def layer(self, name: str) -> QuantizedTensor:
-        return read_layer(self.folder, self.plan.layers[name], self.tensors)
+        layer = self.plan.layer_of(name)
+        assert layer is not None
+        return read_layer(self.folder, layer, self.tensors)
 
     def read(self, parameter: str) -> Tensor:
         """A parameter in the module's shape, dequantized with outliers and input scale put in."""
@@ -91,8 +93,9 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
     model = onnx_ir.load(artifact.folder / GRAPH)
     for node in list(model.graph):
         if LAYER_KEY in node.metadata_props:
-            layers = [artifact.plan.layers[name] for name in _layer_names(node)]
-            _replace_cluster(model.graph, node, layers, f"{layers[0].name}.bias" in artifact.tensors)
+            names = _layer_names(node)
+            shapes = [layer for name in names if (layer := artifact.plan.layer_of(name))]
+            _replace_cluster(model.graph, node, names, shapes, f"{names[0]}.bias" in artifact.tensors)
         elif node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
     RemoveUnusedNodesPass()(model)
@@ -109,13 +112,15 @@ def _layer_names(last: onnx_ir.Node) -> list[str]:
     return last.metadata_props[LAYER_KEY].split(LAYER_SEPARATOR)
 
 
-def _replace_cluster(graph: onnx_ir.Graph, last: onnx_ir.Node, plans: Sequence[LayerPlan], has_bias: bool) -> None:
+def _replace_cluster(
+    graph: onnx_ir.Graph, last: onnx_ir.Node, names: Sequence[str], plans: Sequence[LayerPlan], has_bias: bool
+) -> None:
     """Compute the output of `last` as x @ dequantized^T (+ bias), with the weight fed when the session is made.
 
-    plans: of the layers whose channels follow one another in that output.
+    names, plans: of the modules whose channels follow one another in that output, and of what they compute with.
     """
     x = _value(graph, last.metadata_props[INPUT_KEY])
-    name = LAYER_SEPARATOR.join(plan.name for plan in plans)
+    name = LAYER_SEPARATOR.join(names)
     weight = parameter(graph, name + FED, (sum(plan.out_features for plan in plans), plans[0].in_features))
     transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/DequantizedTranspose")
     nodes = [transpose, onnx_ir.node("MatMul", [x, transpose.outputs[0]], name=f"{name}/DequantizedMatMul")]

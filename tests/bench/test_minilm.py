@@ -32,8 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "per-channel": {"quantizer": "per-channel"},
     "int8 embedding": {
         "quantizer": "per-channel",
-        "layout": "onnx",
-        "rules": [{"pattern": f"*.{part}_embeddings", "scheme": "int8-channel"} for part in ("word", "position")],
+        "rules": [{"pattern": f"*.{part}_embeddings", "scheme": "int8-channel-a8"} for part in ("word", "position")],
     },
     "llm-int8": {"quantizer": "llm-int8"},
 }
