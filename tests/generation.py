@@ -28,32 +28,32 @@ def keep_activations_float(artifact: Artifact) -> None:
     onnx.save(graph, artifact.folder / GRAPH)
 
 
-def torch_tokens(artifact: Artifact) -> list[int]:
+def torch_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
     """Greedy, on the dequantized weights, without a cache."""
-    model, tokens = artifact.model, list(PROMPT)
+    model, tokens = artifact.model, list(prompt)
     with torch.no_grad(), ExitStack() as weights:
         for unit in ("", *model.blocks):
             weights.enter_context(materialize(model, unit, artifact.read))
-        for _ in range(NEW):
+        for _ in range(new):
             ids = torch.tensor([tokens])
             logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
+    return tokens[len(prompt) :]
 
 
-def onnxruntime_tokens(artifact: Artifact) -> list[int]:
+def onnxruntime_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
     """Greedy, with the KV cache going out of one step and into the next."""
     session = file_session(artifact.folder / GRAPH)
     names = [output.name for output in session.get_outputs()]
     past = _empty_cache(session)
-    tokens, new = list(PROMPT), list(PROMPT)
-    for _ in range(NEW):
-        feeds = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
+    tokens, fed = list(prompt), list(prompt)
+    for _ in range(new):
+        feeds = {"input_ids": np.array([fed]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
         outputs = dict(zip(names, session.run(None, feeds), strict=True))
         past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
-        new = [int(outputs["logits"][0, -1].argmax())]
-        tokens += new
-    return tokens[len(PROMPT) :]
+        fed = [int(outputs["logits"][0, -1].argmax())]
+        tokens += fed
+    return tokens[len(prompt) :]
 
 
 def torch_logits(artifact: Artifact, tokens: list[int]) -> np.ndarray[Any, Any]:
@@ -87,13 +87,13 @@ def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def genai_tokens(artifact: Artifact) -> list[int]:
+def genai_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(artifact.folder))
     settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=len(PROMPT) + NEW, do_sample=False)
+    settings.set_search_options(max_length=len(prompt) + new, do_sample=False)
     generator = genai.Generator(model, settings)
-    generator.append_tokens(np.array(PROMPT, np.int32))
+    generator.append_tokens(np.array(prompt, np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
