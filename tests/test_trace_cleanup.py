@@ -7,7 +7,14 @@ import pytest
 
 from qconvert.errors import InputError
 from qconvert.ir.layer import Producer
-from qconvert.trace.cleanup import drop_markers, drop_reshape_pairs, keep_sums_before_norms, remove_unused, replace
+from qconvert.trace.cleanup import (
+    drop_markers,
+    drop_reshape_pairs,
+    fuse_sums_into_rms_norms,
+    keep_sums_before_norms,
+    remove_unused,
+    replace,
+)
 from qconvert.trace.groups import input_groups
 from qconvert.trace.stamp import stamp
 
@@ -76,6 +83,30 @@ def test_a_sum_that_is_normalised_stays_out_of_the_slow_fusion() -> None:
     )
     keep_sums_before_norms(model.graph)
     assert nodes(model) == ["Sum(x, z)", "LayerNormalization(s, w)", "Add(y, z)"]
+
+
+def normalised_sum(attributes: str = "", shape: str = "B,S,6") -> onnx_ir.Model:
+    return parse(
+        f"(float[B,S,6] x, float[{shape}] z, float[6] w) => (float[B,S,6] y, float[B,S,6] other) <float[B,S,6] s>"
+        f"{{ s = Add(x, z) other = Neg(s) y = RMSNormalization{attributes}(s, w) }}"
+    )
+
+
+def test_a_sum_and_its_rms_norm_become_one_op_that_gives_both() -> None:
+    model = normalised_sum("<epsilon = 0.25>")
+    fuse_sums_into_rms_norms(model.graph)
+    assert nodes(model) == ["SkipSimplifiedLayerNormalization(x, z, w)", "Neg(s)"]
+    fused = next(iter(model.graph))
+    assert [output.name for output in fused.outputs] == ["y", "", "", "s"]
+    assert fused.attributes["epsilon"].as_float() == 0.25
+    assert [output.name for output in model.graph.outputs] == ["y", "other"]
+
+
+@pytest.mark.parametrize("model", [normalised_sum(shape="1,S,6"), normalised_sum("<axis = 1>")], ids=["broadcast", "two axes"])
+def test_what_that_op_does_not_compute_stays(model: onnx_ir.Model) -> None:
+    before = nodes(model)
+    fuse_sums_into_rms_norms(model.graph)
+    assert nodes(model) == before
 
 
 # --- markers, names, leftovers ---
@@ -178,6 +209,11 @@ NORM = "a = LayerNormalization(x, n__weight)"
     [
         (f"{NORM} {linear('fc', 'a')}", Producer("norm", "n")),
         (f"a = RMSNormalization(x, n__weight) {linear('fc', 'a')}", Producer("norm", "n")),
+        (
+            f"a, m, d, s = com.microsoft.SkipSimplifiedLayerNormalization(x, x, n__weight) {linear('fc', 'a')}",
+            Producer("norm", "n"),
+        ),
+        (f"a, m, d, s = com.microsoft.SkipSimplifiedLayerNormalization(x, x, n__weight) {linear('fc', 's')}", None),  # the sum
         (f"a = LayerNormalization(x, one) {linear('fc', 'a')}", None),  # a norm without a weight of its own
         (f"{linear('up', 'x')} {linear('fc', 'up')}", Producer("linear", "up")),
         (f"{linear('up', 'x')} a = Relu(up) {linear('fc', 'a')}", Producer("linear", "up")),
@@ -187,7 +223,20 @@ NORM = "a = LayerNormalization(x, n__weight)"
         (f"{linear('up', 'x')} a = Add(x, up) {linear('fc', 'a')}", None),
         (linear("fc", "x"), None),  # the graph's input
     ],
-    ids=["layer norm", "rms norm", "plain norm", "linear", "relu", "gelu", "mul right", "mul left", "add", "input"],
+    ids=[
+        "layer norm",
+        "rms norm",
+        "norm of a sum",
+        "the sum",
+        "plain norm",
+        "linear",
+        "relu",
+        "gelu",
+        "mul right",
+        "mul left",
+        "add",
+        "input",
+    ],
 )
 def test_a_scale_folds_into(text: str, expected: Producer | None) -> None:
     assert producer_of(text) == expected

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import onnx_ir
 import pytest
 import torch
 from calibrate_models import model_of, token_batch
@@ -21,7 +22,7 @@ from qconvert.load.factory import load_factory
 from qconvert.trace import trace
 from qconvert.trace.attention import rotary_caches
 from qconvert.trace.capture import FORMS, capture
-from qconvert.trace.cleanup import drop_reshape_pairs, keep_sums_before_norms, remove_unused
+from qconvert.trace.cleanup import CLEAN_UPS, cleaned_up
 from qconvert.trace.opaque import representatives
 from qconvert.trace.stamp import stamp
 
@@ -92,7 +93,7 @@ def attention_of(template: Template) -> list[tuple[str, bool, int]]:
     """Per attention op in forward order: op, whether it rotates, its window (0: none)."""
     found = []
     for node in template.graph.graph:
-        if node.domain == "com.microsoft":
+        if node.op_type in (GQA, MHA):
             rotates = "do_rotary" in node.attributes
             window = node.attributes["local_window_size"].as_int() if "local_window_size" in node.attributes else 0
             found.append((node.op_type, rotates, window))
@@ -118,6 +119,24 @@ def test_which_attention_is_used(name: str, expected: list[tuple[str, bool, int]
     assert attention_of(traced(name).template) == expected
 
 
+def test_the_norms_of_a_decoder_add_and_its_float_graph_too() -> None:
+    """Each of the four blocks has two; the first of all has nothing to add, that of the head adds the last block."""
+    ops = [node.op_type for node in traced("llama").template.graph.graph]
+    assert (ops.count("SkipSimplifiedLayerNormalization"), ops.count("RMSNormalization"), ops.count("Add")) == (8, 1, 0)
+
+
+def test_a_clean_up_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bend_gates(graph: onnx_ir.Graph) -> None:
+        for node in [node for node in graph if node.op_type == "Sigmoid"]:
+            node.op_type = "Tanh"
+
+    monkeypatch.setattr("qconvert.trace.CLEAN_UPS", (bend_gates,))
+    _, model = build("llama")
+    ops = {node.op_type for node in trace(model).graph.graph}
+    assert "Sigmoid" in ops
+    assert "Tanh" not in ops
+
+
 def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def reversed_caches(module: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_caches(module, positions)
@@ -130,7 +149,6 @@ def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself
 
 
 def test_a_model_that_no_form_gets_right_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qconvert.trace.capture", lambda model, blocks, form: form)
     monkeypatch.setattr("qconvert.trace.relative_error", lambda model, captured, blocks: 0.25)
     _, model = build("bert")
     with pytest.raises(InputError) as caught:
@@ -167,9 +185,7 @@ def test_a_stamped_graph_is_the_graph_of_all_blocks(name: str) -> None:
     stamped = traced(name)
     every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0])
     stamp(every.graph.graph, {block: block for block in stamped.model.blocks})
-    drop_reshape_pairs(every.graph.graph)
-    keep_sums_before_norms(every.graph.graph)
-    remove_unused(every.graph)
+    cleaned_up(every.graph, CLEAN_UPS)
     assert structure(stamped.template.graph.graph) == structure(every.graph.graph)
 
 

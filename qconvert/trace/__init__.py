@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from qconvert.errors import InputError
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, Template
 from qconvert.trace.capture import FORMS, Captured, capture
 from qconvert.trace.check import TOLERANCE, relative_error
-from qconvert.trace.cleanup import drop_reshape_pairs, keep_sums_before_norms, remove_unused
+from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
 from qconvert.trace.groups import input_groups
 from qconvert.trace.opaque import representatives
 from qconvert.trace.stamp import stamp
@@ -24,12 +25,10 @@ def trace(model: Model) -> Template:
     """
     kinds = representatives(model)
     blocks = list(dict.fromkeys(kinds.values()))
-    captured = _first_that_is_right(model, blocks)
+    captured, clean_ups = _first_that_is_right(model, blocks)
     graph = captured.graph.graph
     stamp(graph, kinds)
-    drop_reshape_pairs(graph)
-    keep_sums_before_norms(graph)
-    remove_unused(captured.graph)
+    cleaned_up(captured.graph, clean_ups)
     constants = {name: value for name, value in captured.constants.items() if name in graph.initializers}
     embeddings = [
         node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"
@@ -37,13 +36,16 @@ def trace(model: Model) -> Template:
     return Template(captured.graph, kinds, input_groups(graph), constants, tuple(dict.fromkeys(embeddings)))
 
 
-def _first_that_is_right(model: Model, blocks: list[str]) -> Captured:
-    """The capture in the fastest form that agrees with torch."""
+def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[Captured, Sequence[CleanUp]]:
+    """The capture in the fastest form that agrees with torch, and the clean-ups after which it still does."""
     failures = []
     for form in FORMS[model.task]:
         try:
             captured = capture(model, blocks, form)
-            error = relative_error(model, captured, blocks)
+            for clean_ups in (CLEAN_UPS, ()):
+                error = relative_error(model, cleaned_up(captured.graph.clone(), clean_ups), blocks)
+                if error <= TOLERANCE:
+                    return captured, clean_ups
         except InputError:
             raise
         except Exception as failure:
@@ -52,8 +54,6 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> Captured:
             failures.append(f"{form}: {_first_cause(failure)}")
             logger.debug("%s can't be traced as %s", model.name, form, exc_info=True)
             continue
-        if error <= TOLERANCE:
-            return captured
         failures.append(f"{form}: differs from the model by {error:.1e} of its largest output")
         logger.debug("%s traced as %s is off by %.1e", model.name, form, error)
     raise InputError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -40,6 +42,44 @@ def keep_sums_before_norms(graph: onnx_ir.Graph) -> None:
             add.op_type = "Sum"
 
 
+def fuse_sums_into_rms_norms(graph: onnx_ir.Graph) -> None:
+    """RMSNormalization(Add(a, b)) over the last axis becomes SkipSimplifiedLayerNormalization(a, b), which gives the sum too.
+
+    One op less per norm and pass over the hidden state; a sum that broadcasts is left alone. Source:
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+    """
+    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+        total = norm.inputs[0]
+        add = None if total is None else total.producer()
+        if total is None or add is None or add.op_type != "Add" or not _is_hidden_state(total):
+            continue
+        axis, epsilon = norm.attributes.get("axis"), norm.attributes.get("epsilon")
+        if any(value is None or value.shape != total.shape for value in add.inputs) or (axis and axis.as_int() not in (-1, 2)):
+            continue
+        fused = onnx_ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*add.inputs, norm.inputs[1]],
+            {"epsilon": 1e-5 if epsilon is None else epsilon.as_float()},
+            domain="com.microsoft",
+            num_outputs=4,
+            name=norm.name,
+        )
+        normalized, mean, deviation, skipped = fused.outputs
+        mean.name = deviation.name = ""
+        graph.insert_before(norm, fused)
+        for old, new in ((norm.outputs[0], normalized), (total, skipped)):
+            new.shape, new.type = old.shape, old.type
+            new.name, old.name = old.name, f"{old.name}/fused"
+            onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove([norm, add], safe=True)
+    graph.sort()  # what else reads a sum may stand between it and its norm
+
+
+def _is_hidden_state(value: onnx_ir.Value) -> bool:
+    """[batch, sequence, hidden]: what SkipSimplifiedLayerNormalization takes, with its norm over the last axis."""
+    return value.shape is not None and len(value.shape) == 3 and isinstance(value.shape[2], int)
+
+
 def drop_markers(graph: onnx_ir.Graph) -> None:
     """Block markers compute nothing: their output is their input."""
     for node in list(graph):
@@ -47,6 +87,21 @@ def drop_markers(graph: onnx_ir.Graph) -> None:
             assert node.inputs[0] is not None
             replace(node.outputs[0], node.inputs[0])
             graph.remove(node, safe=True)
+
+
+CleanUp = Callable[[onnx_ir.Graph], None]
+
+# What is tried on every graph; one that then computes something else (trace/check.py) is taken without them.
+CLEAN_UPS: tuple[CleanUp, ...] = (drop_reshape_pairs, keep_sums_before_norms, fuse_sums_into_rms_norms)
+
+
+def cleaned_up(model: onnx_ir.Model, clean_ups: Sequence[CleanUp]) -> onnx_ir.Model:
+    """`model` itself, without block markers and unused nodes, and with `clean_ups` done."""
+    drop_markers(model.graph)
+    for clean_up in clean_ups:
+        clean_up(model.graph)
+    remove_unused(model)
+    return model
 
 
 def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:

@@ -7,7 +7,13 @@ import onnx_ir
 from qconvert.ir.layer import Producer
 from qconvert.ir.template import DOMAIN, InputGroup
 
-NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+# Op -> the input that holds its weight; the normalised value is the first output.
+NORMS = {
+    "LayerNormalization": 1,
+    "RMSNormalization": 1,
+    "SimplifiedLayerNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+}
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
@@ -45,7 +51,7 @@ def _producer(value: onnx_ir.Value, readers: list[onnx_ir.Node]) -> Producer | N
     if node is None:
         return None
     if node.op_type in NORMS:
-        weight = node.inputs[1]
+        weight = node.inputs[NORMS[node.op_type]] if value is node.outputs[0] else None
         if weight is not None and weight.is_initializer() and str(weight.name).endswith(".weight"):
             return Producer("norm", str(weight.name).removesuffix(".weight"))
         return None

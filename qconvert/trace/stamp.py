@@ -12,7 +12,7 @@ import onnx_ir
 
 from qconvert.errors import InputError
 from qconvert.ir.template import DOMAIN
-from qconvert.trace.cleanup import drop_markers, replace
+from qconvert.trace.cleanup import replace
 
 CACHE_INPUT, CACHE_OUTPUT = "past_key_values", "present"
 
@@ -43,7 +43,6 @@ def stamp(graph: onnx_ir.Graph, representatives: Mapping[str, str]) -> None:
         for block_parameters in bodies[traced[0]].cloned, *(bodies[kind].cloned for kind in traced[1:]):
             for value in block_parameters:
                 graph.register_initializer(value)
-    drop_markers(graph)
 
 
 def _in_cache(value: onnx_ir.Value) -> bool:
