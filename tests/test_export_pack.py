@@ -1,4 +1,4 @@
-"""Query, key and value as one linear over the same bytes: when it is done, and that it computes the same."""
+"""Query, key and value as one linear over the same bytes, gate and up likewise: when it is done, and that it computes the same."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ def attention_inputs(found: Artifact) -> list[int]:
 @pytest.mark.parametrize(
     "scheme", ["int4-g16", "int4-g16-asym", "int4-channel", "int8-g16", "int8-channel-a8", "int8-tensor-asym-a8"]
 )
-def test_packed_linears_compute_what_the_three_did(name: str, scheme: str, tmp_path: Path) -> None:
+def test_packed_linears_compute_what_they_did_apart(name: str, scheme: str, tmp_path: Path) -> None:
     found = artifact(name, tmp_path / "out", lambda layer: scheme)
     assert attention_inputs(found) == [1, 1]
+    assert ops(found)["Split"] == 2  # gate and up
     assert parity(found) < EXACT
 
 
@@ -85,7 +86,7 @@ def test_packed_linears_compute_what_the_three_did(name: str, scheme: str, tmp_p
 def test_outlier_columns_are_packed_too(name: str, tmp_path: Path) -> None:
     found = artifact(name, tmp_path / "out", lambda layer: "int8-channel-a8", outlier_columns=3)
     assert attention_inputs(found) == [1, 1]
-    assert ops(found)["MatMulIntegerToFloat"] == 2 * (1 + 4)
+    assert ops(found)["MatMulIntegerToFloat"] == 2 * (1 + 1 + 1 + 1)  # query, key and value; out; gate and up; down
     assert parity(found) < EXACT
 
 
@@ -94,8 +95,17 @@ def test_weights_that_lie_together_are_read_where_they_lie(scheme: str, tmp_path
     assert ops(artifact("llama", tmp_path / "out", lambda layer: scheme))["Concat"] == 0
 
 
-@pytest.mark.parametrize("other", ["int8-g16", "int4-channel", None])
-def test_linears_that_are_lowered_differently_stay_apart(other: str | None, tmp_path: Path) -> None:
-    found = artifact("llama", tmp_path / "out", lambda layer: other if layer.endswith("k_proj") else "int4-g16")
+@pytest.mark.parametrize("other", ["int8-g16", "int4-channel"])
+def test_linears_that_are_lowered_differently_stay_apart(other: str, tmp_path: Path) -> None:
+    found = artifact("llama", tmp_path / "out", lambda layer: other if layer.endswith(("k_proj", "up_proj")) else "int4-g16")
     assert attention_inputs(found) == [3, 3]
+    assert ops(found)["Split"] == 0
+    assert parity(found) < EXACT
+
+
+def test_a_float_linear_stays_apart_from_those_that_read_the_same(tmp_path: Path) -> None:
+    """Query and value are one product; up is alone."""
+    found = artifact("llama", tmp_path / "out", lambda layer: None if layer.endswith(("k_proj", "gate_proj")) else "int4-g16")
+    assert attention_inputs(found) == [3, 3]
+    assert (ops(found)["MatMulNBits"], ops(found)["Split"]) == (2 * 4, 2)
     assert parity(found) < EXACT

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from qconvert.export.genai import write_genai_config
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import MICROSOFT, CpuLowering
-from qconvert.export.pack import pack_query_key_value
+from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, Written
 from qconvert.ir.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
@@ -41,16 +41,20 @@ def export(template: Template, model: Model, plan: Plan, written: Written, stage
     }
     lowering = CpuLowering(builder, outlier_columns)
     shapes = model.parameter_shapes
+    lowered: dict[str, Value] = {}
     for node in [node for node in graph.graph if node.domain == DOMAIN]:
         name = node.attributes["module"].as_string()
         layer = plan.layer_of(name)
         if layer is not None:
             bias = builder.float32(builder.external(f"{name}.bias")) if f"{name}.bias" in shapes else None
-            output = lowering.lower(layer, node, bias)
+            lowered[name] = output = lowering.lower(layer, node, bias)
             substitute(graph.graph, node, builder.take_nodes(), output)
         else:
             substitute(graph.graph, node, *lower_float(graph.graph, node, shapes))
     pack_query_key_value(graph.graph, builder)
+    if model.task == "causal-lm":
+        together = ([lowered[name] for name in group.layers if name in lowered] for group in template.groups)
+        pack_shared_inputs(graph.graph, builder, together)
     _bind(graph.graph, builder, model)
     _finish(graph)
     with disk_errors(stage.folder / GRAPH):

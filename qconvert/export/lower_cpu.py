@@ -22,10 +22,6 @@ from qconvert.ir.plan import LayerPlan
 
 MICROSOFT = "com.microsoft"
 
-# A row of zeros is divided by this instead of 0. Well above float32's subnormals, far below any activation that matters.
-SMALLEST_ROW = 1e-12
-
-
 class CpuLowering:
     """Lowers one layer after the other; what layers with a common input share is made once.
 
@@ -158,8 +154,7 @@ class CpuLowering:
             magnitude = builder.op("Abs", [x], f"{name}/Abs")
             axes = builder.constant("qconvert/last_axis", np.array([-1], np.int64))
             largest = builder.op("ReduceMax", [magnitude, axes], f"{name}/RowMax", keepdims=1)
-            floor = builder.constant("qconvert/smallest_row", np.array(SMALLEST_ROW, np.float32))
-            largest = builder.op("Max", [largest, floor], f"{name}/RowFloor")
+            # A row of zeros becomes 0 / 0 and some code or other; its product, a finite number, is then multiplied by 0.
             rows = builder.op("Div", [x, largest], f"{name}/NormalizeRows")
             quantized = builder.op("QuantizeLinear", [rows, self._unit(), self._unit_zero_point()], f"{name}/QuantizeRows")
             self._rows[x] = quantized, largest

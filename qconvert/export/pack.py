@@ -1,9 +1,14 @@
-"""GroupQueryAttention takes query, key and value as one tensor: their three linears become one, over the same bytes."""
+"""Linears that read the same rows become one, over the same bytes.
+
+Query, key and value: GroupQueryAttention takes them as one tensor. Gate and up: one product is cut in two. For one token that
+is faster (SmolLM2: 4 to 6 % of a decoding step), for many rows the cut costs what the product saves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx_ir
 from onnx_ir import Node, Value
 
@@ -24,6 +29,30 @@ def pack_query_key_value(graph: onnx_ir.Graph, builder: GraphBuilder) -> None:
             attention.replace_input_with(0, packed)
             attention.replace_input_with(1, None)
             attention.replace_input_with(2, None)
+
+
+def pack_shared_inputs(graph: onnx_ir.Graph, builder: GraphBuilder, groups: Iterable[Sequence[Value]]) -> None:
+    """Replace the linears that make the values of a group [..., channels] by one and a Split, where they are lowered alike.
+
+    groups: outputs of linears that read the same rows; those that nothing reads any more are left alone.
+    """
+    for values in groups:
+        first = values[0].producer() if len(values) > 1 else None
+        if first is None or not all(value.uses() for value in values):
+            continue
+        sizes = [value.shape[-1] if value.shape is not None else None for value in values]
+        packed = _joined(list(values), builder)
+        nodes = builder.take_nodes()
+        if packed is None or not all(isinstance(size, int) for size in sizes):
+            continue
+        name = LAYER_SEPARATOR.join(str(value.name) for value in values)
+        lengths = builder.constant(f"{name}/sizes", np.array(sizes, np.int64))
+        split = onnx_ir.node("Split", [packed, lengths], {"axis": -1}, num_outputs=len(values), name=f"{name}/Split")
+        graph.insert_before(first, [*nodes, split])
+        for old, new in zip(values, split.outputs, strict=True):
+            new.shape, new.type = old.shape, old.type
+            new.name, old.name = old.name, f"{old.name}/apart"
+            onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _joined(values: list[Value], builder: GraphBuilder) -> Value | None:

@@ -168,9 +168,9 @@ def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None) ->
     if tensor.outliers is not None:
         kept = x.clone()
         kept[..., tensor.outliers.columns] = 0
-    largest = kept.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    largest = kept.abs().amax(-1, keepdim=True)
     unit = torch.tensor(1 / 127, dtype=torch.float32)
-    codes = torch.round(kept / largest / unit).clamp(-128, 127)
+    codes = torch.round(kept / largest / unit).clamp(-128, 127).nan_to_num()  # a row of zeros; it is multiplied by 0 below
     weight = tensor.q.double()
     if tensor.zero_point is not None:
         weight = weight - tensor.zero_point.double()
