@@ -53,7 +53,14 @@ def quantize_nearest(model: Model, scheme_of: Callable[[str, Tensor], QuantSchem
     return {name: nearest(matrix(model, name), scheme) for name, scheme in chosen.items() if scheme is not None}
 
 
-def publish(model: Model, template: Template, tensors: Mapping[str, QuantizedTensor], output: Path) -> Artifact:
+def publish(
+    model: Model,
+    template: Template,
+    tensors: Mapping[str, QuantizedTensor],
+    output: Path,
+    targets: tuple[str, ...] = ("cpu",),
+    cuda_dtype: torch.dtype = torch.float16,
+) -> Artifact:
     """Write, export and publish `tensors` as the quantized layers of `model`."""
     layers = {}
     for name, tensor in tensors.items():
@@ -71,7 +78,7 @@ def publish(model: Model, template: Template, tensors: Mapping[str, QuantizedTen
     recipe = Recipe.from_settings({"model": "module:mine", "output": str(output)})
     with open_stage(output, DIGEST) as stage:
         written = write(blocks, model, plan, stage, "onnx")
-        export(template, model, plan, written, stage)
+        export(template, model, plan, written, stage, targets, cuda_dtype)
         write_manifest(stage, recipe, {}, written, builtin())
         stage.publish()
     return Artifact(output, model, plan, read_index(output))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir
+import torch
 from onnx_ir import Value
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+from qconvert.export.cuda import lower_for_cuda
 from qconvert.export.genai import write_genai_config
 from qconvert.export.graph import GraphBuilder
-from qconvert.export.lower_cpu import MICROSOFT, CpuLowering
+from qconvert.export.lower_cpu import CpuLowering
+from qconvert.export.lowering import MICROSOFT
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
-from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, Written
+from qconvert.ir.artifact import GRAPHS, INPUT_KEY, LAYER_KEY, Written
 from qconvert.ir.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -23,44 +28,72 @@ IR_VERSION = 10
 NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
 
 
-def export(template: Template, model: Model, plan: Plan, written: Written, stage: Stage) -> None:
-    """Write model.onnx, and for decoders genai_config.json, into `stage.folder`.
+def export(
+    template: Template,
+    model: Model,
+    plan: Plan,
+    written: Written,
+    stage: Stage,
+    targets: Sequence[str] = ("cpu",),
+    cuda_dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write the graph of every target, and for decoders genai_config.json, into `stage.folder`.
 
-    Every tensor but small constants is external data in model.safetensors or the sidecar. Raises ResourceError (disk).
+    Every tensor but small constants is external data in model.safetensors or the sidecar.
+    cuda_dtype: of activations and caches in the CUDA provider's graph.
+
+    Raises ResourceError (disk), and UsageError QC-CUDA-001 to QC-CUDA-003 for what can't be a graph for CUDA.
     """
-    graph = template.graph.clone()
     stored = dict(written.tensors)
-    for name, tensor in template.constants.items():
-        stored[name] = stage.sidecar.append(name, tensor)
-    stage.sidecar.sync()
-    builder = GraphBuilder(graph.graph, stored)
     outlier_columns = {
         name: tuple(read_tensor(stage.folder, stored[key]).tolist())
         for name in plan.layers
         if (key := f"{name}.outlier_columns") in stored
     }
+    asked = [target for target in GRAPHS if target in targets]
+    for target in asked:
+        graph = template.graph.clone()
+        builder = GraphBuilder(graph.graph, stored)
+        if target == "cpu":
+            _lower_for_cpu(graph.graph, builder, template, model, plan, outlier_columns, stage)
+        else:
+            lower_for_cuda(graph.graph, builder, model, plan, outlier_columns, stage, cuda_dtype)
+        stage.sidecar.sync()
+        _finish(graph)
+        with disk_errors(stage.folder / GRAPHS[target]):
+            onnx_ir.save(graph, stage.folder / GRAPHS[target])
+        if model.task == "causal-lm" and target == asked[0]:
+            write_genai_config(model, graph.graph, target, stage)
+
+
+def _lower_for_cpu(
+    graph: onnx_ir.Graph,
+    builder: GraphBuilder,
+    template: Template,
+    model: Model,
+    plan: Plan,
+    outlier_columns: dict[str, tuple[int, ...]],
+    stage: Stage,
+) -> None:
+    for name, tensor in template.constants.items():
+        builder.stored[name] = stage.sidecar.append(name, tensor)
     lowering = CpuLowering(builder, outlier_columns)
     shapes = model.parameter_shapes
     lowered: dict[str, Value] = {}
-    for node in [node for node in graph.graph if node.domain == DOMAIN]:
+    for node in [node for node in graph if node.domain == DOMAIN]:
         name = node.attributes["module"].as_string()
         layer = plan.layer_of(name)
         if layer is not None:
             bias = builder.float32(builder.external(f"{name}.bias")) if f"{name}.bias" in shapes else None
             lowered[name] = output = lowering.lower(layer, node, bias)
-            substitute(graph.graph, node, builder.take_nodes(), output)
+            substitute(graph, node, builder.take_nodes(), output)
         else:
-            substitute(graph.graph, node, *lower_float(graph.graph, node, shapes))
-    pack_query_key_value(graph.graph, builder)
+            substitute(graph, node, *lower_float(graph, node, shapes))
+    pack_query_key_value(graph, builder)
     if model.task == "causal-lm":
         together = ([lowered[name] for name in group.layers if name in lowered] for group in template.groups)
-        pack_shared_inputs(graph.graph, builder, together)
-    _bind(graph.graph, builder, model)
-    _finish(graph)
-    with disk_errors(stage.folder / GRAPH):
-        onnx_ir.save(graph, stage.folder / GRAPH)
-    if model.task == "causal-lm":
-        write_genai_config(model, graph.graph, stage)
+        pack_shared_inputs(graph, builder, together)
+    _bind(graph, builder, model)
 
 
 def _bind(graph: onnx_ir.Graph, builder: GraphBuilder, model: Model) -> None:

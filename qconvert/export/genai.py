@@ -12,23 +12,33 @@ from typing import Any
 
 import onnx_ir
 
-from qconvert.ir.artifact import GENAI_CONFIG, GRAPH
+from qconvert.ir.artifact import GENAI_CONFIG, GRAPHS
 from qconvert.ir.model import Model
 from qconvert.workdir import Stage, disk_errors
 
 # The name of onnxruntime-genai for any decoder that is one graph with a KV cache, whatever its architecture.
 MODEL_TYPE = "decoder"
+PROVIDER_OPTIONS: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
 CACHE = ("past_key_values.%d.key", "past_key_values.%d.value")
 SEARCH_OPTIONS = ("do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
 
 
-def write_genai_config(model: Model, graph: onnx_ir.Graph, stage: Stage) -> None:
-    """Write genai_config.json for a decoder whose blocks have caches of one shape. Raises ResourceError (disk)."""
+def write_genai_config(model: Model, graph: onnx_ir.Graph, target: str, stage: Stage) -> None:
+    """Write genai_config.json for a decoder whose blocks have caches of one shape, to run on `target`.
+
+    graph: the one for that target. Raises ResourceError (disk).
+    """
     path = stage.folder / GENAI_CONFIG
     cache = _cache_shape(graph)
     if cache is None:
         return
-    text = json.dumps(_genai_config(model.module.config, _generation_config(model), graph, cache), indent=2) + "\n"
+    config = _genai_config(model.module.config, _generation_config(model), graph, cache)
+    config["model"]["decoder"] = {
+        "filename": GRAPHS[target],
+        "session_options": {"provider_options": PROVIDER_OPTIONS[target]},
+        **config["model"]["decoder"],
+    }
+    text = json.dumps(config, indent=2) + "\n"
     with disk_errors(path):
         path.write_text(text, encoding="utf-8")
 
@@ -49,8 +59,6 @@ def _genai_config(
         "eos_token_id": last if len(last) > 1 else last[0] if last else None,
         "pad_token_id": (pad or last or [0])[0],  # without one, onnxruntime-genai does not load the folder
         "decoder": {
-            "filename": GRAPH,
-            "session_options": {"provider_options": []},
             "hidden_size": int(config.hidden_size),
             "head_size": head_size,
             "num_attention_heads": attention.attributes["num_heads"].as_int(),

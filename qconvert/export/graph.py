@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,10 +31,11 @@ ONNX_TYPES = {
 class GraphBuilder:
     """Adds nodes and initializers to the graph that is being lowered.
 
+    stored: tensor -> its place in the artifact's files; grows with what is written into the sidecar.
     nodes: what was added for the opaque node at hand, in order.
     """
 
-    def __init__(self, graph: onnx_ir.Graph, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, graph: onnx_ir.Graph, stored: dict[str, StoredTensor]) -> None:
         self.graph = graph
         self.stored = stored
         self.nodes: list[Node] = []

@@ -15,6 +15,9 @@ from onnx_ir import Node, Value
 from qconvert.export.graph import GraphBuilder
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
 
+# Ops on one weight; a second input, as BitwiseXor has, is the same for all of them.
+FOLDED = ("BitwiseXor", "Cast", "Transpose")
+
 
 def pack_query_key_value(graph: onnx_ir.Graph, builder: GraphBuilder) -> None:
     """Replace the linears of query, key and value by one, wherever all three are lowered alike and read the same rows."""
@@ -103,7 +106,7 @@ def _product_inputs(nodes: Sequence[Node], builder: GraphBuilder) -> list[Value 
 
 
 def _weights(values: Sequence[Value | None], axis: int, builder: GraphBuilder) -> Value | None:
-    """Initializers, or what folds when the model is loaded (Cast, Transpose of them), joined along `axis`."""
+    """Initializers, or what folds when the model is loaded (FOLDED ops of them), joined along `axis`."""
     given = [value for value in values if value is not None]
     if len(given) < len(values):
         return None
@@ -111,12 +114,12 @@ def _weights(values: Sequence[Value | None], axis: int, builder: GraphBuilder) -
         one_dimensional = given[0].shape is not None and len(given[0].shape) == 1
         return builder.spanning(given, 0 if one_dimensional else axis)
     nodes = [node for value in given if (node := value.producer()) is not None]
-    if len(nodes) < len(given) or nodes[0].op_type not in ("Cast", "Transpose") or not all(_alike(nodes[0], n) for n in nodes):
+    if len(nodes) < len(given) or nodes[0].op_type not in FOLDED or not all(_alike(nodes[0], n) for n in nodes):
         return None
     if nodes[0].op_type == "Transpose":
         axis = 0 if axis == -1 else -1
     joined = _weights([node.inputs[0] for node in nodes], axis, builder)
-    return None if joined is None else _node(nodes, [joined], builder)
+    return None if joined is None else _node(nodes, [joined, *nodes[0].inputs[1:]], builder)
 
 
 def _node(nodes: Sequence[Node], inputs: list[Value | None], builder: GraphBuilder) -> Value:

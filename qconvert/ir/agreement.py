@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
+from qconvert.ir.runtime import empty
 
 # Rows of different length, padded on the right: the second has to ignore what is not there.
 LENGTHS = (9, 6)
@@ -67,13 +68,13 @@ def padded_batch(model: Model) -> Batch:
     return batch
 
 
-def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """The session's inputs from a batch, with empty KV caches where it has them."""
     inputs = {name: value.numpy() for name, value in batch.items()}
     rows = next(iter(inputs.values())).shape[0]
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            inputs[value.name] = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+            inputs[value.name] = empty((rows, value.shape[1], 0, value.shape[3]), value.type)
     return inputs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 def available(target: str) -> bool:
     """Whether this machine's ONNX Runtime has the provider of a target."""
     return PROVIDERS[target] in onnxruntime.get_available_providers()
+
+
+# ONNX Runtime's names of the types that caches have -> their numbers in ONNX.
+FLOATS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+
+
+def empty(shape: Sequence[int], kind: str) -> Any:
+    """A value without elements as a session takes it, of a type that numpy may not have: kind "tensor(bfloat16)"."""
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), FLOATS[kind])
 
 
 def session_options(threads: int) -> Any:

@@ -1,0 +1,80 @@
+"""The graph for the CUDA provider: float16 or bfloat16 throughout, every node checked against the table of kernels."""
+
+from __future__ import annotations
+
+import onnx_ir
+import torch
+from onnx_ir import Value
+
+from qconvert.export.graph import ONNX_TYPES, GraphBuilder
+from qconvert.export.lower_cuda import CudaLowering
+from qconvert.export.pack import pack_query_key_value
+from qconvert.ir.cuda import check_kernels
+from qconvert.ir.float_graph import lower_float, parameter, substitute
+from qconvert.ir.model import Model
+from qconvert.ir.narrow import narrow
+from qconvert.ir.plan import Plan
+from qconvert.ir.template import DOMAIN
+from qconvert.workdir import Stage
+
+# Constants beyond this many bytes go into the sidecar.
+INLINE_BYTES = 256
+
+TORCH_TYPES = {onnx_type: torch_type for torch_type, onnx_type in ONNX_TYPES.items()}
+
+
+def lower_for_cuda(
+    graph: onnx_ir.Graph,
+    builder: GraphBuilder,
+    model: Model,
+    plan: Plan,
+    outlier_columns: dict[str, tuple[int, ...]],
+    stage: Stage,
+    dtype: torch.dtype,
+) -> None:
+    """Make the template's `graph` one that the CUDA provider runs, in place.
+
+    dtype: float16 or bfloat16, of activations and caches.
+    Raises UsageError QC-CUDA-001 to QC-CUDA-003 for what the provider has no kernel for, or `dtype` no number; ResourceError.
+    """
+    lowering = CudaLowering(builder, outlier_columns, stage, dtype)
+    shapes = model.parameter_shapes
+    for node in [node for node in graph if node.domain == DOMAIN]:
+        layer = None if node.op_type.startswith("Block") else plan.layer_of(node.attributes["module"].as_string())
+        if layer is None:
+            substitute(graph, node, *lower_float(graph, node, shapes))
+            continue
+        name = f"{node.attributes['module'].as_string()}.bias"
+        bias = parameter(graph, name, shapes[name]) if name in shapes else None
+        output = lowering.lower(layer, node, bias)
+        substitute(graph, node, builder.take_nodes(), output)
+    _let_norms_fuse(graph)
+    narrow(graph, ONNX_TYPES[dtype])
+    _bind(graph, lowering, model)
+    pack_query_key_value(graph, builder)
+    check_kernels(graph)
+
+
+def _let_norms_fuse(graph: onnx_ir.Graph) -> None:
+    """Undo what keeps the CPU provider from its slow SkipLayerNormalization (trace/cleanup.py): that on CUDA is one kernel."""
+    for node in graph:
+        if node.op_type == "Sum" and len(node.inputs) == 2:
+            node.op_type = "Add"
+
+
+def _bind(graph: onnx_ir.Graph, lowering: CudaLowering, model: Model) -> None:
+    """Point parameters at their stored tensors, tied ones at one, and move large constants into the sidecar."""
+    for name, value in list(graph.initializers.items()):
+        content = value.const_value
+        if isinstance(content, onnx_ir.LazyTensor):
+            del graph.initializers[name]
+            onnx_ir.convenience.replace_all_uses_with(value, lowering.stored_float(model.stored_name(name)))
+        elif not isinstance(content, onnx_ir.ExternalTensor) and content is not None and content.nbytes > INLINE_BYTES:
+            del graph.initializers[name]
+            if value.uses():
+                onnx_ir.convenience.replace_all_uses_with(value, lowering.constant(name, _tensor(content)))
+
+
+def _tensor(content: onnx_ir.TensorProtocol) -> torch.Tensor:
+    flat = torch.frombuffer(bytearray(content.tobytes()), dtype=TORCH_TYPES[content.dtype])
+    return flat.reshape(content.shape.numpy())

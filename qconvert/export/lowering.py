@@ -1,0 +1,102 @@
+"""What lowering is the same for every provider: the order of things, input scales, outliers, convolutions, gathered codes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import onnx_ir
+from onnx_ir import DataType, Value
+
+from qconvert.export.graph import GraphBuilder
+from qconvert.ir.plan import LayerPlan
+
+MICROSOFT = "com.microsoft"
+
+
+class Lowering(ABC):
+    """Lowers one layer after the other; what layers with a common input share is made once.
+
+    outlier_columns: layer -> its outlier columns, for the layers that have some.
+    """
+
+    def __init__(self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]]) -> None:
+        self.builder = builder
+        self.outlier_columns = outlier_columns
+        self._inputs: dict[tuple[Value, object], Value] = {}
+
+    @abstractmethod
+    def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
+        """Add the nodes for `node` to the builder and give their output."""
+
+    @abstractmethod
+    def stored_float(self, name: str) -> Value:
+        """The stored tensor `name` in the float type of the graph's activations."""
+
+    def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
+        """x / input_scale where a scale could not be folded; linears with a common input were given one scale."""
+        name = f"{plan.name}.input_factor"
+        if name not in self.builder.stored:
+            return x
+        if (x, "input_factor") not in self._inputs:
+            scaled = self.builder.op("Mul", [x, self.stored_float(name)], f"{plan.name}/ScaleInput")
+            scaled.name = f"{plan.name}/scaled_input"  # the row form refers to its input by name
+            self._inputs[x, "input_factor"] = scaled
+        return self._inputs[x, "input_factor"]
+
+    def _without(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
+        """x with the outlier columns set to 0, so that they neither stretch the rows nor enter the product with the codes."""
+        if not columns:
+            return x
+        if (x, columns) not in self._inputs:
+            mask = self.stored_float(f"{plan.name}.outlier_mask")
+            self._inputs[x, columns] = self.builder.op("Mul", [x, mask], f"{plan.name}/MaskOutliers")
+        return self._inputs[x, columns]
+
+    def _outlier_product(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
+        builder, name = self.builder, plan.name
+        if (x, ("gathered", columns)) not in self._inputs:
+            indices = builder.external(f"{name}.outlier_columns")
+            gathered = builder.op("Gather", [x, indices], f"{name}/GatherOutliers", axis=-1)
+            self._inputs[x, ("gathered", columns)] = gathered
+        weight = self.stored_float(f"{name}.outlier_weight")
+        return builder.op("MatMul", [self._inputs[x, ("gathered", columns)], weight], f"{name}/OutlierMatMul")
+
+    def _conv2d(self, plan: LayerPlan, node: onnx_ir.Node, x: Value, bias: Value | None) -> Value:
+        weight = self._dequantized(plan, node)
+        attributes = [value for key, value in node.attributes.items() if key != "module"]
+        inputs = [x, weight] if bias is None else [x, weight, bias]
+        conv = onnx_ir.Node("", "Conv", inputs, attributes, name=f"{plan.name}/Conv")
+        self.builder.nodes.append(conv)
+        return conv.outputs[0]
+
+    def _dequantized(self, plan: LayerPlan, node: onnx_ir.Node) -> Value:
+        """The float kernel [out, in / groups, kh, kw], from ops that fold when the model is loaded."""
+        builder, name, bits, out = self.builder, plan.name, plan.scheme.bits, plan.out_features
+        per_word = 32 // bits
+        words = -(-plan.in_features // per_word)
+        dtype = DataType.UINT4 if bits == 4 else DataType.UINT8
+        codes = builder.op(
+            "Cast",
+            [builder.external(f"{name}.weight_packed", (out, words * per_word), dtype)],
+            f"{name}/Codes",
+            to=DataType.FLOAT,
+        )
+        if words * per_word != plan.in_features:
+            ends = builder.constant(f"{name}/width", np.array([plan.in_features], np.int64))
+            start = builder.constant("qconvert/zero", np.array([0], np.int64))
+            axis = builder.constant("qconvert/axis_1", np.array([1], np.int64))
+            codes = builder.op("Slice", [codes, start, ends, axis], f"{name}/Unpad")
+        groups = plan.in_features // plan.scheme.group_size(plan.in_features)
+        shape = builder.constant(f"{name}/grouped", np.array([out, groups, -1], np.int64))
+        codes = builder.op("Reshape", [codes, shape], f"{name}/Group")
+        if plan.scheme.symmetric:
+            zero_point = builder.constant(f"qconvert/zero_point_int{bits}", np.array(2 ** (bits - 1), np.float32))
+        else:
+            zero_point = builder.float32(builder.external(f"{name}.kernel_zero_point", (out, groups, 1)))
+        centred = builder.op("Sub", [codes, zero_point], f"{name}/Centre")
+        scale = builder.float32(builder.external(f"{name}.weight_scale", (out, groups, 1)))
+        weight = builder.op("Mul", [centred, scale], f"{name}/Dequantize")
+        kernel_shape = node.attributes["kernel_shape"].as_ints()
+        full = builder.constant(f"{name}/kernel_shape", np.array([out, -1, *kernel_shape], np.int64))
+        return builder.op("Reshape", [weight, full], f"{name}/Kernel")
