@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from qconvert import verdict
 from qconvert.calibrate import calibrate, read_samples
 from qconvert.errors import InputError
@@ -44,14 +46,14 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     inputs, distribution = digests.result(), plugins.distribution_of(quantizer)
     digest = run_digest(recipe, inputs, distribution)
     with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_paths) as stage:
-        stage.require_space(plan.weights_bytes)
+        stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
         done = frozenset(stage.done_blocks())
         blocks = calibrate(model, plan, template.groups, quantizer, samples.calibration, recipe.device, done)
         quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=recipe.layout == "onnx")
         written = write(quantized, model, plan, stage, recipe.layout)
         progress.stage("export", None)
-        export(template, model, plan, written, stage)
+        export(template, model, plan, written, stage, recipe.targets, getattr(torch, recipe.cuda_dtype))
         write_manifest(stage, recipe, inputs, written, distribution)
         if recipe.verify:
             report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)

@@ -37,6 +37,7 @@ RuleSchemeField = Annotated[
     _TEXT,
 ]
 Target = Literal["cpu", "cuda"]
+CudaDtype = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
 Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
 
@@ -114,6 +115,9 @@ class Recipe(_Part):
     evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")
     seed: int = Field(0, ge=0, description="which samples are drawn from the data")
     targets: tuple[Target, ...] = Field(("cpu",), description="where the artifact is to run")
+    cuda_dtype: CudaDtype = Field(
+        "float16", description="type of activations and caches on CUDA; bfloat16 has float32's range, but fewer digits"
+    )
     layout: Layout = Field(
         "transformers", description="who must be able to read model.safetensors: transformers too, or model.onnx alone"
     )

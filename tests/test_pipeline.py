@@ -298,7 +298,7 @@ def test_gates_decide_on_the_verdict_and_the_output_is_there_to_look_at(sources:
 
 @pytest.fixture
 def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qconvert.verify.available", lambda target: target == "cpu")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
 
 
 @pytest.mark.usefixtures("quick", "no_cuda")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import onnx_ir
 import torch
-from onnx_ir import Value
 
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lower_cuda import CudaLowering

@@ -23,11 +23,10 @@ from qconvert.errors import UsageError
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.ir import cuda, packing
+from qconvert.ir.narrow import WIDER, narrowed, type_name
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.reader import read_layer, read_tensor
 from qconvert.workdir import Stage
-
-REMEDY = "set cuda_dtype: bfloat16 in the recipe, which has the range of float32"
 
 # A scale with fewer bits than this adds more to the error than rounding to 8-bit codes does.
 SCALE_BITS = 7
@@ -66,9 +65,9 @@ class CudaLowering(Lowering):
             return self.builder.external(name)
         if not stored.dtype.is_floating_point:
             return self.builder.op("Cast", [self.builder.external(name)], f"{name}/Cast", to=ONNX_TYPES[self.dtype])
-        narrow = f"{name}.{str(self.dtype).removeprefix('torch.')}"
+        narrow = f"{name}.{type_name(self.dtype)}"
         if narrow not in self.builder.stored:
-            self._append(narrow, self._narrowed(name, read_tensor(self.stage.folder, stored)))
+            self._append(narrow, narrowed(name, read_tensor(self.stage.folder, stored), self.dtype))
         return self.builder.external(narrow)
 
     def _matmul_nbits(self, plan: LayerPlan, x: Value) -> Value:
@@ -146,17 +145,6 @@ class CudaLowering(Lowering):
     def _append(self, name: str, tensor: Tensor) -> None:
         self.builder.stored[name] = self.stage.sidecar.append(name, tensor)
 
-    def _narrowed(self, name: str, tensor: Tensor) -> Tensor:
-        narrow = tensor.to(self.dtype)
-        if tensor.numel() and not bool(torch.isfinite(torch.stack(narrow.aminmax())).all()):
-            largest = max(map(abs, torch.stack(tensor.float().aminmax()).tolist()))
-            raise UsageError(
-                "QC-CUDA-002",
-                f"tensor {name} holds {largest:.6g}, but {_words(self.dtype)} ends at {torch.finfo(self.dtype).max:.6g}",
-                hint=REMEDY,
-            )
-        return narrow
-
     def _narrowed_scale(self, plan: LayerPlan, scale: Tensor) -> Tensor:
         """Scales that neither overflow, the weights that they stand for included, nor lose most of their bits."""
         info = torch.finfo(self.dtype)
@@ -165,12 +153,8 @@ class CudaLowering(Lowering):
         if largest * 2 ** (plan.scheme.bits - 1) > info.max or largest < smallest:
             raise UsageError(
                 "QC-CUDA-003",
-                f"{plan.name}: its largest scale is {largest:.3g}, which {_words(self.dtype)} can't hold (scales of "
+                f"{plan.name}: its largest scale is {largest:.3g}, which {type_name(self.dtype)} can't hold (scales of "
                 f"{plan.scheme} have to lie between {smallest:.3g} and {info.max / 2 ** (plan.scheme.bits - 1):.3g})",
-                hint=f"{REMEDY}, or keep the layer in float: --rule '{plan.name}=float'",
+                hint=f"{WIDER}, or keep the layer in float: --rule '{plan.name}=float'",
             )
         return scale.to(self.dtype)
-
-
-def _words(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -79,7 +79,12 @@ def feed(session: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def relative_error(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> float:
-    """Largest difference between the session's outputs and the reference, each relative to its largest |output|.
+    """Largest difference between the session's outputs and the reference, each relative to its largest |output|."""
+    return max(largest_difference(found, reference) for found, reference in compared(model, session, expected))
+
+
+def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """(output of the session, what it should be), row by row for text models.
 
     expected: the reference's outputs (see ir.forward.graph_outputs) for each of `probes(model)`.
     The session gets the padded batch; decoders then take one step on its cache. Padding itself is not compared.
@@ -88,18 +93,18 @@ def relative_error(model: Model, session: Any, expected: Sequence[tuple[Tensor, 
     found = session.run(None, inputs)
     references = [[output.numpy() for output in outputs] for outputs in expected]
     if model.task == "module":
-        return max(largest_difference(a, b) for a, b in zip(found, references[0], strict=True))
-    errors = []
+        return list(zip(found, references[0], strict=True))
+    pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
     for row, length in enumerate(LENGTHS):
         for output, reference in zip(found, references[row], strict=False):  # caches follow a decoder's logits
             if reference.ndim == 2:  # one vector per sentence
-                errors.append(largest_difference(output[row], reference[0]))
+                pairs.append((output[row], reference[0]))
             else:
-                errors.append(largest_difference(output[row, :length], reference[0, :length]))
+                pairs.append((output[row, :length], reference[0, :length]))
     if model.task == "causal-lm":
         caches = dict(zip((name for name in inputs if name.startswith("past_key_values.")), found[1:], strict=True))
         step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
         mask = np.concatenate((inputs["attention_mask"], np.ones_like(step)), 1)
         logits, *_ = session.run(None, {"input_ids": step, "attention_mask": mask, **caches})
-        errors += [largest_difference(logits[row, 0], references[row][0][0, length]) for row, length in enumerate(LENGTHS)]
-    return max(errors)
+        pairs += [(logits[row, 0], references[row][0][0, length]) for row, length in enumerate(LENGTHS)]
+    return pairs

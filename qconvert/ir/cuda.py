@@ -7,7 +7,7 @@ operator from some version on does not serve that operator's later versions, so 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,9 @@ INTEGERS = frozenset(
     if kind.name in ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "INT4", "UINT4")
 )
 # Inputs that say how long or where something is, beyond those that are int64 by their schema (Reshape's shape, ...).
-LENGTHS = frozenset({("Slice", 1), ("Slice", 2), ("Slice", 3), ("Slice", 4), ("GroupQueryAttention", 5), ("GroupQueryAttention", 6)})
+LENGTHS = frozenset(
+    {("Slice", 1), ("Slice", 2), ("Slice", 3), ("Slice", 4), ("GroupQueryAttention", 5), ("GroupQueryAttention", 6)}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +168,3 @@ def _is_length(node: Node, index: int) -> bool:
     return (node.op_type, index) in LENGTHS or (
         found is not None and index > 0 and Operator.parameter(found.inputs, index) == "int64"
     )
-
-
-def rows(layers: Iterable[LayerPlan]) -> dict[str, int]:
-    """What layers become on CUDA -> how many of them."""
-    counted: dict[str, int] = {}
-    for layer in layers:
-        counted[describe(layer)] = counted.get(describe(layer), 0) + 1
-    return counted

@@ -8,31 +8,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir
 import torch
 from onnx_ir import DataType, Node, TensorType, Value
+from torch import Tensor
 
+from qconvert.errors import UsageError
 from qconvert.ir.cuda import Operator, bindings, operator
 
+WIDER = "set cuda_dtype: bfloat16 in the recipe, which has the range of float32"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`. Raises UsageError QC-CUDA-002 for a number that becomes infinite."""
+    narrow_tensor = tensor.to(dtype)
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(narrow_tensor.aminmax())).all()):
+        largest = max(map(abs, torch.stack(tensor.float().aminmax()).tolist()))
+        raise UsageError(
+            "QC-CUDA-002",
+            f"tensor {name} holds {largest:.6g}, but {type_name(dtype)} ends at {torch.finfo(dtype).max:.6g}",
+            hint=f"{WIDER}, or leave out --target cuda",
+        )
+    return narrow_tensor
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """ "float16": as users write it."""
+    return str(dtype).removeprefix("torch.")
+
+
 class _Narrowing:
+    """The values of one graph in the narrow type, each made once."""
+
     def __init__(self, graph: onnx_ir.Graph, dtype: DataType) -> None:
         self.graph, self.dtype = graph, dtype
-        info = torch.finfo(getattr(torch, dtype.name.lower()))
+        self.torch_dtype: torch.dtype = getattr(torch, dtype.name.lower())
+        info = torch.finfo(self.torch_dtype)
         self.limit, self.smallest = info.max, info.smallest_normal * info.eps
-        self._casts: dict[Value, Value] = {}
+        self._made: dict[Value, Value] = {}
 
     def value(self, value: Value) -> Value:
         """`value` in the narrow type: a constant as another constant, anything else behind a Cast."""
-        if value not in self._casts:
-            self._casts[value] = self._constant(value) if _is_constant(value) else self._cast(value)
-        return self._casts[value]
+        if value not in self._made:
+            self._made[value] = self._constant(value) if _is_constant(value) else self._cast(value)
+        return self._made[value]
 
     def _cast(self, value: Value) -> Value:
-        node = onnx_ir.node("Cast", [value], {"to": self.dtype}, name=f"{value.name}/{self.dtype.name.lower()}")
+        node = onnx_ir.node("Cast", [value], {"to": self.dtype}, name=f"{value.name}/{type_name(self.torch_dtype)}")
         cast = node.outputs[0]
         cast.name, cast.shape, cast.type = node.name, value.shape, TensorType(self.dtype)
         producer = value.producer()
@@ -43,33 +69,36 @@ class _Narrowing:
         return cast
 
     def _constant(self, value: Value) -> Value:
-        assert value.const_value is not None
-        array = value.const_value.numpy()
+        array = _array(value)
         if array.size == 1:
-            array = self._in_range(array)
-        tensor = onnx_ir.tensor(array.astype(self.dtype.numpy()), name=f"{value.name}/{self.dtype.name.lower()}")
-        narrow = Value(name=tensor.name, shape=tensor.shape, type=TensorType(self.dtype), const_value=tensor)
-        self.graph.register_initializer(narrow)
-        return narrow
+            array = self._within_range(array)
+        array = np.where(np.abs(array) == FLOAT32_MAX, np.copysign(np.float32(self.limit), array), array)
+        narrowed(str(value.name), torch.from_numpy(np.nan_to_num(array, posinf=0, neginf=0)), self.torch_dtype)
+        return self._register(f"{value.name}/{type_name(self.torch_dtype)}", array.astype(self.dtype.numpy()), self.dtype)
 
-    def _in_range(self, array: np.ndarray) -> np.ndarray:
-        """A number that would become infinite, or zero and no longer keep a division from it, stays as far as it can."""
-        magnitude = np.abs(array)
-        nearest = np.clip(magnitude, self.smallest, self.limit)
-        return np.where((magnitude > 0) & np.isfinite(array), np.copysign(nearest, array), array)
+    def _within_range(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """A number that would become infinite, or zero and then keep no division from it, goes as far as it can."""
+        nearest = np.clip(np.abs(array), self.smallest, self.limit)
+        return np.where((array != 0) & np.isfinite(array), np.copysign(nearest, array), array)
 
-    def fill_values(self, node: Node) -> None:
-        """The largest float32, with which masks are filled, becomes the largest of the type, in float32 parts as well."""
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype == DataType.FLOAT and _is_constant(value):
-                assert value.const_value is not None
-                if value.const_value.size == 1 and abs(float(value.const_value.numpy().item())) == FLOAT32_MAX:
-                    tensor = onnx_ir.tensor(np.copysign(np.float32(self.limit), value.const_value.numpy()), name=f"{value.name}/fill")
-                    if tensor.name not in self.graph.initializers:
-                        self.graph.register_initializer(
-                            Value(name=tensor.name, shape=tensor.shape, type=TensorType(DataType.FLOAT), const_value=tensor)
-                        )
-                    node.replace_input_with(index, self.graph.initializers[tensor.name])
+    def fill_value(self, value: Value) -> Value | None:
+        """Instead of the largest float32, with which masks are filled, the largest number of the type, as float32.
+
+        In a part that stays float32 it would become infinite when that part is cast.
+        """
+        if value.dtype != DataType.FLOAT or not _is_constant(value) or _array(value).size != 1:
+            return None
+        array = _array(value)
+        if np.abs(array).item() != FLOAT32_MAX:
+            return None
+        return self._register(f"{value.name}/fill", np.copysign(np.float32(self.limit), array), DataType.FLOAT)
+
+    def _register(self, name: str, array: np.ndarray[Any, Any], dtype: DataType) -> Value:
+        if name not in self.graph.initializers:
+            tensor = onnx_ir.tensor(array, name=name)
+            value = Value(name=name, shape=onnx_ir.Shape(array.shape), type=TensorType(dtype), const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
 
 
 def narrow(graph: onnx_ir.Graph, dtype: DataType) -> None:
@@ -77,6 +106,7 @@ def narrow(graph: onnx_ir.Graph, dtype: DataType) -> None:
 
     graph: sorted; parameters are initializers without data (ir/template.py), which change their type alone. Types of values
     that have none yet are filled in. Constants get a variant under another name, "NAME/float16".
+    Raises UsageError QC-CUDA-002 for a constant with a number that `dtype` can't hold.
     """
     work = _Narrowing(graph, dtype)
     caches = _caches(graph)
@@ -103,7 +133,10 @@ def narrow(graph: onnx_ir.Graph, dtype: DataType) -> None:
 
 
 def _narrow_node(node: Node, work: _Narrowing) -> None:
-    work.fill_values(node)
+    for index, value in enumerate(node.inputs):
+        fill = None if value is None else work.fill_value(value)
+        if fill is not None:
+            node.replace_input_with(index, fill)
     found = operator(node)
     floats = [
         index
@@ -154,6 +187,9 @@ def _widen_output(graph: onnx_ir.Graph, index: int, value: Value) -> None:
 
 def _is_constant(value: Value) -> bool:
     """Whether the graph itself holds the value."""
-    return isinstance(value.const_value, onnx_ir.Tensor | onnx_ir.TensorProtocol) and not isinstance(
-        value.const_value, onnx_ir.LazyTensor | onnx_ir.ExternalTensor
-    )
+    return value.const_value is not None and not isinstance(value.const_value, onnx_ir.LazyTensor | onnx_ir.ExternalTensor)
+
+
+def _array(value: Value) -> np.ndarray[Any, Any]:
+    assert value.const_value is not None
+    return value.const_value.numpy()

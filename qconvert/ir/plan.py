@@ -62,6 +62,8 @@ class Plan:
     shared: output head -> the embedding of `layers` whose tensor it reads too.
     weights_bytes: exact size of model.safetensors' tensor data (a scale beyond float16's range adds two bytes).
     peak_bytes: estimate of the largest amount of memory held at once while quantizing.
+    targets: where the artifact is to run.
+    cuda_bytes: what the graph for CUDA needs in the sidecar: float tensors in its own type, scales per block, padded copies.
     """
 
     scheme: QuantScheme
@@ -71,6 +73,8 @@ class Plan:
     weights_bytes: int
     peak_bytes: int
     shared: Mapping[str, str] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("cpu",)
+    cuda_bytes: int = 0
 
     def layer_of(self, name: str) -> LayerPlan | None:
         """The planned layer that the module `name` computes with, None where it stays float."""

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 Status = Literal["passed", "failed", "not-run"]
+# What every entry of report.json's "parity" has, with or without a value.
+PARITY_KEYS = ("max_relative_error", "reason")
 Task = Literal["causal-lm", "encoder", "module"]
 
 
@@ -33,11 +35,16 @@ class Size(_Part):
 
 
 class Parity(_Part):
-    """The artifact against its own dequantized weights. target: a provider, or "transformers" for the loader check."""
+    """The artifact against its own dequantized weights. target: a provider, or "transformers" for the loader check.
+
+    cosine, kl (in nats): for targets that compute in half the width, which a relative error can't judge.
+    """
 
     target: str
     status: Status
     max_relative_error: float | None = None
+    cosine: float | None = None
+    kl: float | None = None
     reason: str | None = None
 
 
@@ -57,7 +64,11 @@ class Fidelity(_Part):
 
 
 class Latency(_Part):
-    """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float."""
+    """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float.
+
+    device_nodes, cpu_nodes, copies: of a target other than the CPU: how many nodes ran there, which ran on the CPU instead,
+    and how often something was copied between the two within one run.
+    """
 
     target: str
     status: Status
@@ -68,6 +79,9 @@ class Latency(_Part):
     p95_ms: float | None = None
     float_p50_ms: float | None = None
     speedup: float | None = None
+    device_nodes: int | None = None
+    cpu_nodes: tuple[str, ...] | None = None
+    copies: int | None = None
     reason: str | None = None
 
 
@@ -120,8 +134,8 @@ class Report(_Part):
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""
         document = self.model_dump(mode="json")
-        for part in ("fidelity", "latency"):
+        for part, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ())):
             document[part] = [
-                {key: value for key, value in entry.items() if value is not None or key == "status"} for entry in document[part]
+                {key: value for key, value in entry.items() if value is not None or key in always} for entry in document[part]
             ]
         return {"schema": 1, **document}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,21 @@ from torch import Tensor
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def available(target: str) -> bool:
-    """Whether this machine's ONNX Runtime has the provider of a target."""
-    return PROVIDERS[target] in onnxruntime.get_available_providers()
+def why_unavailable(target: str) -> str | None:
+    """Why this machine can't run a target; None if it can. A provider may be installed without a device or driver for it."""
+    provider = PROVIDERS[target]
+    if provider not in onnxruntime.get_available_providers():
+        return f"this machine's ONNX Runtime has no provider for {target}"
+    node = onnx_ir.node("Identity", [onnx_ir.val("x", onnx_ir.DataType.INT64, (1,))])
+    node.outputs[0].name = "y"
+    graph = onnx_ir.Graph(node.inputs, node.outputs, nodes=[node], opset_imports={"": 21}, name="probe")  # type: ignore[arg-type]
+    data = onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString()
+    try:
+        with redirect_stdout(StringIO()):  # where ONNX Runtime says that it falls back to the CPU
+            started = onnxruntime.InferenceSession(data, session_options(1), providers=[provider]).get_providers()
+    except Exception as error:
+        return f"ONNX Runtime's provider for {target} does not start here: {error}"
+    return None if provider in started else f"ONNX Runtime's provider for {target} does not start here: no device or driver"
 
 
 # ONNX Runtime's names of the types that caches have -> their numbers in ONNX.
@@ -35,9 +49,53 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def file_session(path: Path, target: str = "cpu", threads: int = 0) -> Any:
-    """A session over a model file and the external data beside it."""
-    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDERS[target]])
+def file_session(path: Path, target: str = "cpu", threads: int = 0, profile: Path | None = None) -> Any:
+    """A session over a model file and the external data beside it; on a device, one that leaves caches there.
+
+    profile: where `end_profiling()` is to write what ran where.
+    """
+    options = session_options(threads)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[target]])
+    return session if target == "cpu" else DeviceSession(session, target)
+
+
+class DeviceSession:
+    """Runs a session through IOBinding: inputs come from numpy, outputs go there, but for the caches.
+
+    A cache stays on `device`, as the OrtValue that the next run takes: nobody looks into it, and numpy has no bfloat16.
+    """
+
+    def __init__(self, session: Any, device: str) -> None:
+        self.session, self.device = session, device
+
+    def get_inputs(self) -> Any:
+        return self.session.get_inputs()
+
+    def get_outputs(self) -> Any:
+        return self.session.get_outputs()
+
+    def end_profiling(self) -> str:
+        return str(self.session.end_profiling())
+
+    def run(self, names: None, feeds: Mapping[str, Any]) -> list[Any]:
+        """Every output of the graph, in order. feeds: arrays, and caches as an earlier run or `empty` gave them."""
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+            binding.bind_ortvalue_input(name, value)
+        outputs = [value.name for value in self.session.get_outputs()]
+        for name in outputs:
+            binding.bind_output(name, self.device if _is_cache(name) else "cpu")
+        self.session.run_with_iobinding(binding)
+        values = zip(outputs, binding.get_outputs(), strict=True)
+        return [value if _is_cache(name) else value.numpy() for name, value in values]
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith("present.")
 
 
 def memory_session(

@@ -16,6 +16,7 @@ from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import KeptFloat
 from qconvert.ir.scheme import PerGroup, QuantScheme
 from qconvert.ir.template import Template, layer_kind
+from qconvert.plan.cuda import check_cuda, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
@@ -25,7 +26,8 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     """Decide on every module of the model.
 
     Raises UsageError QC-PLAN-001 to QC-PLAN-009 for a scheme that the quantizer, the kernels or the layout can't carry,
-    for group sizes that do not divide (all layers are listed), and for rules that match nothing.
+    for group sizes that do not divide (all layers are listed), and for rules that match nothing; QC-CUDA-001 for what the
+    CUDA provider has no kernel for, where that is a target.
     """
     default = recipe.scheme or quantizer.default_scheme
     layers, kept, shared = _sort_modules(model, template, recipe, default)
@@ -40,7 +42,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     _check_groups(layers.values())
     _check_layout(layers.values(), recipe, quantizer, model)
     if "cuda" in recipe.targets:
-        _check_cuda(layers.values())
+        check_cuda(model, template, layers, shared, recipe.cuda_dtype)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
     return Plan(
@@ -51,6 +53,8 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
         peak_bytes=_peak_bytes(model, layers),
         shared=shared,
+        targets=recipe.targets,
+        cuda_bytes=cuda_bytes(model, layers, recipe.cuda_dtype) if "cuda" in recipe.targets else 0,
     )
 
 
@@ -170,17 +174,6 @@ def _check_layout(layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quanti
             f"transformers could not load this folder: {reason}",
             hint="add --layout onnx for a folder that serves ONNX Runtime alone, or change what is named here with a --rule",
         )
-
-
-def _check_cuda(layers: Iterable[LayerPlan]) -> None:
-    for layer in layers:
-        if not layer.scheme.symmetric:
-            symmetric = str(layer.scheme).replace("-asym", "")
-            raise UsageError(
-                "QC-PLAN-007",
-                f"{layer.name}: the CUDA provider's kernels take no zero points ({layer.scheme})",
-                hint=f"take {symmetric}, or leave out --target cuda",
-            )
 
 
 def _peak_bytes(model: Model, layers: dict[str, LayerPlan]) -> int:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from qconvert.ir import cuda
 from qconvert.ir.report import Report, Task
 from qconvert.recipe import DataSpec, Recipe
 from qconvert.report import wording
@@ -24,7 +25,8 @@ ids = np.array([tokenizer.encode("The capital of France is")], dtype=np.int64)
 feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 for each in session.get_inputs():  # the cache, empty before the first token
     if each.name.startswith("past_key_values."):
-        feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)
+        shape = [1, each.shape[1], 0, each.shape[3]]
+        feeds[each.name] = np.zeros(shape, dtype=np.float32)
 logits = session.run(["logits"], feeds)[0]
 print(tokenizer.decode([int(logits[0, -1].argmax())]))""",
     "encoder": """\
@@ -49,6 +51,9 @@ for each in session.get_inputs():  # put your rows in place of these zeros
 print([output.shape for output in session.run(None, feeds)])""",
 }
 
+EMPTY_CACHE = "np.zeros(shape, dtype=np.float32)\nlogits"
+# onnx.TensorProto's numbers of the types
+ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
 LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "encoder": "AutoModel"}
 
 
@@ -62,7 +67,7 @@ def card(report: Report, recipe: Recipe, model_name: str) -> str:
         *_usage(report, recipe),
         "## Evidence",
         _evidence(report),
-        *_notes(report),
+        *_notes(report, recipe),
         "## Make it again",
         f"```sh\n{_command(recipe, model_name)}\n```",
         "`qconvert.json` holds the whole recipe, with seed and sample counts, and the digest of every file.",
@@ -82,17 +87,31 @@ def _verdict(report: Report) -> Iterator[str]:
 
 def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     yield "## Run it with ONNX Runtime"
-    yield f"In this folder, with `pip install onnxruntime{'' if report.task == 'module' else ' transformers'}`:"
-    yield f"```python\n{RUN[report.task]}\n```"
+    package = "onnxruntime" if "cpu" in recipe.targets else "onnxruntime-gpu"
+    yield f"In this folder, with `pip install {package}{'' if report.task == 'module' else ' transformers'}`:"
+    yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
+    if len(set(recipe.targets)) > 1:
+        caches = f", and its caches are {recipe.cuda_dtype}" if report.task == "causal-lm" else ""
+        yield f"`model.cuda.onnx` is the graph for the CUDAExecutionProvider (`pip install onnxruntime-gpu`){caches}."
     if report.task == "module":
         return
     yield "## Load it with transformers"
     if recipe.layout == "onnx":
-        yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only `model.onnx` can read."
+        yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graph can read."
         return
     kind = LOAD[report.task]
     yield "In this folder, with `pip install transformers compressed-tensors`:"
     yield f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+
+
+def _on_cuda(code: str, recipe: Recipe) -> str:
+    """The same program for the other graph. Its caches are made by ONNX Runtime, because numpy has no bfloat16."""
+    number = ONNX_NUMBERS[recipe.cuda_dtype]
+    return (
+        code.replace("model.onnx", "model.cuda.onnx")
+        .replace("CPUExecutionProvider", "CUDAExecutionProvider")
+        .replace(EMPTY_CACHE, f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {recipe.cuda_dtype}\nlogits")
+    )
 
 
 def _evidence(report: Report) -> str:
@@ -116,16 +135,24 @@ def _evidence(report: Report) -> str:
     return "\n".join(lines + [f"| {' | '.join(map(_plain, row))} |" for row in rows])
 
 
-def _notes(report: Report) -> Iterator[str]:
+def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     notes = []
     schemes = {layer.scheme for layer in report.layers}
-    if any(not scheme.endswith("-a8") for scheme in schemes):
+    on_cpu = "cpu" in recipe.targets
+    if on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
             "stored, but the kernel itself quantizes activations to int8, per row and block."
         )
-    if any(scheme.endswith("-a8") for scheme in schemes):
-        notes.append("Layers whose scheme ends in -a8 quantize their activations to int8 at run time, with one scale per row.")
+    if on_cpu and any(scheme.endswith("-a8") for scheme in schemes):
+        notes.append(
+            "Layers whose scheme ends in -a8 quantize their activations to int8 at run time on the CPU, with one scale per row."
+        )
+    if "cuda" in recipe.targets:
+        notes.append(
+            f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was checked "
+            f"against the kernels of ONNX Runtime {cuda.version()}."
+        )
     if notes:
         yield "## Notes"
         yield "\n".join(f"- {note}" for note in notes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qconvert.ir import cuda
 from qconvert.report import wording
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def table(plan: Plan) -> RenderableType:
             f"model.safetensors: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
             f"memory while quantizing: about {wording.byte_size(plan.peak_bytes)}",
             f"calibration data: {'needed' if plan.calibrated else 'not needed'}",
+            *_cuda(plan),
             *(
                 f"{len(names)} kept in float, {wording.printable(reason)}: {wording.some(names)}"
                 for reason, names in wording.reasons(plan.kept_float)
@@ -43,6 +46,17 @@ def table(plan: Plan) -> RenderableType:
         )
     )
     return Group(rows, Text(), summary)
+
+
+def _cuda(plan: Plan) -> list[str]:
+    """What the table of CUDA kernels says of the layers."""
+    if "cuda" not in plan.targets:
+        return []
+    counted = Counter(cuda.describe(layer) for layer in plan.layers.values())
+    return [
+        *(f"on CUDA, by the kernels of ONNX Runtime {cuda.version()}: {count} x {what}" for what, count in counted.items()),
+        f"for CUDA in qconvert.bin: about {wording.byte_size(plan.cuda_bytes)}, float tensors in its own type above all",
+    ]
 
 
 def document(plan: Plan) -> dict[str, Any]:
@@ -53,6 +67,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "calibrated": plan.calibrated,
         "weights_bytes": plan.weights_bytes,
         "peak_bytes": plan.peak_bytes,
+        **({"cuda_bytes": plan.cuda_bytes} if "cuda" in plan.targets else {}),
         "layers": [
             {
                 "name": layer.name,
@@ -60,6 +75,7 @@ def document(plan: Plan) -> dict[str, Any]:
                 "shape": [layer.out_features, layer.in_features],
                 "scheme": str(layer.scheme),
                 "bytes": layer.nbytes,
+                **({"cuda": cuda.describe(layer)} if "cuda" in plan.targets else {}),
             }
             for layer in plan.layers.values()
         ],

@@ -43,7 +43,12 @@ def size(report: Report) -> str:
 
 
 def parity(part: Parity) -> str:
-    return _measured(part.reason, _number("max relative error ", part.max_relative_error, ".2g"))
+    return _measured(
+        part.reason,
+        _number("max relative error ", part.max_relative_error, ".2g"),
+        _number("cosine ", part.cosine, ".6f"),
+        _number("KL ", part.kl, ".2g", " nats"),
+    )
 
 
 def fidelity(part: Fidelity) -> str:
@@ -67,6 +72,9 @@ def latency(part: Latency) -> str:
         _number("prefill ", part.prefill_tokens_per_s, ".0f", " tokens/s"),
         _number("decode ", part.decode_tokens_per_s, ".0f", " tokens/s"),
         _number("", part.threads, "d", " thread" if part.threads == 1 else " threads"),
+        _number("", part.device_nodes, "d", f" nodes on {part.target}"),
+        "" if part.cpu_nodes is None else f"{len(part.cpu_nodes)} on the CPU",
+        _number("", part.copies, "d", " copy between them" if part.copies == 1 else " copies between them"),
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qconvert.errors import InputError
+from qconvert.ir import agreement
 from qconvert.ir.artifact import GRAPHS
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.layer import Batch
@@ -16,12 +19,14 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.reader import read_index, read_manifest, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
-from qconvert.ir.runtime import available, file_session, memory_session
+from qconvert.ir.runtime import file_session, memory_session, why_unavailable
 from qconvert.ir.template import Template
 from qconvert.verify.fidelity import measure_fidelity
-from qconvert.verify.latency import measure_latency
+from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
+from qconvert.verify.narrow_parity import narrow_parity
 from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, torch_outputs
+from qconvert.verify.placement import Placement, measure_placement
 
 logger = logging.getLogger("qconvert")
 
@@ -50,7 +55,7 @@ def verify(
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
     parity = []
-    if "cpu" in targets:
+    if "cpu" in targets and (folder / GRAPHS["cpu"]).exists():
         parity.append(_parity("cpu", lambda: max(graph_parity(artifact, dequantized), cluster_parity(artifact))))
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
@@ -64,20 +69,33 @@ def verify(
             fidelity.append(Fidelity(target=target, status="not-run", reason=reason))
             latency.append(Latency(target=target, status="not-run", reason=reason))
             continue
-        session = file_session(folder / GRAPHS[target], target, threads)
+        path = folder / GRAPHS[target]
+        session = file_session(path, target, threads)
+        if target != "cpu":
+            parity.append(narrow_parity(target, model.task, partial(agreement.compared, model, session, dequantized)))
         progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
         fidelity.append(measure_fidelity(session, baseline, evaluation, model.task, target, progress))
         progress.stage(f"latency on {target}", None)
-        latency.append(measure_latency(model, session, baseline, evaluation, target, threads))
+        # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
+        measured = measure_latency(model, session, baseline if target == "cpu" else None, evaluation, target, threads)
+        if target != "cpu":
+            measured = _placed(measured, measure_placement(path, target, workload(model, evaluation)[0]))
+        latency.append(measured)
     return Evidence(parity=tuple(parity), fidelity=tuple(fidelity), latency=tuple(latency))
 
 
+def _placed(measured: Latency, found: Placement) -> Latency:
+    """The latency with what ran where; a node that computes with floats has to run on the device."""
+    update: dict[str, Any] = {"device_nodes": found.nodes, "cpu_nodes": found.cpu_nodes, "copies": found.copies}
+    if found.misplaced:
+        update |= {"status": "failed", "reason": f"these nodes ran on the CPU: {', '.join(found.misplaced)}"}
+    return measured.model_copy(update=update)
+
+
 def _why_not_run(folder: Path, target: str) -> str | None:
-    if not available(target):
-        return f"this machine's ONNX Runtime has no provider for {target}"
     if not (folder / GRAPHS[target]).exists():
-        return f"the folder holds no {GRAPHS[target]}: this version of qconvert exports for the CPU provider only"
-    return None
+        return f"the folder holds no {GRAPHS[target]}: convert with --target {target}"
+    return why_unavailable(target)
 
 
 def check_digests(folder: Path) -> None:

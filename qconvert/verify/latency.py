@@ -23,12 +23,34 @@ REPEATS = 10
 BUDGET_SECONDS = 30.0
 
 
-def measure_latency(model: Model, artifact: Any, baseline: Any, batches: Sequence[Batch], target: str, threads: int) -> Latency:
+def measure_latency(
+    model: Model, artifact: Any, baseline: Any | None, batches: Sequence[Batch], target: str, threads: int
+) -> Latency:
     """p50 and p95 of one run: a prefill of 128 tokens for decoders, 16 x 128 tokens for encoders, a batch for modules.
 
     Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt). A model that
-    takes fewer tokens is given fewer.
+    takes fewer tokens is given fewer. Without a baseline, nothing is said about float.
     """
+    inputs, prompt, new_tokens = workload(model, batches)
+    sessions = [artifact] if baseline is None else [artifact, baseline]
+    times = _alternate([partial(session.run, None, feed(session, inputs)) for session in sessions])
+    p50, float_p50 = median(times[0]), median(times[1]) if baseline is not None else None
+    decoder = model.task == "causal-lm"
+    return Latency(
+        target=target,
+        status="passed",
+        threads=threads,
+        prefill_tokens_per_s=prompt / p50 if decoder else None,
+        decode_tokens_per_s=_decode_speed(artifact, inputs, new_tokens) if decoder else None,
+        p50_ms=1e3 * p50,
+        p95_ms=1e3 * float(np.percentile(times[0], 95)),
+        float_p50_ms=None if float_p50 is None else 1e3 * float_p50,
+        speedup=None if float_p50 is None else float_p50 / p50,
+    )
+
+
+def workload(model: Model, batches: Sequence[Batch]) -> tuple[Batch, int, int]:
+    """(what one run is given, tokens of the prompt, tokens to decode after it)."""
     limit = position_limit(model) or PROMPT + NEW_TOKENS
     new_tokens = min(NEW_TOKENS, limit // 4)
     prompt, length = min(PROMPT, limit - new_tokens), min(ENCODER_LENGTH, limit)
@@ -41,20 +63,7 @@ def measure_latency(model: Model, artifact: Any, baseline: Any, batches: Sequenc
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
         inputs = batches[0]
-    times = _alternate([partial(session.run, None, feed(session, inputs)) for session in (artifact, baseline)])
-    p50, float_p50 = median(times[0]), median(times[1])
-    decoder = model.task == "causal-lm"
-    return Latency(
-        target=target,
-        status="passed",
-        threads=threads,
-        prefill_tokens_per_s=prompt / p50 if decoder else None,
-        decode_tokens_per_s=_decode_speed(artifact, inputs, new_tokens) if decoder else None,
-        p50_ms=1e3 * p50,
-        p95_ms=1e3 * float(np.percentile(times[0], 95)),
-        float_p50_ms=1e3 * float_p50,
-        speedup=float_p50 / p50,
-    )
+    return inputs, prompt, new_tokens
 
 
 def _alternate(calls: Sequence[Callable[[], object]]) -> list[list[float]]:

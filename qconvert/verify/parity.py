@@ -5,6 +5,8 @@
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
    its arithmetic in torch.
 3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
+4. The CUDA provider's graph, which computes in half the width, by cosine and KL against torch on the dequantized weights,
+   that is, against what part 1 holds the CPU provider's graph to (verify/narrow_parity.py).
 """
 
 from __future__ import annotations

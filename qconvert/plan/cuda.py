@@ -1,0 +1,64 @@
+"""What is known of the graph for CUDA before anything is quantized: whether there are kernels, and what it adds to the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from onnx_ir import DataType
+
+from qconvert.errors import UsageError
+from qconvert.ir import cuda
+from qconvert.ir.float_graph import float_graph
+from qconvert.ir.model import Model
+from qconvert.ir.narrow import narrow
+from qconvert.ir.plan import LayerPlan
+from qconvert.ir.template import Template
+
+
+def check_cuda(
+    model: Model, template: Template, layers: Mapping[str, LayerPlan], shared: Mapping[str, str], dtype: str
+) -> None:
+    """Raises UsageError QC-PLAN-007 for zero points, QC-PLAN-010 for embeddings that do not fit the kernels' blocks, and
+    QC-CUDA-001 if something between the layers has no kernel: the graph is made with its layers in float, and checked.
+    """
+    for layer in layers.values():
+        if not layer.scheme.symmetric:
+            symmetric = str(layer.scheme).replace("-asym", "")
+            raise UsageError(
+                "QC-PLAN-007",
+                f"{layer.name}: the CUDA provider's kernels take no zero points ({layer.scheme})",
+                hint=f"take {symmetric}, or leave out --target cuda",
+            )
+        gathered = layer.kind == "embedding" and (not layer.scheme.activation_bits or layer.name in shared.values())
+        if gathered and cuda.is_padded(layer):
+            raise UsageError(
+                "QC-PLAN-010",
+                f"{layer.name} has a width of {layer.in_features}: the CUDA provider's kernels for quantized embeddings take "
+                f"blocks of {cuda.block_size(layer)}",
+                hint=f"keep it in float: --rule '{layer.name}=float', or leave out --target cuda",
+            )
+    graph = float_graph(template.graph, model.parameter_shapes).graph
+    narrow(graph, DataType[dtype.upper()])
+    cuda.check_kernels(graph)
+
+
+def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], dtype: str) -> int:
+    """Bytes that the graph for CUDA adds to the sidecar, but for small constants."""
+    narrow_type: torch.dtype = getattr(torch, dtype)
+    replaced = {model.stored_name(f"{name}.weight") for name in layers}
+    total = sum(
+        info.nbytes // info.dtype.itemsize * narrow_type.itemsize
+        for name, info in model.source.tensors.items()
+        if name not in replaced and info.dtype.is_floating_point and info.dtype != narrow_type
+    )
+    for layer in layers.values():
+        if layer.kind == "conv2d":
+            continue
+        blocks = -(-layer.in_features // cuda.block_size(layer))
+        scale = layer.disk_tensors["weight_scale"]
+        if scale.dtype != narrow_type or scale.shape[1] != blocks:
+            total += layer.out_features * blocks * narrow_type.itemsize
+        if cuda.is_padded(layer):
+            total += layer.out_features * blocks * cuda.block_size(layer) * layer.scheme.bits // 8
+    return total

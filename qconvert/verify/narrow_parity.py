@@ -1,0 +1,68 @@
+"""Parity of a graph that computes in float16 or bfloat16: not bit by bit, but what its outputs are used for is the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qconvert.ir.agreement import largest_difference
+from qconvert.ir.report import Parity, Task
+
+SMALLEST_COSINE = 0.999
+LARGEST_KL = 1e-3
+
+Pairs = Sequence[tuple[np.ndarray[Any, Any], ...]]
+logger = logging.getLogger("qconvert")
+
+
+def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs]) -> Parity:
+    """The smallest cosine of any output, and for decoders the mean KL(reference || output) over positions, in nats.
+
+    compare: gives (output, reference) pairs, see ir.agreement.compared. A graph that can't be run has failed.
+    """
+    try:
+        pairs = compare()
+    except Exception as failure:
+        logger.debug("parity on %s could not be measured", target, exc_info=True)
+        return Parity(target=target, status="failed", reason=f"it can't be run: {type(failure).__name__}: {failure}")
+    error = max(largest_difference(found, reference) for found, reference in pairs)
+    if error == float("inf"):
+        return Parity(target=target, status="failed", reason="outputs are not finite, or of another shape")
+    cosine = min(_cosine(found, reference) for found, reference in pairs)
+    kl = _mean_kl(pairs) if task == "causal-lm" else None
+    reasons = [
+        f"{name} {value:.2g}, the limit is {limit:g}"
+        for name, value, limit, kept in (
+            ("cosine", cosine, SMALLEST_COSINE, cosine >= SMALLEST_COSINE),
+            ("KL", kl or 0.0, LARGEST_KL, (kl or 0.0) <= LARGEST_KL),
+        )
+        if not kept
+    ]
+    return Parity(
+        target=target,
+        status="failed" if reasons else "passed",
+        max_relative_error=error,
+        cosine=cosine,
+        kl=kl,
+        reason="; ".join(reasons) or None,
+    )
+
+
+def _cosine(found: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
+    a, b = (torch.from_numpy(np.asarray(x, np.float64)).flatten() for x in (found, reference))
+    if torch.equal(a, b):
+        return 1.0
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0, eps=1e-30))
+
+
+def _mean_kl(pairs: Pairs) -> float:
+    """pairs: logits [..., vocabulary]."""
+    each = []
+    for found, reference in pairs:
+        log_q, log_p = (torch.from_numpy(np.asarray(x, np.float64)).log_softmax(-1) for x in (found, reference))
+        each.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
+    return float(torch.cat(each).mean())
