@@ -60,6 +60,7 @@ def publish(
     output: Path,
     targets: tuple[str, ...] = ("cpu",),
     cuda_dtype: torch.dtype = torch.float16,
+    shared: Mapping[str, str] | None = None,
 ) -> Artifact:
     """Write, export and publish `tensors` as the quantized layers of `model`."""
     layers = {}
@@ -67,7 +68,7 @@ def publish(
         kind = kind_of(model, name)
         assert kind is not None
         layers[name] = LayerPlan(name, kind, *tensor.q.shape, tensor.scheme)
-    plan = Plan(QuantScheme.parse("int8"), layers, (), False, 0, 0)
+    plan = Plan(QuantScheme.parse("int8"), layers, (), False, 0, 0, shared or {})
     blocks = [
         QuantizedBlock(
             block,

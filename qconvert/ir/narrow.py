@@ -73,7 +73,7 @@ class _Narrowing:
         if array.size == 1:
             array = self._within_range(array)
         array = np.where(np.abs(array) == FLOAT32_MAX, np.copysign(np.float32(self.limit), array), array)
-        narrowed(str(value.name), torch.from_numpy(np.nan_to_num(array, posinf=0, neginf=0)), self.torch_dtype)
+        narrowed(str(value.name), torch.from_numpy(np.where(np.isfinite(array), array, 0)), self.torch_dtype)
         return self._register(f"{value.name}/{type_name(self.torch_dtype)}", array.astype(self.dtype.numpy()), self.dtype)
 
     def _within_range(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -14,6 +14,7 @@ import onnxruntime
 from torch import Tensor
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
 
 def why_unavailable(target: str) -> str | None:
@@ -58,7 +59,7 @@ def file_session(path: Path, target: str = "cpu", threads: int = 0, profile: Pat
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[target]])
-    return session if target == "cpu" else DeviceSession(session, target)
+    return session if target == "cpu" else DeviceSession(session, DEVICES[PROVIDERS[target]])
 
 
 class DeviceSession:
