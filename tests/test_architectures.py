@@ -22,10 +22,14 @@ from generation import (
     torch_logits,
     torch_tokens,
 )
+from onnx_ir import DataType
 from torch import Tensor
 
+from qconvert.ir import cuda
 from qconvert.ir.agreement import largest_difference
+from qconvert.ir.float_graph import float_graph
 from qconvert.ir.model import Model
+from qconvert.ir.narrow import narrow
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.trace import trace
@@ -67,6 +71,15 @@ def test_blocks_are_traced_once_per_kind_and_stamped(name: str) -> None:
     ops = Counter(node.op_type for node in template.graph.graph)
     attention = "GroupQueryAttention" if name in DECODERS else "MultiHeadAttention"
     assert ops[attention] == (0 if name in UNFUSED else len(model.blocks))
+
+
+@pytest.mark.parametrize("dtype", [DataType.FLOAT16, DataType.BFLOAT16], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_cuda_has_a_kernel_for_every_node(name: str, dtype: DataType) -> None:
+    model, template = traced(name)
+    graph = float_graph(template.graph, model.parameter_shapes).graph
+    narrow(graph, dtype)
+    cuda.check_kernels(graph)
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])

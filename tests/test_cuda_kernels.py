@@ -61,7 +61,9 @@ def test_the_table_is_what_this_onnx_runtime_registers() -> None:
     assert json.loads(cuda.TABLE.read_text())["operators"] == cuda_registry.operators(cuda_registry.registered())
 
 
-@pytest.mark.parametrize(("first", "last", "served"), [(22, 2**31 - 1, True), (7, 2**31 - 1, False), (7, 22, True), (7, 21, False)])
+@pytest.mark.parametrize(
+    ("first", "last", "served"), [(22, 2**31 - 1, True), (7, 2**31 - 1, False), (7, 22, True), (7, 21, False)]
+)
 def test_a_kernel_without_an_end_serves_the_version_it_was_written_for_alone(first: int, last: int, served: bool) -> None:
     """Cosine is in its version of opset 22: ONNX Runtime runs it on the CPU where the kernel is of opset 7 and open-ended."""
     kernel = ("", "Cos", (first, last), {"T": ["tensor(float16)"]})
@@ -70,9 +72,13 @@ def test_a_kernel_without_an_end_serves_the_version_it_was_written_for_alone(fir
 
 
 def test_merged_rows_say_the_same() -> None:
-    rows = [{"T": [a], "U": [b]} for a in ("float", "float16") for b in ("int32", "int64")] + [{"T": ["double"], "U": ["int32"]}]
+    rows = [{"T": [a], "U": [b]} for a in ("float", "float16") for b in ("int32", "int64")] + [
+        {"T": ["double"], "U": ["int32"]}
+    ]
     merged = cuda_registry._merged([dict(row) for row in rows])
-    assert sorted((t, u) for row in merged for t in row["T"] for u in row["U"]) == sorted((row["T"][0], row["U"][0]) for row in rows)
+    assert sorted((t, u) for row in merged for t in row["T"] for u in row["U"]) == sorted(
+        (row["T"][0], row["U"][0]) for row in rows
+    )
     assert len(merged) == 2
 
 

@@ -78,7 +78,8 @@ def test_types_are_those_of_the_contract(tmp_path: Path) -> None:
     """Caches are float16; what is read and written otherwise has the types of model.onnx."""
     graph = graph_of(converted("llama", "int4-g32", tmp_path / "out").folder)
     inputs, outputs = (
-        {value.name.split(".")[0]: value.type.tensor_type.elem_type for value in values} for values in (graph.input, graph.output)
+        {value.name.split(".")[0]: value.type.tensor_type.elem_type for value in values}
+        for values in (graph.input, graph.output)
     )
     int64, half = TensorProto.INT64, TensorProto.FLOAT16
     assert inputs == {"input_ids": int64, "attention_mask": int64, "past_key_values": half}
@@ -241,7 +242,11 @@ def test_a_tied_pair_is_one_tensor(scheme: str, tmp_path: Path) -> None:
     expected = torch_outputs(model, artifact.read)
     assert agreement.relative_error(model, session_of(artifact.folder), expected) < FLOAT16
     codes = "embedding.weight" if scheme.endswith("a8") else "embedding.weight_packed"
-    readers = [tensor for tensor in graph_of(artifact.folder).initializer if tensor.name.startswith(codes) and "scale" not in tensor.name]
+    readers = [
+        tensor
+        for tensor in graph_of(artifact.folder).initializer
+        if tensor.name.startswith(codes) and "scale" not in tensor.name
+    ]
     assert len({str(tensor.external_data) for tensor in readers}) == 1
     assert len(readers) == 2  # two shapes of the same bytes
 
@@ -255,7 +260,7 @@ def test_a_float_tensor_beyond_float16_is_refused_by_name(tmp_path: Path) -> Non
     large = held["model.norm.weight"].clone()
     large[5] = -1e5
     changed = dataclasses.replace(model, source=type(model.source)(held | {"model.norm.weight": large}))  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match="model.norm.weight holds 100000, but float16 ends at 65504") as caught:
+    with pytest.raises(UsageError, match=r"model\.norm\.weight holds 100000, but float16 ends at 65504") as caught:
         publish(changed, template, {}, tmp_path / "out", ("cuda",))
     assert caught.value.code == "QC-CUDA-002"
     assert "cuda_dtype: bfloat16" in caught.value.hint

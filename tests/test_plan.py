@@ -32,6 +32,7 @@ from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 from qconvert.recipe import Recipe
+from qconvert.trace import trace
 from qconvert.workdir import open_stage
 from qconvert.write import write
 
@@ -317,6 +318,30 @@ def test_007_zero_points_on_cuda(llama: Model) -> None:
     assert error.code == "QC-PLAN-007"
     assert "take int4-g32, or leave out --target cuda" in error.hint
     planned(llama, AWQQuantizer(), targets=["cuda"], scheme="int4-g32")
+
+
+@pytest.mark.parametrize(("scheme", "fits"), [("int8-channel", False), ("int4-g16", True), ("int8-channel-a8", True)])
+def test_010_quantized_embeddings_have_no_padded_copy_on_cuda(scheme: str, fits: bool) -> None:
+    """A table of signed bytes is gathered row by row, whatever its width."""
+    net = nn.Sequential(nn.Embedding(20, 48), nn.Linear(48, 32))
+    settings: dict[str, Any] = {"scheme": scheme, "rules": {"0": scheme}, "targets": ["cuda"]}
+    if fits:
+        assert "0" in planned(model_of(net), **settings).layers
+        return
+    error = refusal(model_of(net), **settings)
+    assert error.code == "QC-PLAN-010"
+    assert "0 has a width of 48: the CUDA provider's kernels for quantized embeddings take blocks of 32" in error.message
+
+
+@pytest.mark.parametrize("activation", [nn.CELU, nn.ELU], ids=["no-kernel", "kernel-of-an-older-opset"])
+def test_an_op_without_a_cuda_kernel_is_found_before_anything_is_quantized(activation: type[nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(32, 32), activation())
+    model = model_of(net, example_inputs={"input": torch.zeros(2, 32)}, input_names=("input",))
+    settings = {"model": "m", "output": "out", "scheme": "int8-channel"}
+    make_plan(model, trace(model), Recipe.from_settings(settings), PerChannelQuantizer())
+    with pytest.raises(UsageError, match=r"has no CUDA kernel for .*lu of float16\)") as caught:
+        make_plan(model, trace(model), Recipe.from_settings({**settings, "targets": ["cuda"]}), PerChannelQuantizer())
+    assert caught.value.code == "QC-CUDA-001"
 
 
 # What it will cost

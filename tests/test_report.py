@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import TensorProto
 from rich.console import Console, RenderableType
 
+from qconvert.ir import cuda
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Samples, Size
 from qconvert.ir.scheme import QuantScheme
@@ -227,6 +230,36 @@ def test_the_card_says_what_the_kernels_do_with_activations() -> None:
     assert dynamic in card(a8, RECIPE, "m")
 
 
+ON_CUDA = RECIPE.model_copy(update={"targets": ("cuda",)})
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("float16", TensorProto.FLOAT16), ("bfloat16", TensorProto.BFLOAT16)])
+def test_the_card_of_a_folder_for_cuda_runs_its_graph_with_its_caches(dtype: str, number: int) -> None:
+    text = card(REPORT, ON_CUDA.model_copy(update={"cuda_dtype": dtype}), "m")
+    program = text.partition("```python\n")[2].partition("```")[0]
+    compile(program, "README.md", "exec")
+    assert 'ort.InferenceSession("model.cuda.onnx", providers=["CUDAExecutionProvider"])' in program
+    assert f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {dtype}" in program
+    assert "`pip install onnxruntime-gpu transformers`" in text
+    assert f"On CUDA, activations and caches are {dtype}, and no kernel quantizes activations." in text
+    assert "accuracy_level" not in text
+
+
+def test_the_card_of_both_targets_runs_on_the_cpu_and_names_the_other_graph() -> None:
+    text = card(REPORT, RECIPE.model_copy(update={"targets": ("cpu", "cuda")}), "m")
+    assert 'ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])' in text
+    assert "`model.cuda.onnx` is the graph for the CUDAExecutionProvider" in text
+    assert "its caches are float16" in text
+
+
+def test_what_ran_where_and_how_near_it_came_is_shown() -> None:
+    parity = Parity(target="cuda", status="passed", max_relative_error=1.2e-3, cosine=0.9999991, kl=2.3e-6)
+    latency = Latency(target="cuda", status="passed", p50_ms=1.5, device_nodes=600, cpu_nodes=("Shape a", "Cast b"), copies=0)
+    text = re.sub(r"\s+", " ", on_terminal(table(but(parity=(parity,), latency=(latency,)))))
+    assert "max relative error 0.0012, cosine 0.999999, KL 2.3e-06 nats" in text
+    assert "p50 1.5 ms, 600 nodes on cuda, 2 on the CPU, 0 copies between them" in text
+
+
 def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
     text = card(REPORT, RECIPE.model_copy(update={"layout": "onnx"}), "m")
     assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]
@@ -255,6 +288,18 @@ def plan() -> Plan:
     layers["model.layers.2.b"] = LayerPlan("model.layers.2.b", "linear", 64, 128, QuantScheme.parse("int4-g64"))
     kept = (KeptFloat(name="model.embed", reason="embeddings stay in float"),)
     return Plan(QuantScheme.parse("int4-g32"), layers, kept, True, 26_688, 1_500_000)
+
+
+def test_a_plan_for_cuda_says_what_the_table_of_kernels_says() -> None:
+    for_cuda = dataclasses.replace(plan(), targets=("cuda",), cuda_bytes=3_000)
+    text = on_terminal(plan_view.table(for_cuda), 160)
+    assert f"on CUDA, by the kernels of ONNX Runtime {cuda.version()}: 4 x MatMulNBits of 4 bits in blocks of 32" in text
+    assert "2 x MatMulNBits of 8 bits in blocks of 32" in text
+    assert "for CUDA in qconvert.bin: about 3.0 kB" in text
+    document = plan_view.document(for_cuda)
+    assert document["layers"][0]["cuda"] == "MatMulNBits of 4 bits in blocks of 32"
+    assert document["cuda_bytes"] == 3_000
+    assert "CUDA" not in on_terminal(plan_view.table(plan()))
 
 
 def test_layers_that_differ_only_in_their_block_share_a_row() -> None:

@@ -31,7 +31,11 @@ def why_unavailable(target: str) -> str | None:
             started = onnxruntime.InferenceSession(data, session_options(1), providers=[provider]).get_providers()
     except Exception as error:
         return f"ONNX Runtime's provider for {target} does not start here: {error}"
-    return None if provider in started else f"ONNX Runtime's provider for {target} does not start here: no device or driver"
+    return (
+        None
+        if provider in started
+        else f"ONNX Runtime's provider for {target} does not start here: no device, driver or library"
+    )
 
 
 # ONNX Runtime's names of the types that caches have -> their numbers in ONNX.

@@ -150,8 +150,8 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
         )
     if "cuda" in recipe.targets:
         notes.append(
-            f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was checked "
-            f"against the kernels of ONNX Runtime {cuda.version()}."
+            f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was "
+            f"checked against the kernels of ONNX Runtime {cuda.version()}."
         )
     if notes:
         yield "## Notes"
