@@ -22,7 +22,8 @@ from qconvert.ir.scheme import PerGroup
 
 TABLE = Path(__file__).with_name("cuda_kernels.json")
 
-# The block that all of MatMulNBits' CUDA kernels take, the fast ones for weights that are packed beforehand included.
+# Of MatMulNBits' CUDA kernels, those for few rows take blocks of 16 to 128, those for many rows, on weights that are packed
+# when the model is loaded, only 32 (contrib_ops/cuda/quantization/matmul_4bits.cu and what the 1.31.1 wheel says of itself).
 BLOCK = 32
 
 TYPES = frozenset(kind.name.lower() for kind in DataType)
