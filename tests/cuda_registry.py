@@ -18,7 +18,13 @@ from qconvert.trace.capture import OPSET
 
 PROVIDER = "CUDAExecutionProvider"
 # Of the ops of com.microsoft, those that are emitted; what ONNX Runtime makes of a graph by itself, it has kernels for.
-EMITTED = ("GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention")
+EMITTED = (
+    "GatherBlockQuantized",
+    "GroupQueryAttention",
+    "MatMulNBits",
+    "MultiHeadAttention",
+    "SkipSimplifiedLayerNormalization",
+)
 # ONNX Runtime's own mark for "and all later versions".
 LATEST = 2**31 - 1
 Row = tuple[str, str, tuple[int, int], dict[str, list[str]]]

@@ -60,7 +60,7 @@ def test_every_tensor_lies_in_the_two_files_within_their_bounds(bfloat16: Artifa
 
 
 def test_packed_weights_are_the_bytes_of_model_safetensors(bfloat16: Artifact) -> None:
-    name = "model.layers.1.mlp.up_proj.weight_packed"
+    name = "model.layers.1.mlp.down_proj.weight_packed"
     stored = bfloat16.tensors[name]
     assert places(bfloat16)[name] == {"location": WEIGHTS, "offset": str(stored.offset), "length": str(stored.nbytes)}
 

@@ -1,4 +1,4 @@
-"""Query, key and value as one linear over the same bytes, gate and up likewise: when it is done, and that it computes the same."""
+"""Query, key and value as one linear over the same bytes, and gate and up: when it is done, and what it computes."""
 
 from __future__ import annotations
 

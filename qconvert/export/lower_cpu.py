@@ -21,6 +21,7 @@ from qconvert.ir import kernel
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.plan import LayerPlan
 
+
 class CpuLowering(Lowering):
     """Lowers to float32 activations, which the kernels quantize."""
 
