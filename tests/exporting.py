@@ -79,7 +79,7 @@ def publish(
     recipe = Recipe.from_settings({"model": "module:mine", "output": str(output)})
     with open_stage(output, DIGEST) as stage:
         written = write(blocks, model, plan, stage, "onnx")
-        export(template, model, plan, written, stage, targets, cuda_dtype)
+        export(template, model, plan, written, stage, targets=targets, cuda_dtype=cuda_dtype)
         write_manifest(stage, recipe, {}, written, builtin())
         stage.publish()
     return Artifact(output, model, plan, read_index(output))

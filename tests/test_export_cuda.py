@@ -278,6 +278,14 @@ def test_scales_beyond_float16_are_refused_with_the_layer(factor: float, tmp_pat
     publish(model, template, tensors, tmp_path / "wide", ("cuda",), cuda_dtype=torch.bfloat16)
 
 
+def test_a_convolutions_weight_that_would_become_infinite_is_refused(tmp_path: Path) -> None:
+    model = model_of(Picture(), example_inputs={"image": torch.randn(2, 3, 6, 6)}, input_names=("image",))
+    tensors = {"conv": nearest(torch.full((8, 27), 1e6), QuantScheme.parse("int8-channel"))}
+    with pytest.raises(UsageError, match="conv: its largest scale is ") as caught:
+        publish(model, trace(model), tensors, tmp_path / "out", ("cuda",))
+    assert caught.value.code == "QC-CUDA-003"
+
+
 # --- the folder ---
 
 

@@ -338,8 +338,8 @@ def test_an_artifact_that_is_wrong_is_never_published(
 ) -> None:
     real = pipeline.export
 
-    def wrong_export(*args: Any) -> None:
-        real(*args)
+    def wrong_export(*args: Any, **settings: Any) -> None:
+        real(*args, **settings)
         damage(args[-1].folder)
 
     monkeypatch.setattr(pipeline, "export", wrong_export)

@@ -34,6 +34,7 @@ def export(
     plan: Plan,
     written: Written,
     stage: Stage,
+    *,
     targets: Sequence[str] = ("cpu",),
     cuda_dtype: torch.dtype = torch.float16,
 ) -> None:

@@ -48,6 +48,7 @@ class CudaLowering(Lowering):
         x = node.inputs[0]
         assert x is not None
         if plan.kind == "conv2d":
+            self._narrowed_scale(plan, read_tensor(self.stage.folder, self.builder.stored[f"{plan.name}.weight_scale"]))
             return self._conv2d(plan, node, x, bias)
         if node.op_type == "Embedding":
             return self._embedding(plan, x)

@@ -21,6 +21,7 @@ def check_cuda(
 ) -> None:
     """Raises UsageError QC-PLAN-007 for zero points, QC-PLAN-010 for embeddings that do not fit the kernels' blocks, and
     QC-CUDA-001 if something between the layers has no kernel: the graph is made with its layers in float, and checked.
+    QC-CUDA-002 for a constant of the model that `dtype` can't hold.
     """
     for layer in layers.values():
         if not layer.scheme.symmetric:
