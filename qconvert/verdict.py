@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
-from qconvert.ir.artifact import GRAPHS, MANIFEST, Written
+from qconvert.ir.artifact import MANIFEST, TARGETS, Written, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_written
@@ -42,7 +42,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
 def _size(model: Model, plan: Plan, written: Written, folder: Path) -> Size:
     weights_bytes = sum(tensor.nbytes for tensor in written.tensors.values())
     quantized = sum(layer.out_features * layer.in_features for layer in plan.layers.values())
-    graphs = [folder / name for name in GRAPHS.values()]
+    graphs = [folder / name for target in TARGETS for name in graph_files(model.task, target).values()]
     return Size(
         source_bytes=model.source_bytes,
         weights_bytes=weights_bytes,

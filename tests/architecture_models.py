@@ -120,10 +120,45 @@ ENCODERS: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
 }
 
 
+SEQ2SEQ = {"vocab_size": VOCABULARY, "d_model": 64, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 3}
+T5 = {**SEQ2SEQ, "d_kv": 16, "d_ff": 96, "num_layers": 4, "num_decoder_layers": 3, "num_heads": 4}
+BART = {
+    **SEQ2SEQ,
+    "encoder_layers": 3,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64,
+}
+
+
+def _encoder_decoder(name: str, model: str = "", **settings: object) -> Callable[[], nn.Module]:
+    return _decoder(name, model or f"{name}ForConditionalGeneration", **settings)
+
+
+T5_STACKS, BART_STACKS = ("encoder.block", "decoder.block"), ("model.encoder.layers", "model.decoder.layers")
+
+# name -> (where the blocks of both halves are, what builds it, what is special about it)
+ENCODER_DECODERS: dict[str, tuple[tuple[str, str], Callable[[], nn.Module], str]] = {
+    "t5": (T5_STACKS, _encoder_decoder("T5", **T5), "relative positions, shared by all blocks"),
+    "mt5": (
+        T5_STACKS,
+        _encoder_decoder("MT5", **T5, feed_forward_proj="gated-gelu"),
+        "relative positions, shared by all blocks; gated MLP",
+    ),
+    "umt5": (T5_STACKS, _encoder_decoder("UMT5", **T5), "relative positions of every block"),
+    "bart": (BART_STACKS, _encoder_decoder("Bart", **BART, bos_token_id=1), "learned positions, norms after attention and MLP"),
+    "marian": (BART_STACKS, _encoder_decoder("Marian", "MarianMTModel", **BART, bos_token_id=1), "sinusoidal positions"),
+    "pegasus": (BART_STACKS, _encoder_decoder("Pegasus", **BART, bos_token_id=1), "sinusoidal positions, norms before"),
+}
+
+
 def build(name: str) -> Model:
     """The model of that name, its weights in memory, its norms and biases random as well."""
-    decoder = name in DECODERS
-    prefix, make, _ = (DECODERS if decoder else ENCODERS)[name]
+    task = "causal-lm" if name in DECODERS else "encoder" if name in ENCODERS else "seq2seq-lm"
+    places, make, _ = ({**DECODERS, **ENCODERS, **ENCODER_DECODERS})[name]
     torch.manual_seed(0)
     module = make().eval()
     for parameter in module.parameters():
@@ -131,6 +166,8 @@ def build(name: str) -> Model:
             nn.init.normal_(parameter, std=0.2)
         else:
             nn.init.normal_(parameter, std=0.15)
-    blocks = tuple(f"{prefix}.{index}" for index in range(len(module.get_submodule(prefix))))  # type: ignore[arg-type]
-    inputs = ("input_ids", "attention_mask", *(("token_type_ids",) if name in ("bert", "electra") else ()))
-    return model_of(module, "causal-lm" if decoder else "encoder", blocks=blocks, input_names=inputs)
+    stacks = (places,) if isinstance(places, str) else places
+    blocks = tuple(f"{stack}.{i}" for stack in stacks for i in range(len(module.get_submodule(stack))))  # type: ignore[arg-type]
+    other = "decoder_input_ids" if task == "seq2seq-lm" else "token_type_ids" if name in ("bert", "electra") else None
+    inputs = ("input_ids", "attention_mask", *([other] if other else []))
+    return model_of(module, task, blocks=blocks, input_names=inputs)

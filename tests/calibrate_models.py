@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from qconvert.ir.layer import LayerKind
@@ -120,6 +122,25 @@ def gpt2() -> tuple[nn.Module, Model]:
     return plain, text_model(plain, "causal-lm", "transformer.h")
 
 
+def t5() -> tuple[nn.Module, Model]:
+    """An encoder-decoder: the first block of each half owns the position biases that the others are handed."""
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
+        decoder_start_token_id=7, pad_token_id=0,
+    )  # fmt: skip
+    plain = _spread(T5ForConditionalGeneration(config))
+    names = {"encoder.block": 3, "decoder.block": 2}
+    return plain, model_of(
+        plain,
+        "seq2seq-lm",
+        blocks=tuple(f"{stack}.{index}" for stack, count in names.items() for index in range(count)),
+        input_names=("input_ids", "attention_mask", "decoder_input_ids"),
+        output_head="lm_head",
+        encode_text=encode_numbers,
+        config={"pad_token_id": 0},
+    )
+
+
 def bert() -> tuple[nn.Module, Model]:
     plain = tiny_bert()
     return plain, text_model(plain, "encoder", "encoder.layer")
@@ -149,3 +170,9 @@ def token_batch(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def source_batch(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    """`token_batch` as sources, with as many random tokens for the decoder."""
+    batch = token_batch(lengths, seed)
+    return {**batch, "decoder_input_ids": token_batch((max(lengths),) * len(lengths), seed + 100)["input_ids"]}

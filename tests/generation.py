@@ -1,4 +1,4 @@
-"""Greedy text of tiny decoders: in torch on the dequantized weights, in ONNX Runtime and in onnxruntime-genai."""
+"""Greedy text of tiny language models: in torch on the dequantized weights, in ONNX Runtime and in onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from qconvert.ir.artifact import GRAPH
+from qconvert.ir.artifact import GRAPH, graph_files
 from qconvert.ir.forward import materialize
 from qconvert.ir.runtime import file_session
 from qconvert.verify.parity import Artifact
@@ -20,12 +20,13 @@ PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 
 def keep_activations_float(artifact: Artifact) -> None:
     """Set accuracy level 1: MatMulNBits then rounds no activations, and computes what torch does."""
-    graph = onnx.load(artifact.folder / GRAPH, load_external_data=False)
-    for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-    onnx.save(graph, artifact.folder / GRAPH)
+    for file in graph_files(artifact.model.task).values():
+        graph = onnx.load(artifact.folder / file, load_external_data=False)
+        for node in graph.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 1
+        onnx.save(graph, artifact.folder / file)
 
 
 def torch_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
@@ -97,3 +98,49 @@ def genai_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW)
     while not generator.is_done():
         generator.generate_next_token()
     return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+
+
+def torch_answer(
+    artifact: Artifact, tokens: list[int], new: int, source: list[int] = PROMPT
+) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """An encoder-decoder without a cache: `new` greedy tokens behind `tokens`, and the logits of all that it was given."""
+    model, given = artifact.model, list(tokens)
+    with torch.no_grad(), ExitStack() as weights:
+        for unit in ("", *model.blocks):
+            weights.enter_context(materialize(model, unit, artifact.read))
+        for _ in range(new + 1):
+            ids = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([given])}
+            logits = model.module(**ids, use_cache=False).logits[0]
+            given.append(int(logits[-1].argmax()))
+    return given[len(tokens) : -1], logits.numpy()
+
+
+def onnxruntime_answer(
+    artifact: Artifact, tokens: list[int], new: int, steps: tuple[int, ...] = (), source: list[int] = PROMPT
+) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """The same with the graphs alone: the source is read once, then `steps` of the tokens at a time, on the cache.
+
+    steps: how many of `tokens` each run is given; () for all at once.
+    """
+    encoder, decoder = (file_session(artifact.folder / file) for file in graph_files(artifact.model.task).values())
+    ids = np.array([source])
+    encoded = zip(
+        (each.name for each in encoder.get_outputs()),
+        encoder.run(None, {"input_ids": ids, "attention_mask": ids * 0 + 1}),
+        strict=True,
+    )
+    kept = {name: value for name, value in encoded if name.startswith("cross_key_values.")} | {
+        "encoder_attention_mask": ids * 0 + 1
+    }
+    names, past = [each.name for each in decoder.get_outputs()], _empty_cache(decoder)
+    found: list[np.ndarray[Any, Any]] = []
+    waiting, answer = list(tokens), []
+    for count in (*(steps or (len(tokens),)), *[1] * new):
+        fed, waiting = waiting[:count], waiting[count:]
+        outputs = dict(zip(names, decoder.run(None, {"input_ids": np.array([fed]), **kept, **past}), strict=True))
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        found.append(outputs["logits"][0])
+        if not waiting:
+            answer.append(int(found[-1][-1].argmax()))
+            waiting = answer[-1:]
+    return answer[:new], np.concatenate(found)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from calibrate_models import t5
 from tiny_models import tiny_bert
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -61,6 +63,47 @@ def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
 
     assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
     assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
+
+
+class Remembering:
+    """Stands for the sessions of an encoder-decoder: its caches are the tokens that were read, its logits count them."""
+
+    def __init__(self, off: Callable[[int], float]) -> None:
+        self.off = off
+        self.seen: list[tuple[int, int]] = []
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="past_key_values.0.key", shape=("batch", 1, "past", 1))]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in ("logits", "present.0.key", "cross_key_values.0.key")]
+
+    def run(self, names: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        source = inputs["cross_key_values.0.key"] if "input_ids" not in inputs else inputs["input_ids"].astype(np.float32)
+        past, new = inputs["past_key_values.0.key"], inputs["decoder_input_ids"].astype(np.float32)
+        self.seen.append((past.shape[2], new.shape[1]))
+        read = np.concatenate((past, new[:, None, :, None]), 2)
+        whole = totals(
+            torch.from_numpy(source) * torch.from_numpy(inputs["attention_mask"]), torch.from_numpy(read[:, 0, :, 0])
+        )
+        return [whole[:, past.shape[2] :].numpy() + self.off(past.shape[2]), read, source]
+
+
+def totals(source: Tensor, tokens: Tensor) -> Tensor:
+    """Logits [rows, tokens, 1]: the sum of the source and of all tokens up to this one."""
+    return (source.sum(1, keepdim=True) + tokens.cumsum(1))[..., None].float()
+
+
+def test_every_step_of_an_encoder_decoder_counts() -> None:
+    model = t5()[1]
+    expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in agreement.probes(model)]
+    sound = Remembering(lambda past: 0)
+    assert agreement.relative_error(model, sound, expected) == 0
+    assert sound.seen == [(0, 25), (25, 1), (26, 4)]
+    largest = max(float(logits.max()) for (logits,) in expected)
+    for step in (0, 25, 26):
+        wrong = Remembering(lambda past, step=step: 0.1 * largest if past == step else 0)  # type: ignore[misc]
+        assert agreement.relative_error(model, wrong, expected) > 0.05
 
 
 def test_what_is_not_finite_or_of_another_shape_is_infinitely_wrong() -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_models import DECODERS, ENCODERS, VOCABULARY, build
+from architecture_models import DECODERS, ENCODER_DECODERS, ENCODERS, VOCABULARY, build
 from exporting import parity, publish, quantize_nearest
 from generation import (
     genai_tokens,
     keep_activations_float,
+    onnxruntime_answer,
     onnxruntime_logits,
     onnxruntime_tokens,
+    torch_answer,
     torch_logits,
     torch_tokens,
 )
@@ -62,27 +64,29 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])
 def test_blocks_are_traced_once_per_kind_and_stamped(name: str) -> None:
     model, template = traced(name)
     kinds = set(template.representatives.values())
     assert list(template.representatives) == list(model.blocks)
     assert len(kinds) < len(model.blocks)
-    ops = Counter(node.op_type for node in template.graph.graph)
+    ops = Counter(node.op_type for graph in template.graphs.values() for node in graph.graph)
     attention = "GroupQueryAttention" if name in DECODERS else "MultiHeadAttention"
-    assert ops[attention] == (0 if name in UNFUSED else len(model.blocks))
+    cross = len(model.stacks[1]) if name in ENCODER_DECODERS else 0
+    assert ops[attention] == (0 if name in UNFUSED else len(model.blocks) + cross)
 
 
 @pytest.mark.parametrize("dtype", [DataType.FLOAT16, DataType.BFLOAT16], ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])
 def test_cuda_has_a_kernel_for_every_node(name: str, dtype: DataType) -> None:
     model, template = traced(name)
-    graph = float_graph(template.graph, model.parameter_shapes).graph
-    narrow(graph, dtype)
-    cuda.check_kernels(graph)
+    for part in template.graphs.values():
+        graph = float_graph(part, model.parameter_shapes).graph
+        narrow(graph, dtype)
+        cuda.check_kernels(graph)
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])
 def test_the_graph_computes_what_its_dequantized_weights_say(name: str, artifacts: Any) -> None:
     artifact = artifacts(name)
     assert artifact.plan.layers
@@ -107,15 +111,36 @@ def test_a_decoder_writes_the_text_that_torch_writes(name: str, artifacts: Any) 
     assert genai_tokens(artifact) == expected
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_reads_on_through_its_cache_as_torch_reads_at_once(name: str, artifacts: Any) -> None:
+    artifact = artifacts(name)
+    keep_activations_float(artifact)
+    tokens = torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    _, expected = torch_answer(artifact, tokens, new=0)
+    _, found = onnxruntime_answer(artifact, tokens, new=0, steps=(9, 1, 1, 5, 1, 7))
+    assert largest_difference(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_writes_the_text_that_torch_writes(name: str, artifacts: Any) -> None:
+    artifact = artifacts(name)
+    keep_activations_float(artifact)
+    start = [artifact.model.decoder_start]
+    expected, _ = torch_answer(artifact, start, new=24)
+    found, _ = onnxruntime_answer(artifact, start, new=24)
+    assert found == expected
+
+
 def document() -> str:
     """docs/architectures.md, from the lists that the tests above go through."""
     lines = [
         "# Architectures",
         "",
         "Made from the tests (`python tests/test_architectures.py > docs/architectures.md`): of each, a tiny random model is",
-        "traced one block per kind, exported with int4 weights and compared with torch; decoders also write the same text as",
-        "torch in ONNX Runtime and in onnxruntime-genai. There is no list in the code: others that transformers has a class",
-        "for are tried in the same way, and a graph that does not compute what torch computes is refused.",
+        "traced one block per kind, exported with int4 weights and compared with torch; decoders and encoder-decoders also",
+        "write the same text as torch in ONNX Runtime, decoders in onnxruntime-genai too. There is no list in the code: others",
+        "that transformers has a class for are tried in the same way, and a graph that does not compute what torch computes is",
+        "refused.",
         "",
         "| architecture | task | attention | with |",
         "|---|---|---|---|",
@@ -125,6 +150,8 @@ def document() -> str:
     for name, (_, _, special) in ENCODERS.items():
         attention = "plain ops" if name in UNFUSED else "MultiHeadAttention"
         lines.append(f"| {name} | text encoder | {attention} | {special} |")
+    for name, (_, _, special) in ENCODER_DECODERS.items():
+        lines.append(f"| {name} | text to text | MultiHeadAttention | {special} |")
     return "\n".join(line.replace("|  |", "| |") for line in lines) + "\n"
 
 

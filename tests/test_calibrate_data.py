@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from calibrate_models import VOCABULARY, bert, llama, model_of
+from calibrate_models import VOCABULARY, bert, llama, model_of, t5
 from torch import Tensor, nn
 
 from qconvert.calibrate import read_samples
@@ -110,6 +110,16 @@ def test_inputs_beside_ids_and_mask_are_zeros(encoder: Model, tmp_path: Path) ->
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
     assert batch["token_type_ids"].shape == batch["input_ids"].shape
     assert not batch["token_type_ids"].any()
+
+
+def test_the_decoder_of_an_encoder_decoder_is_given_the_text_behind_its_start_token(tmp_path: Path) -> None:
+    model = t5()[1]
+    source = write(tmp_path / "a.txt", ["11 12 13", "14 15", "16", "17 18 19 20"])
+    (batch,) = read_samples(model, recipe(source=source), calibrated=False).evaluation
+    assert not batch["attention_mask"].all()
+    for ids, mask, given in zip(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"], strict=True):
+        length = int(mask.sum())
+        assert given[:length].tolist() == [model.decoder_start, *ids[: length - 1].tolist()]
 
 
 def test_batches_hold_at_most_eight_rows(encoder: Model, tmp_path: Path) -> None:

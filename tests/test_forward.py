@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from calibrate_models import bert, gpt2, llama, model_of, text_model, tiny_bert, token_batch
+from calibrate_models import bert, gpt2, llama, model_of, source_batch, t5, text_model, tiny_bert, token_batch
 from torch import Tensor, nn
 
 from qconvert.errors import InputError, UsageError
@@ -103,6 +104,62 @@ def test_half_precision_sources_run_in_float32() -> None:
     assert torch.equal(outputs(model, BATCHES[:1])[0], expected)
 
 
+# --- encoder-decoders: two stacks, whose first blocks hand on position biases ---
+
+SOURCES = [source_batch((7, 7)), source_batch((9, 4, 6), seed=1)]
+
+
+def test_both_halves_run_block_by_block_bit_for_bit() -> None:
+    plain, model = t5()
+    found = outputs(model, SOURCES)
+    with torch.no_grad():
+        expected = [plain(**batch).logits for batch in SOURCES]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_decoder_begins_where_the_encoder_has_ended() -> None:
+    """`hidden` is the input of the next block: embedded source, encoded source, embedded target."""
+    plain, model = t5()
+    runner = BlockRunner(model)
+    runner.start(SOURCES[:1])
+    assert torch.equal(runner.hidden[0], plain.shared(SOURCES[0]["input_ids"]))  # type: ignore[operator]
+    for index in range(3):
+        runner.run_block(index)
+    with torch.no_grad():
+        encoded = plain.encoder(input_ids=SOURCES[0]["input_ids"]).last_hidden_state  # type: ignore[operator]
+    assert torch.equal(plain.encoder.final_layer_norm(runner.hidden[0]), encoded)  # type: ignore[operator, union-attr]
+    runner.enter(3)
+    assert torch.equal(runner.hidden[0], plain.shared(SOURCES[0]["decoder_input_ids"]))  # type: ignore[operator]
+
+
+def test_one_block_is_in_memory_at_a_time_in_both_halves() -> None:
+    _, model = t5()
+    runner = BlockRunner(model)
+    runner.start(SOURCES)
+    for index, block in enumerate(model.blocks):
+        runner.enter(index)
+        with runner.weights_of(block):
+            real = {model.block_of(name) for name, parameter in model.module.named_parameters() if not parameter.is_meta}
+        assert real == {block}
+
+
+def test_position_biases_that_a_later_block_changes_are_refused_rather_than_lost() -> None:
+    _, model = t5()
+    block = model.module.decoder.block[1]  # type: ignore[union-attr, index]
+    plain = block.forward
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        hidden, bias, cross = plain(*args, **kwargs)
+        return hidden, bias + 1, cross
+
+    block.forward = changed  # type: ignore[method-assign, union-attr]
+    with pytest.raises(InputError, match="block 4 hands on other tensors, beside the hidden state, than the first one"):
+        outputs(model, SOURCES)
+
+
+# --- models that are no chain of blocks ---
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +209,7 @@ class Early(Skipping):
 
 
 class Talkative(Chain):
-    """Blocks that hand on a second tensor, which a runner of single hidden states would lose."""
+    """Blocks that hand on a second tensor, another one each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,13 +232,13 @@ def test_blocks_may_be_called_by_keyword_and_return_tuples() -> None:
         (Scaled, "changes the hidden state between blocks 0 and 1"),
         (Skipping, "block 2 is called where block 1 should be"),
         (Early, "only 2 of 3 blocks are called"),
-        (Talkative, "more tensors than the hidden state"),
+        (Talkative, "block 1 hands on other tensors, beside the hidden state, than the first one"),
     ],
     ids=["changed between", "out of order", "left out", "second tensor"],
 )
 def test_models_whose_blocks_are_no_chain_are_refused_rather_than_run_wrongly(kind: type[nn.Module], reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
-        BlockRunner(chain_model(kind())).start([{"x": torch.randn(2, 3, 4)}])
+        outputs(chain_model(kind()), [{"x": torch.randn(2, 3, 4)}])
     assert caught.value.code == "QC-BLOCK-001"
     assert "'blocks.0'" in caught.value.message
 

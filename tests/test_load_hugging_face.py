@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import save_checkpoint, save_tensors, tiny_bert, tiny_gpt2, tiny_llama
+from tiny_models import save_checkpoint, save_tensors, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor
 
 from qconvert.errors import InputError
@@ -107,6 +108,44 @@ def test_an_encoder_in_words(tmp_path: Path) -> None:
     assert model.blocks == ("encoder.layer.0", "encoder.layer.1")
     assert model.output_head is None
     assert model.input_names == ("input_ids", "attention_mask", "token_type_ids")
+
+
+def test_an_encoder_decoder_in_words(tmp_path: Path) -> None:
+    model = load_folder(tiny_t5(tmp_path))
+    assert model.task == "seq2seq-lm"
+    assert model.blocks == ("encoder.block.0", "encoder.block.1", "encoder.block.2", "decoder.block.0", "decoder.block.1")
+    assert model.stacks == (model.blocks[:3], model.blocks[3:])
+    assert set(model.tied) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert model.output_head == "lm_head"
+    assert model.input_names == ("input_ids", "attention_mask", "decoder_input_ids")
+    assert model.decoder_start == 0
+
+
+def test_the_head_of_a_model_that_can_not_untie_it_is_kept_apart_all_the_same(tmp_path: Path) -> None:
+    """T5 1.1: its class ties the head whatever the config says, and `tie_word_embeddings` means something else there."""
+    model = load_folder(tiny_t5(tmp_path, tie=False))
+    assert set(model.tied) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert not torch.equal(model.read("lm_head.weight"), model.read("shared.weight"))
+    assert model.config is not None
+    assert model.config["scale_decoder_outputs"] is False
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "start"),
+    [
+        ({"decoder_start_token_id": 3, "bos_token_id": 4}, {"decoder_start_token_id": 5}, 3),
+        ({"bos_token_id": 4}, {"decoder_start_token_id": 5}, 5),
+        ({}, {"bos_token_id": 4, "pad_token_id": 6}, 4),
+        ({}, {"bos_token_id": None, "pad_token_id": 6}, 6),
+    ],
+    ids=["generation config", "config", "begin of text", "padding"],
+)
+def test_where_a_decoder_starts(generation: dict[str, int], config: dict[str, int | None], start: int) -> None:
+    settings = {"decoder_start_token_id": None, **config}
+    module = SimpleNamespace(config=SimpleNamespace(**settings))
+    files = {"generation_config.json": json.dumps(generation).encode()}
+    model = Model("m", "seq2seq-lm", module, source=None, files=files)  # type: ignore[arg-type]
+    assert model.decoder_start == start
 
 
 def test_files_and_the_tokenizer_come_along(tmp_path: Path) -> None:
@@ -378,7 +417,9 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
 @pytest.mark.parametrize(
     ("model", "settings", "found"),
     [
-        ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "encoder-decoder"),
+        ("T5Model", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "encoder-decoder (sequence to sequence)"),
+        ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 0, "num_heads": 2}, "repeated blocks on both"),
+        ("WhisperForConditionalGeneration", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "encoder-decoder"),
         ("ViTModel", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "pixel_values"),
         ("Wav2Vec2Model", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "input_values"),
         ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}, "recurrent"),

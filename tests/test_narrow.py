@@ -49,7 +49,7 @@ X, IDS = torch.tensor([[1.0, -2.0, 0.25, 8.0]] * 2), torch.tensor([[3, 1, 0, 204
 def narrowed(plain: Plain, dtype: DataType = HALF) -> onnx_ir.Model:
     name, example = ("ids", IDS) if isinstance(plain, OfIds) else ("x", X)
     model = model_of(plain, example_inputs={name: example}, input_names=(name,))
-    made = float_graph(trace(model).graph, model.parameter_shapes)
+    made = float_graph(trace(model).graphs["model"], model.parameter_shapes)
     narrow(made.graph, dtype)
     weight = made.graph.initializers["weight"]
     weight.const_value = onnx_ir.tensor(plain.weight.detach().numpy().astype(dtype.numpy()), name="weight")

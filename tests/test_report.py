@@ -14,8 +14,9 @@ from onnx import TensorProto
 from rich.console import Console, RenderableType
 
 from qconvert.ir import cuda
+from qconvert.ir.artifact import graph_files
 from qconvert.ir.plan import LayerPlan, Plan
-from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Samples, Size
+from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Samples, Size, Task
 from qconvert.ir.scheme import QuantScheme
 from qconvert.recipe import Recipe
 from qconvert.report import plan as plan_view
@@ -169,13 +170,14 @@ def code_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)\n```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
-def test_the_card_shows_code_that_python_accepts(task: str) -> None:
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "encoder", "module"])
+def test_the_card_shows_code_that_python_accepts(task: Task) -> None:
     blocks = code_blocks(card(but(task=task), RECIPE, "m"), "python")
     assert len(blocks) == (1 if task == "module" else 2)
     for block in blocks:
         compile(block, "card", "exec")
-    assert 'InferenceSession("model.onnx"' in blocks[0]
+    opened = re.findall(r'InferenceSession\("(.*?)"', blocks[0])
+    assert opened == list(graph_files(task).values())
 
 
 def test_the_card_gives_the_command_that_makes_it_again_and_no_absolute_path() -> None:

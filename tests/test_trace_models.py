@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import onnx_ir
 import pytest
 import torch
-from calibrate_models import model_of, token_batch
+from calibrate_models import model_of, t5, token_batch
 from torch import Tensor, nn
 from trace_models import DECODERS, ENCODERS, build, float_session, structure, traced
 from transformers.pytorch_utils import Conv1D
 
 from qconvert.errors import InputError
 from qconvert.ir.agreement import largest_difference
+from qconvert.ir.layer import Producer
+from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, Template
 from qconvert.load.factory import load_factory
 from qconvert.trace import trace
@@ -76,11 +79,11 @@ def test_encoders_ignore_padding(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_the_inputs_are_those_that_the_model_takes(name: str) -> None:
     expected = ["input_ids", "attention_mask", *(["token_type_ids"] if name == "bert" else [])]
-    assert [value.name for value in traced(name).template.graph.graph.inputs] == expected
+    assert [value.name for value in traced(name).template.graphs["model"].graph.inputs] == expected
 
 
 def test_decoders_have_the_inputs_and_outputs_that_onnxruntime_genai_expects() -> None:
-    graph = traced("llama").template.graph.graph
+    graph = traced("llama").template.graphs["model"].graph
     caches = [f"{layer}.{part}" for layer in range(4) for part in ("key", "value")]
     assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask", *(f"past_key_values.{c}" for c in caches)]
     assert [value.name for value in graph.outputs] == ["logits", *(f"present.{cache}" for cache in caches)]
@@ -92,7 +95,7 @@ def test_decoders_have_the_inputs_and_outputs_that_onnxruntime_genai_expects() -
 def attention_of(template: Template) -> list[tuple[str, bool, int]]:
     """Per attention op in forward order: op, whether it rotates, its window (0: none)."""
     found = []
-    for node in template.graph.graph:
+    for node in template.graphs["model"].graph:
         if node.op_type in (GQA, MHA):
             rotates = "do_rotary" in node.attributes
             window = node.attributes["local_window_size"].as_int() if "local_window_size" in node.attributes else 0
@@ -121,7 +124,7 @@ def test_which_attention_is_used(name: str, expected: list[tuple[str, bool, int]
 
 def test_the_norms_of_a_decoder_add_and_its_float_graph_too() -> None:
     """Each of the four blocks has two; the first of all has nothing to add, that of the head adds the last block."""
-    ops = [node.op_type for node in traced("llama").template.graph.graph]
+    ops = [node.op_type for node in traced("llama").template.graphs["model"].graph]
     assert (ops.count("SkipSimplifiedLayerNormalization"), ops.count("RMSNormalization"), ops.count("Add")) == (8, 1, 0)
 
 
@@ -132,7 +135,7 @@ def test_a_clean_up_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("qconvert.trace.CLEAN_UPS", (bend_gates,))
     _, model = build("llama")
-    ops = {node.op_type for node in trace(model).graph.graph}
+    ops = {node.op_type for node in trace(model).graphs["model"].graph}
     assert "Sigmoid" in ops
     assert "Tanh" not in ops
 
@@ -143,7 +146,7 @@ def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself
         return cos, -sin
 
     # Its name in the package is that of the function.
-    monkeypatch.setattr(sys.modules["qconvert.trace.capture"], "rotary_caches", reversed_caches)
+    monkeypatch.setattr(sys.modules["qconvert.trace.signature"], "rotary_caches", reversed_caches)
     _, model = build("llama")
     assert attention_of(trace(model)) == [(GQA, False, 0)] * 4
 
@@ -183,10 +186,10 @@ def test_a_model_that_can_not_be_traced_is_an_error_with_the_cause() -> None:
 @pytest.mark.parametrize("name", ["smollm3", "bert"])
 def test_a_stamped_graph_is_the_graph_of_all_blocks(name: str) -> None:
     stamped = traced(name)
-    every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0])
+    every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0])["model"]
     stamp(every.graph.graph, {block: block for block in stamped.model.blocks})
     cleaned_up(every.graph, CLEAN_UPS)
-    assert structure(stamped.template.graph.graph) == structure(every.graph.graph)
+    assert structure(stamped.template.graphs["model"].graph) == structure(every.graph.graph)
 
 
 def test_one_block_of_each_kind_is_traced() -> None:
@@ -199,6 +202,112 @@ def test_blocks_of_other_widths_are_other_kinds() -> None:
     plain, model = build("llama")
     plain.model.layers[2].mlp.up_proj = nn.Linear(64, 96, bias=False)  # type: ignore[union-attr, union-attr]
     assert len(set(representatives(model_of(plain, "causal-lm", blocks=model.blocks)).values())) == 2
+
+
+# --- encoder-decoders ---
+
+
+@cache
+def traced_t5() -> tuple[Model, Template]:
+    model = t5()[1]
+    return model, trace(model)
+
+
+def test_the_graphs_of_an_encoder_decoder_fit_together() -> None:
+    """The decoder takes from the encoder what it attends to, under the same names, once per source."""
+    graphs = {part: graph.graph for part, graph in traced_t5()[1].graphs.items()}
+    cross, past, present = (
+        [f"{name}.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+        for name in ("cross_key_values", "past_key_values", "present")
+    )
+    assert list(graphs) == ["encoder", "decoder"]
+    assert [value.name for value in graphs["encoder"].inputs] == ["input_ids", "attention_mask"]
+    assert [value.name for value in graphs["encoder"].outputs] == ["last_hidden_state", *cross]
+    assert {value.name for value in graphs["decoder"].inputs} == {"input_ids", "encoder_attention_mask", *cross, *past}
+    assert [value.name for value in graphs["decoder"].outputs] == ["logits", *present]
+    linears = {
+        part: {node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Linear"}
+        for part, graph in graphs.items()
+    }
+    makers = {f"decoder.block.{layer}.layer.1.EncDecAttention.{part}" for layer in range(2) for part in ("k", "v")}
+    assert {name for name in linears["encoder"] if name.startswith("decoder")} == makers
+    assert not linears["decoder"] & linears["encoder"]
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_the_position_biases_of_a_stack_are_computed_once_and_read_by_every_block(part: str) -> None:
+    graph = traced_t5()[1].graphs[part].graph
+    tables = [node for node in graph if node.op_type == "Embedding" and "relative" in node.attributes["module"].as_string()]
+    assert len(tables) == 1
+    biases = [node.inputs[5] for node in graph if node.op_type == "MultiHeadAttention" and len(node.inputs) > 5]
+    own = [bias for bias in biases if bias is not None]
+    assert len(own) == {"encoder": 3, "decoder": 2}[part]
+    assert len(set(own)) == 1
+    assert len(biases) == len(own)  # the biases of the attention to the source, all zero, are left out
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_stack_that_hands_on_biases_is_stamped_as_if_all_its_blocks_were_traced(part: str) -> None:
+    model, template = traced_t5()
+    every = capture(model, list(model.blocks), FORMS[model.task][0])[part]
+    stamp(every.graph.graph, {block: block for block in model.blocks})
+    cleaned_up(every.graph, CLEAN_UPS)
+    assert structure(template.graphs[part].graph) == structure(every.graph.graph)
+
+
+def test_blocks_of_two_stacks_are_never_of_one_kind() -> None:
+    assert list(traced_t5()[1].representatives.values()) == [
+        "encoder.block.0", "encoder.block.1", "encoder.block.1", "decoder.block.0", "decoder.block.1"
+    ]  # fmt: skip
+
+
+def test_nothing_is_folded_into_what_all_blocks_of_a_decoder_read() -> None:
+    """The final norm of the encoder produces the input of every k and v of the decoder's attention to the source."""
+    model, template = traced_t5()
+    found = {group.layers: group.producer for group in template.groups}
+    for layer in range(2):
+        attention = f"decoder.block.{layer}.layer.1.EncDecAttention"
+        assert found[f"{attention}.k", f"{attention}.v"] is None
+        assert found[(f"{attention}.q",)] == Producer("norm", f"decoder.block.{layer}.layer.1.layer_norm")
+        assert found[(f"{attention}.o",)] is None  # its v is in the other graph
+    assert all(len({model.block_of(name) for name in group}) == 1 for group in found)
+
+
+def test_layers_whose_weight_the_model_looks_at_are_known_in_every_block() -> None:
+    model, template = traced_t5()
+    last = {block: 1 if block.startswith("encoder") else 2 for block in model.blocks}
+    assert template.weights_read == {f"{block}.layer.{index}.DenseReluDense.wo" for block, index in last.items()}
+
+
+def test_a_block_that_hands_on_what_comes_of_its_hidden_state_can_not_be_stamped() -> None:
+    kinds = {"blocks.0": "blocks.0", "blocks.1": "blocks.1", "blocks.2": "blocks.1"}
+    with pytest.raises(InputError, match=r"block blocks\.0 hands on more than its hidden state") as caught:
+        stamp(handing_on(depends=True), kinds)
+    assert caught.value.code == "QC-EXPORT-002"
+    graph = handing_on(depends=False)
+    stamp(graph, kinds)
+    assert [node.op_type for node in graph] == ["Linear", "Add", "Add", "Add"]
+    assert len(list(graph[0].outputs[0].uses())) == 3
+
+
+def handing_on(depends: bool) -> onnx_ir.Graph:
+    """Two blocks, y = x + b, where the first makes b: of its hidden state, or of a layer that reads something else."""
+    x, other = (onnx_ir.Value(name=name) for name in ("x", "other"))
+
+    def marker(kind: str, block: str, value: onnx_ir.Value) -> onnx_ir.Node:
+        return onnx_ir.node(kind, [value], {"block": block}, domain=DOMAIN)
+
+    enter = marker("BlockInput", "blocks.0", x)
+    made = onnx_ir.node("Linear", [enter.outputs[0] if depends else other], {"module": "blocks.0.make"}, domain=DOMAIN)
+    first = onnx_ir.node("Add", [enter.outputs[0], made.outputs[0]])
+    leave = marker("BlockOutput", "blocks.0", first.outputs[0])
+    enter_next = marker("BlockInput", "blocks.1", leave.outputs[0])
+    second = onnx_ir.node("Add", [enter_next.outputs[0], made.outputs[0]])
+    leave_next = marker("BlockOutput", "blocks.1", second.outputs[0])
+    nodes = [enter, made, first, leave, enter_next, second, leave_next]
+    for number, node in enumerate(nodes):
+        node.outputs[0].name = f"value_{number}"
+    return onnx_ir.Graph([x, other], [leave_next.outputs[0]], nodes=nodes, opset_imports={"": 23, DOMAIN: 1})
 
 
 # --- plain modules ---
@@ -238,7 +347,7 @@ def zoo() -> tuple[Zoo, Template, Any]:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_module_with_two_outputs_runs_with_any_number_of_rows(zoo: tuple[Zoo, Template, Any], rows: int) -> None:
     plain, template, session = zoo
-    assert [value.name for value in template.graph.graph.outputs] == ["output_0", "output_1"]
+    assert [value.name for value in template.graphs["model"].graph.outputs] == ["output_0", "output_1"]
     found = session.run(None, {name: value.numpy() for name, value in zoo_inputs(rows).items()})
     with torch.no_grad():
         expected = plain(**zoo_inputs(rows))
@@ -248,13 +357,13 @@ def test_a_module_with_two_outputs_runs_with_any_number_of_rows(zoo: tuple[Zoo, 
 
 def test_layers_are_opaque_nodes_that_name_their_module(zoo: tuple[Zoo, Template, Any]) -> None:
     _, template, _ = zoo
-    opaque = {node.attributes["module"].as_string(): node for node in template.graph.graph if node.domain == DOMAIN}
+    opaque = {node.attributes["module"].as_string(): node for node in template.graphs["model"].graph if node.domain == DOMAIN}
     assert {name: node.op_type for name, node in opaque.items()} == {
         "conv": "Conv", "fc": "Linear", "conv1d": "Linear", "table": "Embedding"
     }  # fmt: skip
     assert opaque["conv1d"].attributes["kind"].as_string() == "conv1d"
     assert list(opaque["conv"].attributes["strides"].as_ints()) == [2, 2]
-    assert "scale" in template.graph.graph.initializers
+    assert "scale" in template.graphs["model"].graph.initializers
 
 
 def test_tracing_leaves_the_skeleton_as_it_was() -> None:
@@ -342,5 +451,5 @@ def test_what_is_no_plain_layer_is_traced_as_it_is(
     code.make = lambda: made  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "odd_layers", code)
     template = trace(load_factory("module:odd_layers:make"))
-    opaque = {node.attributes["module"].as_string() for node in template.graph.graph if node.domain == DOMAIN}
+    opaque = {node.attributes["module"].as_string() for node in template.graphs["model"].graph if node.domain == DOMAIN}
     assert opaque <= {"0.linear1", "0.linear2"}

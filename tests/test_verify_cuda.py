@@ -139,7 +139,7 @@ def test_a_profile_of_onnx_runtime_is_read(tmp_path: Path) -> None:
         helper.make_graph(nodes, "g", [x], [y, n]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
     )
     onnx.save(model, tmp_path / "m.onnx")
-    found = measure_placement(tmp_path / "m.onnx", "cpu", {"x": torch.zeros(2, 4)})
+    found = measure_placement({"model": tmp_path / "m.onnx"}, "cpu", {"x": torch.zeros(2, 4)})
     assert found == Placement(nodes=2, cpu_nodes=(), misplaced=(), copies=0)
 
 

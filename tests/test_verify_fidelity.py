@@ -84,6 +84,18 @@ def test_decoders_by_hand() -> None:
     assert result.cosine is None
 
 
+def test_encoder_decoders_by_what_the_decoder_is_given() -> None:
+    """Its tokens are those of the source behind a start token, so that each is to be followed by the next one's."""
+
+    class Echo(FakeSession):
+        def run(self, _: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            return super().run(None, {**inputs, "input_ids": inputs["decoder_input_ids"]})
+
+    data = [{**batch, "decoder_input_ids": batch["input_ids"], "input_ids": batch["input_ids"] * 0} for batch in batches()]
+    found = measure_fidelity(Echo(0), Echo(1), data, "seq2seq-lm", "cpu", silent)
+    assert found == measured("causal-lm")
+
+
 def test_encoders_by_the_cosine_of_mean_pooled_vectors() -> None:
     cosines, largest = [], 0.0
     for _, found, expected in samples():

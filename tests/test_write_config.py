@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from writing import DIGEST, MemorySource, SchemeOf, all_linears, net, plan_of, quantize_layer, quantized_blocks
 
 from qconvert.errors import UsageError
-from qconvert.ir.layout import transformers_refuses
+from qconvert.ir.layout import must_dequantize, transformers_refuses
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import Outliers
@@ -242,6 +242,18 @@ class TestRefusals:
         assert transformers_refuses(self.layers("int8-channel-a8", "int4-g32")) is None
         assert "outlier" in str(transformers_refuses(self.layers("int8-channel-a8", "int4-g32"), outliers=True))
 
+    def test_a_weight_that_the_models_code_looks_at_allows_no_second_scheme(self) -> None:
+        """T5 asks for the dtype of a weight, and a packed layer has none: it is dequantized when it is loaded."""
+        first, second = self.layers("int4-g32", "int4-g64")
+        looked_at = replace(first, weight_read=True)
+        assert transformers_refuses([first, second]) is None
+        assert transformers_refuses([looked_at, first]) is None
+        assert "'layer0' (int4-g32) has a weight that the model's own code looks at" in str(
+            transformers_refuses([looked_at, second])
+        )
+        assert must_dequantize(looked_at, outliers=False)
+        assert not must_dequantize(replace(looked_at, scheme=QuantScheme.parse("int8-channel-a8")), outliers=False)
+
     def test_schemes_that_are_one_to_transformers(self) -> None:
         assert transformers_refuses(self.layers("int4-channel-asym", "int4-tensor-asym")) is None
 
@@ -261,7 +273,7 @@ class TestRefusals:
     def test_a_folder_for_onnx_is_refused_with_the_reason(self, tmp_path: Path, kind: str) -> None:
         model = hugging_face(kind)
         folder = write_folder(model, plan_of(model, mixed("int4-g32-asym", "int8")), tmp_path / "out", layout="onnx")
-        with pytest.raises(ValueError, match=r"load model\.onnx instead"):
+        with pytest.raises(ValueError, match="load the onnx files instead"):
             loaded(model, folder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCABULARY = 384  # the 256 bytes, 5 special tokens, and merges
@@ -61,6 +63,32 @@ def tiny_bert(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
         pad_token_id=0,
     )
     return save_checkpoint(_random(BertModel, config), folder, dtype=dtype, sentence_tokens=True)
+
+
+def tiny_t5(folder: Path, *, dtype: torch.dtype = torch.float32, gated: bool = False, tie: bool = True) -> Path:
+    """A T5 with 3 blocks in the encoder and 2 in the decoder: hidden 64, MLP 128, 4 heads; returns `folder`.
+
+    gated: the MLP of T5 1.1. tie: whether the head is the embedding; real checkpoints of 1.1 have two tensors.
+    """
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=tie,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    save_checkpoint(_random(T5ForConditionalGeneration, config), folder, dtype=dtype, sentence_tokens=True)
+    if not tie:
+        tensors = load_file(folder / "model.safetensors")
+        save_tensors({**tensors, "lm_head.weight": tensors["shared.weight"].roll(1, 0)}, folder)
+    return folder
 
 
 def save_checkpoint(

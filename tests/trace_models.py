@@ -131,7 +131,7 @@ def float_session(model: Model, template: Template) -> Any:
     def read(name: str) -> Tensor:
         return template.constants[name] if name in template.constants else model.read(name)
 
-    return memory_session(float_graph(template.graph, shapes), read)
+    return memory_session(float_graph(template.graphs["model"], shapes), read)
 
 
 def structure(graph: onnx_ir.Graph) -> dict[str, str]:

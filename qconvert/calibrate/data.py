@@ -47,8 +47,8 @@ def read_samples(model: Model, recipe: Recipe, calibrated: bool) -> Samples:
 
     The evaluation samples are drawn first, so that they are the same whatever is calibrated; what they were drawn from
     (a record of text, a row) is then left out of calibration, even where it occurs again in another file.
-    Running text is tokenized record by record, joined and cut into windows of `length` tokens; for an encoder each record is
-    one sample, truncated to `length`.
+    Running text is tokenized record by record, joined and cut into windows of `length` tokens; for an encoder or an
+    encoder-decoder, which is to give its source again, each record is one sample, truncated to `length`.
 
     calibrated: whether calibration samples are needed. Where neither they nor a verification are, nothing is read.
 
@@ -234,7 +234,11 @@ def _batches(model: Model, rows: list[Row]) -> Iterator[Batch]:
         else:
             batch = _padded([row["input_ids"] for row in part], (model.config or {}).get("pad_token_id") or 0)
             # What else the model takes (token types) is zero for plain text.
-            yield {name: torch.zeros_like(batch["input_ids"]) for name in model.input_names} | batch
+            inputs = {name: torch.zeros_like(batch["input_ids"]) for name in model.input_names} | batch
+            if model.task == "seq2seq-lm":  # the decoder is given the text itself, behind its start token
+                inputs["decoder_input_ids"] = batch["input_ids"].roll(1, 1)
+                inputs["decoder_input_ids"][:, 0] = model.decoder_start
+            yield inputs
 
 
 def _padded(sequences: list[Tensor], pad: int) -> Batch:

@@ -58,6 +58,7 @@ def calibrate(
     runner = BlockRunner(model, device=device)
     runner.start(batches)
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):
+        runner.enter(index)
         if unit in pending:
             yield _observed_block(runner, index, plan, members[unit], quantizer)
         else:
@@ -127,7 +128,8 @@ def _relative_change(
 class _Watch:
     """Observers on the first layer of every group of a unit.
 
-    mask: [rows, tokens] bool, False at padding; None where nothing is padded. Of the batch that runs.
+    mask: [rows, tokens] bool, False at padding; None where nothing is padded. Of the batch that runs; a decoder's tokens
+        are padded as its source is.
     """
 
     def __init__(self, model: Model, plan: Plan, groups: Sequence[InputGroup], quantizer: Quantizer) -> None:

@@ -15,7 +15,7 @@ from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import CpuLowering
 from qconvert.export.lowering import MICROSOFT
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
-from qconvert.ir.artifact import GRAPHS, INPUT_KEY, LAYER_KEY, Written
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, Written, graph_files
 from qconvert.ir.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -38,7 +38,7 @@ def export(
     targets: Sequence[str] = ("cpu",),
     cuda_dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write the graph of every target, and for decoders genai_config.json, into `stage.folder`.
+    """Write the graphs of every target, and for decoders genai_config.json, into `stage.folder`.
 
     Every tensor but small constants is external data in model.safetensors or the sidecar.
     cuda_dtype: of activations and caches in the CUDA provider's graph.
@@ -51,20 +51,24 @@ def export(
         for name in plan.layers
         if (key := f"{name}.outlier_columns") in stored
     }
-    asked = [target for target in GRAPHS if target in targets]
+    asked = [target for target in TARGETS if target in targets]
     for target in asked:
-        graph = template.graph.clone()
-        builder = GraphBuilder(graph.graph, stored)
         if target == "cpu":
-            _lower_for_cpu(graph.graph, builder, template, model, plan, outlier_columns, stage)
-        else:
-            lower_for_cuda(graph.graph, builder, model, plan, outlier_columns, stage, cuda_dtype)
-        stage.sidecar.sync()
-        _finish(graph)
-        with disk_errors(stage.folder / GRAPHS[target]):
-            onnx_ir.save(graph, stage.folder / GRAPHS[target])
-        if model.task == "causal-lm" and target == asked[0]:
-            write_genai_config(model, graph.graph, target, stage)
+            for name, tensor in template.constants.items():
+                stored[name] = stage.sidecar.append(name, tensor)
+        for part, file in graph_files(model.task, target).items():
+            graph = template.graphs[part].clone()
+            builder = GraphBuilder(graph.graph, stored)
+            if target == "cpu":
+                _lower_for_cpu(graph.graph, builder, template, model, plan, outlier_columns)
+            else:
+                lower_for_cuda(graph.graph, builder, model, plan, outlier_columns, stage, cuda_dtype)
+            stage.sidecar.sync()
+            _finish(graph)
+            with disk_errors(stage.folder / file):
+                onnx_ir.save(graph, stage.folder / file)
+            if model.task == "causal-lm" and target == asked[0]:
+                write_genai_config(model, graph.graph, target, stage)
 
 
 def _lower_for_cpu(
@@ -74,11 +78,8 @@ def _lower_for_cpu(
     model: Model,
     plan: Plan,
     outlier_columns: dict[str, tuple[int, ...]],
-    stage: Stage,
 ) -> None:
-    for name, tensor in template.constants.items():
-        builder.stored[name] = stage.sidecar.append(name, tensor)
-    lowering = CpuLowering(builder, outlier_columns)
+    lowering = CpuLowering(builder, outlier_columns, model.block_of)
     shapes = model.parameter_shapes
     lowered: dict[str, Value] = {}
     for node in [node for node in graph if node.domain == DOMAIN]:

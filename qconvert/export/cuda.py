@@ -36,7 +36,7 @@ def lower_for_cuda(
     dtype: float16 or bfloat16, of activations and caches.
     Raises UsageError QC-CUDA-001 to QC-CUDA-003 for what the provider has no kernel for, or `dtype` no number; ResourceError.
     """
-    lowering = CudaLowering(builder, outlier_columns, stage, dtype)
+    lowering = CudaLowering(builder, outlier_columns, model.block_of, stage, dtype)
     shapes = model.parameter_shapes
     for node in [node for node in graph if node.domain == DOMAIN]:
         layer = None if node.op_type.startswith("Block") else plan.layer_of(node.attributes["module"].as_string())

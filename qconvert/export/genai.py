@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import onnx_ir
 
-from qconvert.ir.artifact import GENAI_CONFIG, GRAPHS
+from qconvert.ir.artifact import GENAI_CONFIG, graph_files
 from qconvert.ir.model import Model
 from qconvert.workdir import Stage, disk_errors
 
@@ -32,9 +31,9 @@ def write_genai_config(model: Model, graph: onnx_ir.Graph, target: str, stage: S
     cache = _cache_shape(graph)
     if cache is None:
         return
-    config = _genai_config(model.module.config, _generation_config(model), graph, cache)
+    config = _genai_config(model.module.config, model.generation_config, graph, cache)
     config["model"]["decoder"] = {
-        "filename": GRAPHS[target],
+        "filename": graph_files(model.task, target)["model"],
         "session_options": {"provider_options": PROVIDER_OPTIONS[target]},
         **config["model"]["decoder"],
     }
@@ -99,12 +98,3 @@ def _cache_shape(graph: onnx_ir.Graph) -> tuple[int, int, int] | None:
             return None
         shapes.append((heads, size))
     return (len(shapes), *shapes[0]) if len(set(shapes)) == 1 else None
-
-
-def _generation_config(model: Model) -> dict[str, Any]:
-    content = model.files.get("generation_config.json")
-    if content is None:
-        return {}
-    text = content.read_bytes() if isinstance(content, Path) else content
-    found: dict[str, Any] = json.loads(text)
-    return found

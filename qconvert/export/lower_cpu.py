@@ -11,6 +11,8 @@ conv2d            the weight is dequantized when the model is loaded: small on d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Value
@@ -25,8 +27,10 @@ from qconvert.ir.plan import LayerPlan
 class CpuLowering(Lowering):
     """Lowers to float32 activations, which the kernels quantize."""
 
-    def __init__(self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]]) -> None:
-        super().__init__(builder, outlier_columns)
+    def __init__(
+        self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]], block_of: Callable[[str], str]
+    ) -> None:
+        super().__init__(builder, outlier_columns, block_of)
         self._rows: dict[Value, tuple[Value, Value]] = {}
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
 

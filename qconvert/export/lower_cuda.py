@@ -13,6 +13,8 @@ they need goes into the sidecar: scales per block, padded copies, float tensors 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir
 import torch
@@ -39,9 +41,14 @@ class CudaLowering(Lowering):
     """
 
     def __init__(
-        self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]], stage: Stage, dtype: torch.dtype
+        self,
+        builder: GraphBuilder,
+        outlier_columns: dict[str, tuple[int, ...]],
+        block_of: Callable[[str], str],
+        stage: Stage,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(builder, outlier_columns)
+        super().__init__(builder, outlier_columns, block_of)
         self.stage, self.dtype = stage, dtype
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:

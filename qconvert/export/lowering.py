@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir
@@ -17,11 +18,13 @@ MICROSOFT = "com.microsoft"
 class Lowering(ABC):
     """Lowers one layer after the other; what layers with a common input share is made once.
 
-    outlier_columns: layer -> its outlier columns, for the layers that have some.
+    outlier_columns: layer -> its outlier columns, for the layers that have some. block_of: layer -> its block.
     """
 
-    def __init__(self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]]) -> None:
-        self.builder = builder
+    def __init__(
+        self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]], block_of: Callable[[str], str]
+    ) -> None:
+        self.builder, self.block_of = builder, block_of
         self.outlier_columns = outlier_columns
         self._inputs: dict[tuple[Value, object], Value] = {}
 
@@ -34,15 +37,16 @@ class Lowering(ABC):
         """The stored tensor `name` in the float type of the graph's activations."""
 
     def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
-        """x / input_scale where a scale could not be folded; linears with a common input were given one scale."""
+        """x / input_scale where a scale could not be folded; linears of a block with a common input were given one scale."""
         name = f"{plan.name}.input_factor"
         if name not in self.builder.stored:
             return x
-        if (x, "input_factor") not in self._inputs:
+        key = x, ("input_factor", self.block_of(plan.name))
+        if key not in self._inputs:
             scaled = self.builder.op("Mul", [x, self.stored_float(name)], f"{plan.name}/ScaleInput")
             scaled.name = f"{plan.name}/scaled_input"  # the row form refers to its input by name
-            self._inputs[x, "input_factor"] = scaled
-        return self._inputs[x, "input_factor"]
+            self._inputs[key] = scaled
+        return self._inputs[key]
 
     def _without(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
         """x with the outlier columns set to 0, so that they neither stretch the rows nor enter the product with the codes."""

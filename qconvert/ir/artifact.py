@@ -7,16 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
-from qconvert.ir.report import LayerReport
+from qconvert.ir.report import LayerReport, Task
 
 WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"
 GRAPH = "model.onnx"
-GRAPHS = {"cpu": GRAPH, "cuda": "model.cuda.onnx"}
+TARGETS = ("cpu", "cuda")
 GENAI_CONFIG = "genai_config.json"
 MANIFEST = "qconvert.json"
 REPORT = "report.json"
 CARD = "README.md"
+
+
+def graph_files(task: Task, target: str = "cpu") -> dict[str, str]:
+    """Part of a model -> the file of its graph: "model", or "encoder" and "decoder" in the order in which they run."""
+    parts = ("encoder", "decoder") if task == "seq2seq-lm" else ("model",)
+    return {part: f"{part}.onnx" if target == "cpu" else f"{part}.{target}.onnx" for part in parts}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -91,6 +92,9 @@ class BlockRunner:
     hidden: per batch the input of the next block, e.g. [rows, tokens, hidden], on `device`.
     batches: the inputs, on `device`.
 
+    Beside the hidden state a stack's first block may hand on tensors that the later ones hand on as they are (T5's
+    position biases).
+
     Raises UsageError QC-DEVICE-001 if `device` is not there, and InputError QC-BLOCK-001 if the blocks do not simply
     hand one hidden state from each to the next: what would be computed then is not what the model computes.
     """
@@ -102,23 +106,38 @@ class BlockRunner:
         self.hidden: list[Tensor] = []
         self.batches: list[Batch] = []
         self._blocks = [model.module.get_submodule(name) for name in model.blocks]
-        self._calls: list[list[_Call]] = []  # per batch, per block
-        self._tail: tuple[Any, ...] | None = None  # what follows the hidden state where a block returns a tuple
+        starts = list(accumulate((len(stack) for stack in model.stacks), initial=0))
+        self._stacks = [range(start, end) for start, end in pairwise(starts)]
+        self._calls: list[dict[int, _Call]] = []  # per batch: block -> call
+        # Per stack that has begun and per batch: what follows the hidden state where a block returns a tuple.
+        self._tails: list[list[tuple[Any, ...] | None]] = []
+        self._ends: list[list[Tensor]] = []  # per stack that is done and per batch: its last hidden state
 
     def start(self, batches: Sequence[Batch]) -> None:
         """Run what comes before the first block, and learn how the model calls its blocks."""
         self.batches = [{name: value.to(self.device) for name, value in batch.items()} for batch in batches]
-        self.hidden, self._calls = [], []
-        if not self._blocks or not self.batches:
+        self.hidden, self._calls, self._tails, self._ends = [], [{} for _ in batches], [], []
+        self.enter(0)
+
+    def enter(self, index: int) -> None:
+        """Make `hidden` the input of block `index`, which comes next: where it begins a stack, run what lies before that."""
+        if len(self._tails) == len(self._stacks) or self._stacks[len(self._tails)].start != index or not self.batches:
             return
-        with self.weights_of(""):
-            with self.weights_of(self.model.blocks[0]):
-                self._learn_output(self.batches[0])
-            for batch in self.batches:
-                self._record(batch)
+        if self._tails:
+            self._ends.append(self.hidden)
+        stack = self._stacks[len(self._tails)]
+        self.hidden = []
+        self._tails.append([])
+        with self.weights_of(""), self.weights_of(self.model.blocks[index]):
+            tail = self._tail_of(stack, 0)
+            shares = any(True for _ in tensors_in(tail))
+            for batch in range(len(self.batches)):
+                self._tails[-1].append(self._tail_of(stack, batch) if shares and batch else tail)
+                self._record(stack, batch)
 
     def run_block(self, index: int) -> None:
         """Advance the hidden states of all batches through one block."""
+        self.enter(index)
         with self.weights_of(self.model.blocks[index]):
             for batch in range(len(self.batches)):
                 self.hidden[batch] = self.call_block(index, batch, self.hidden[batch])
@@ -128,7 +147,7 @@ class BlockRunner:
         """`graph_outputs` per batch, once all blocks are run (a model without blocks runs whole, here)."""
         with self.weights_of(""):
             for batch, inputs in enumerate(self.batches):
-                with self._stand_ins(lambda index, *args, **kwargs: self._wrap(self.hidden[batch])):  # noqa: B023
+                with self._stand_ins(partial(self._result, batch), self._blocks):
                     outputs = graph_outputs(self.model.task, self.model.module, inputs)
                 yield outputs
 
@@ -140,76 +159,95 @@ class BlockRunner:
     def call_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """One block on one batch; the block's weights must be in place."""
         output = self._calls[batch][index].run(self._blocks[index], hidden)
-        output = output[0] if isinstance(output, tuple) else output
+        output, tail = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
         if output.shape != hidden.shape:
             raise self._not_a_chain(f"block {index} turns a state of shape {list(hidden.shape)} into {list(output.shape)}")
+        expected = list(tensors_in(self._tails[self._stack_of(index)][batch]))
+        found = list(tensors_in(tail))
+        if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
+            raise self._not_a_chain(f"block {index} hands on other tensors, beside the hidden state, than the first one")
         return cast(Tensor, output)
 
     @torch.no_grad()
     def run_outside(self, batch: int) -> list[Tensor]:
         """Everything but the blocks, heads included, on one batch: all tensors that the model returns, [] if it was
         stopped. The weights of "" must be in place. The blocks give the current hidden state."""
-        with self._stand_ins(lambda index, *args, **kwargs: self._wrap(self.hidden[batch])):
+        with self._stand_ins(partial(self._result, batch), self._blocks):
             return list(tensors_in(self._forward(self.batches[batch])))
 
     def _forward(self, batch: Batch) -> Any:
         """The whole model with all its heads; () where a hook stopped it."""
-        options = {"use_cache": False, "return_dict": True} if self.model.task == "causal-lm" else {}
+        options = {"use_cache": False, "return_dict": True} if self.model.task in ("causal-lm", "seq2seq-lm") else {}
         try:
             return self.model.module(**batch, **options)
         except StopForward:
             return ()
 
+    def _stack_of(self, index: int) -> int:
+        return next(number for number, stack in enumerate(self._stacks) if index in stack)
+
+    def _result(self, batch: int, index: int, *args: Any, **kwargs: Any) -> Any:
+        """What a block of a stack that has been run, or is being run, gives in the place of the stack's last one."""
+        number = self._stack_of(index)
+        hidden = self._ends[number][batch] if number < len(self._ends) else self.hidden[batch]
+        return self._wrap(hidden, number, batch)
+
+    def _wrap(self, hidden: Tensor, number: int, batch: int) -> Any:
+        tail = self._tails[number][batch]
+        return hidden if tail is None else (hidden, *tail)
+
     @torch.no_grad()
-    def _learn_output(self, batch: Batch) -> None:
-        """Run the first block for real, to see whether blocks return a tensor or a tuple."""
+    def _tail_of(self, stack: range, batch: int) -> tuple[Any, ...] | None:
+        """Run the first block of a stack: what it returns behind the hidden state, None where it returns a tensor."""
+        found: list[tuple[Any, ...] | None] = []
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            self._tail = tuple(output[1:]) if isinstance(output, tuple) else None
+            found.append(tuple(output[1:]) if isinstance(output, tuple) else None)
             raise StopForward
 
-        hook = self._blocks[0].register_forward_hook(look)
+        hook = self._blocks[stack.start].register_forward_hook(look)
         try:
-            self._forward(batch)
+            with self._stand_ins(partial(self._result, batch), self._blocks[: stack.start]):
+                self._forward(self.batches[batch])
         finally:
             hook.remove()
-        if self._tail and any(True for _ in tensors_in(self._tail)):
-            raise self._not_a_chain("blocks hand on more tensors than the hidden state")
+        return found[0] if found else None
 
     @torch.no_grad()
-    def _record(self, batch: Batch) -> None:
-        calls: list[_Call] = []
+    def _record(self, stack: range, batch: int) -> None:
+        """Learn how the model calls the blocks of a stack, and with which hidden state the first."""
+        calls: dict[int, _Call] = {}
         first: list[Tensor] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            if index < stack.start:
+                return self._result(batch, index)
             hidden, call = _Call.split(args, kwargs)
+            expected = stack.start + len(calls)
             if not isinstance(hidden, Tensor):
                 raise self._not_a_chain(f"block {index} is called without a hidden state")
-            if index != len(calls):
-                raise self._not_a_chain(f"block {index} is called where block {len(calls)} should be")
+            if index != expected:
+                raise self._not_a_chain(f"block {index} is called where block {expected} should be")
             if first and hidden is not first[0]:
                 raise self._not_a_chain(f"the model changes the hidden state between blocks {index - 1} and {index}")
             first[:] = [hidden]
-            calls.append(call)
-            if len(calls) == len(self._blocks):
+            calls[index] = call
+            if len(calls) == len(stack):
                 raise StopForward
-            return self._wrap(hidden)
+            return self._wrap(hidden, len(self._tails) - 1, batch)
 
-        with self._stand_ins(stand_in):
-            self._forward(batch)
-        if len(calls) < len(self._blocks):
-            raise self._not_a_chain(f"only {len(calls)} of {len(self._blocks)} blocks are called")
+        with self._stand_ins(stand_in, self._blocks):
+            self._forward(self.batches[batch])
+        if len(calls) < len(stack):
+            raise self._not_a_chain(f"only {len(calls)} of {len(stack)} blocks are called")
+        self._calls[batch] |= calls
         self.hidden.append(first[0])
-        self._calls.append(calls)
-
-    def _wrap(self, hidden: Tensor) -> Any:
-        return hidden if self._tail is None else (hidden, *self._tail)
 
     @contextmanager
-    def _stand_ins(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Blocks keep their attributes, which models look at, but compute `forward(index, *args, **kwargs)`."""
+    def _stand_ins(self, forward: Callable[..., Any], blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """The first of the blocks keep their attributes, which models look at, but compute `forward(index, ...)`."""
         with ExitStack() as undo:
-            for index, block in enumerate(self._blocks):
+            for index, block in enumerate(blocks):
                 attributes = vars(block)
                 undo.callback(attributes.update, {"forward": attributes["forward"]} if "forward" in attributes else {})
                 undo.callback(attributes.pop, "forward")
@@ -229,10 +267,10 @@ class BlockRunner:
 def graph_outputs(task: Task, module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
     """What a model's graph gives for a batch, computed by torch.
 
-    causal-lm: logits [rows, tokens, vocabulary]. encoder: last_hidden_state [rows, tokens, hidden], then the logits of a
-    head if there is one. module: every tensor that its forward returns.
+    causal-lm: logits [rows, tokens, vocabulary]; seq2seq-lm: those of the decoder's tokens. encoder: last_hidden_state [rows,
+    tokens, hidden], then the logits of a head if there is one. module: every tensor that its forward returns.
     """
-    if task == "causal-lm":
+    if task in ("causal-lm", "seq2seq-lm"):
         return (cast(Tensor, module(**batch, use_cache=False, return_dict=True).logits),)
     if task == "module":
         return tuple(tensors_in(module(**batch)))

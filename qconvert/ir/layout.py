@@ -84,9 +84,11 @@ def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
 
     Measured with transformers 5.23 and compressed-tensors 0.20: packed zero points fail with a shape mismatch, and
     int-quantized weights without quantized activations fail at the first forward, and a packed embedding can't be looked
-    up in. All load with `dequantize`.
+    up in. A packed layer has no `weight` that a model could look at. All load with `dequantize`.
     """
-    return plan.kind == "embedding" or (not plan.scheme.symmetric if is_packed(plan) else outliers)
+    if is_packed(plan):
+        return plan.kind == "embedding" or plan.weight_read or not plan.scheme.symmetric
+    return plan.kind == "embedding" or outliers
 
 
 def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False) -> str | None:
@@ -113,15 +115,22 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
         return None
     if needy.scheme.bits == 8 and needy.scheme.scale_dtype == torch.float16:
         return (
-            f"'{needy.name}' ({needy.scheme}) is an embedding, which transformers dequantizes in the float16 of its scales: "
-            "8-bit codes do not fit there (int8-channel has float32 scales)"
+            f"'{needy.name}' ({needy.scheme}) {_trait(needy)}, so that transformers dequantizes it, in the float16 of its "
+            "scales: 8-bit codes do not fit there (int8-channel has float32 scales)"
         )
     if len(groups) == 1:
         return None
     other = next(layer for layer, group in groups if group != config_group(needy, outliers=outliers))
-    kind = "zero points" if not needy.scheme.symmetric else "outlier columns"
-    trait = "is an embedding" if needy.kind == "embedding" else f"has {kind}"
     return (
-        f"'{needy.name}' ({needy.scheme}) {trait}, which transformers loads only where every quantized layer has the "
+        f"'{needy.name}' ({needy.scheme}) {_trait(needy)}, which transformers loads only where every quantized layer has the "
         f"same scheme, but '{other.name}' is {other.scheme}"
     )
+
+
+def _trait(needy: LayerPlan) -> str:
+    """What makes a layer one that must be dequantized."""
+    if needy.kind == "embedding":
+        return "is an embedding"
+    if not needy.scheme.symmetric:
+        return "has zero points"
+    return "has a weight that the model's own code looks at" if needy.weight_read else "has outlier columns"

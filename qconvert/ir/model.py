@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,17 +42,24 @@ class TensorSource(Protocol):
 EncodeText = Callable[[str], list[int]]
 
 
+def stack_of(block: str) -> str:
+    """The list that a block is in: "encoder.block" for "encoder.block.3"."""
+    return block.rpartition(".")[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """A loaded model: what it computes (module), what it holds (source), and what travels with it (files).
 
     name: for people, e.g. the folder's name.
-    task: "causal-lm" (token ids -> logits, with a KV cache), "encoder" (token ids -> last_hidden_state) or "module".
+    task: "causal-lm" (token ids -> logits, with a KV cache), "seq2seq-lm" (source and decoder's token ids -> logits, with a
+        KV cache), "encoder" (token ids -> last_hidden_state) or "module".
     module: the skeleton in eval mode: parameters on the meta device, buffers real and in float32.
     source: stored tensors under the module's own state-dict names.
-    blocks: names of the repeated blocks in forward order, e.g. "model.layers.0"; () for a model that runs whole.
+    blocks: names of the repeated blocks in forward order, e.g. "model.layers.0"; () for a model that runs whole. An
+        encoder-decoder has two stacks of them, "encoder.block.0", ..., "decoder.block.0", ...
     tied: parameter name -> name of the stored tensor that it shares, e.g. {"lm_head.weight": "model.embed_tokens.weight"}.
-    output_head: module name of the causal-lm head, None for other tasks.
+    output_head: module name of a language model's head, None for other tasks.
     input_names: of the forward's tensor inputs, in order; for a "module" also the names in the ONNX graph.
     example_inputs: for a "module": tensors by input name, first axis = rows; {} for text models.
     encode_text: for text models; None where no tokenizer came with the checkpoint.
@@ -92,6 +101,27 @@ class Model:
             if prefix in self.blocks:
                 return prefix
         return ""
+
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks, those of one list together: within a stack each block hands its hidden state to the next."""
+        return tuple(tuple(stack) for _, stack in groupby(self.blocks, stack_of))
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json of the files, {} without one."""
+        content = self.files.get("generation_config.json", b"{}")
+        found: dict[str, Any] = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+        return found
+
+    @property
+    def decoder_start(self) -> int:
+        """The token that an encoder-decoder's decoder begins with, found as transformers' generate finds it."""
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            for token in (self.generation_config.get(name), getattr(self.module.config, name, None)):
+                if isinstance(token, int):
+                    return token
+        return 0
 
     @property
     def input_paths(self) -> list[Path]:

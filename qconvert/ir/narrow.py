@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qconvert.errors import UsageError
 from qconvert.ir.cuda import Operator, bindings, operator
+from qconvert.ir.runtime import is_cache
 
 WIDER = "set cuda_dtype: bfloat16 in the recipe, which has the range of float32"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -169,10 +170,8 @@ def _type_outputs(node: Node, found: Operator | None, dtype: DataType) -> None:
 
 
 def _caches(graph: onnx_ir.Graph) -> set[Value]:
-    """The keys and values of earlier tokens, as the attention op takes and gives them."""
-    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
-    taken = {value for node in attention for value in node.inputs[3:5] if value is not None}
-    return taken | {value for node in attention for value in node.outputs[1:3]}
+    """The keys and values that go out of one run and into the next."""
+    return {value for value in (*graph.inputs, *graph.outputs) if is_cache(str(value.name))}
 
 
 def _widen_output(graph: onnx_ir.Graph, index: int, value: Value) -> None:

@@ -17,7 +17,8 @@ from qconvert.ir.scheme import QuantScheme
 class LayerPlan:
     """One layer that will be quantized.
 
-    weight: [out, in] after transposing (Conv1D) or flattening (Conv2d).
+    out_features, in_features: of the weight after transposing (Conv1D) or flattening (Conv2d).
+    weight_read: whether the model's own code looks at the weight, beside calling the layer.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LayerPlan:
     out_features: int
     in_features: int
     scheme: QuantScheme
+    weight_read: bool = False
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 Status = Literal["passed", "failed", "not-run"]
 # What every entry of report.json's "parity" has, with or without a value.
 PARITY_KEYS = ("max_relative_error", "reason")
-Task = Literal["causal-lm", "encoder", "module"]
+Task = Literal["causal-lm", "seq2seq-lm", "encoder", "module"]
 
 
 class _Part(BaseModel):

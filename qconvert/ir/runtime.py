@@ -16,6 +16,13 @@ from torch import Tensor
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
+# Prefix of what an encoder computes for its decoder's cross-attention, once for all steps.
+CROSS = "cross_key_values."
+# What a decoder's graph calls the inputs that a whole encoder-decoder calls otherwise, as transformers does.
+WHOLE_NAMES = {"input_ids": "decoder_input_ids", "encoder_attention_mask": "attention_mask"}
+
+Values = dict[str, np.ndarray[Any, Any]]
+
 
 def why_unavailable(target: str) -> str | None:
     """Why this machine can't run a target; None if it can. A provider may be installed without a device or driver for it."""
@@ -93,14 +100,15 @@ class DeviceSession:
             binding.bind_ortvalue_input(name, value)
         outputs = [value.name for value in self.session.get_outputs()]
         for name in outputs:
-            binding.bind_output(name, self.device if _is_cache(name) else "cpu")
+            binding.bind_output(name, self.device if is_cache(name) else "cpu")
         self.session.run_with_iobinding(binding)
         values = zip(outputs, binding.get_outputs(), strict=True)
-        return [value if _is_cache(name) else value.numpy() for name, value in values]
+        return [value if is_cache(name) else value.numpy() for name, value in values]
 
 
-def _is_cache(name: str) -> bool:
-    return name.startswith("present.")
+def is_cache(name: str) -> bool:
+    """Whether an input or output holds keys and values that go out of one run and into the next."""
+    return name.startswith(("past_key_values.", "present.", CROSS))
 
 
 def memory_session(
@@ -135,3 +143,46 @@ def memory_session(
     session = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS["cpu"]])
     session.fed = values  # the session reads them as long as it lives
     return session
+
+
+class EncoderDecoderSession:
+    """The sessions of an encoder and its decoder, run as one.
+
+    Inputs: "input_ids" and "attention_mask" of the source, "decoder_input_ids", the decoder's caches. A later step takes
+    an earlier one's cross_key_values in the place of "input_ids", and does not run the encoder.
+    Outputs: the decoder's, then the cross_key_values.
+    """
+
+    def __init__(self, encoder: Any, decoder: Any) -> None:
+        self.encoder, self.decoder = encoder, decoder
+
+    def get_inputs(self) -> list[Any]:
+        return [*self.encoder.get_inputs(), *self.decoder.get_inputs()]
+
+    def get_outputs(self) -> list[Any]:
+        cross = [value for value in self.encoder.get_outputs() if value.name.startswith(CROSS)]
+        return [*self.decoder.get_outputs(), *cross]
+
+    def run(self, names: None, inputs: Values) -> list[np.ndarray[Any, Any]]:
+        values = self.values(inputs)
+        found = values["encoder"] | values["decoder"]
+        return [found[value.name] for value in self.get_outputs()]
+
+    def values(self, inputs: Values) -> dict[str, Values]:
+        """Part -> all that goes into its graph and comes out of it, by name."""
+        encoded = run_named(self.encoder, inputs) if "input_ids" in inputs else {}
+        known = inputs | encoded
+        names = [value.name for value in self.decoder.get_inputs()]
+        decoded = run_named(self.decoder, {name: known[WHOLE_NAMES.get(name, name)] for name in names})
+        return {"encoder": encoded, "decoder": decoded}
+
+
+def run_named(session: Any, inputs: Values) -> Values:
+    """All that goes into a session and comes out of it, by name; inputs that it does not have are left out."""
+    taken = {value.name: inputs[value.name] for value in session.get_inputs()}
+    return taken | dict(zip((value.name for value in session.get_outputs()), session.run(None, taken), strict=True))
+
+
+def joined(sessions: Mapping[str, Any]) -> Any:
+    """The session of a whole model from those of its parts (see ir.artifact.graph_files)."""
+    return sessions["model"] if "model" in sessions else EncoderDecoderSession(**sessions)

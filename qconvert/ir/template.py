@@ -27,20 +27,22 @@ class InputGroup:
 class Template:
     """A traced model.
 
-    graph: onnx_ir model. `qconvert::Linear`, `Conv` and `Embedding` nodes carry the attribute "module"; `BlockInput` and
-        `BlockOutput` nodes mark where a block begins and ends. Float parameters are initializers under their own names
-        without data.
+    graphs: part (see ir.artifact.graph_files) -> onnx_ir model. `qconvert::Linear`, `Conv` and `Embedding` nodes carry the
+        attribute "module"; `BlockInput` and `BlockOutput` nodes mark where a block begins and ends. Float parameters are
+        initializers under their own names without data.
     representatives: block -> the traced block of its kind. A block that was traced itself maps to itself.
     groups: input groups of the whole model, in forward order, block names put in.
-    constants: tensors that tracing made (e.g. rotary caches), by initializer name.
+    constants: tensors that tracing made (e.g. rotary caches), by initializer name; no two graphs share a name.
     embeddings: modules that look up rows of their weight.
+    weights_read: layers whose weight the model's own code looks at, beside calling them.
     """
 
-    graph: onnx_ir.Model
+    graphs: Mapping[str, onnx_ir.Model]
     representatives: Mapping[str, str]
     groups: tuple[InputGroup, ...]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     embeddings: tuple[str, ...] = ()
+    weights_read: frozenset[str] = frozenset()
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:

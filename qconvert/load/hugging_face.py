@@ -91,9 +91,9 @@ def model_from_config(
         task=task,
         module=module,
         source=fitted.source,
-        blocks=skeleton.repeated_blocks(module),
+        blocks=skeleton.repeated_blocks(module, task),
         tied=fitted.tied,
-        output_head=skeleton.output_head(module) if task == "causal-lm" else None,
+        output_head=skeleton.output_head(module) if task in ("causal-lm", "seq2seq-lm") else None,
         input_names=skeleton.input_names(module, task),
         encode_text=encode_text,
         config={**fitted.config, "architectures": [type(module).__name__]},
@@ -117,8 +117,8 @@ def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
     """Build what a checked config describes and find its tensors; where the config claims too much, it is corrected."""
     module, task = skeleton.build_skeleton(config)
     stored = names.module_names(module, source)
-    tied = names.resolve_ties(module, source, stored)
-    if tied is None:
+    tied, apart = names.resolve_ties(module, source, stored)
+    if apart and skeleton.can_untie(config):
         log.warning("config.json ties weights that are stored with different values: they are kept apart")
         return _fit({**config, "tie_word_embeddings": False}, source)
     missing = names.missing_names(module, stored, tied)

@@ -66,28 +66,30 @@ def module_names(module: PreTrainedModel, source: TensorSource) -> dict[str, str
     return stored
 
 
-def resolve_ties(module: PreTrainedModel, source: TensorSource, stored: dict[str, str]) -> dict[str, str] | None:
+def resolve_ties(module: PreTrainedModel, source: TensorSource, stored: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Which parameters share a stored tensor: parameter -> the one that owns it. `stored` loses what repeats it.
 
-    An owner that is not stored takes over the tensor of one of its aliases. None if the config ties parameters that
-    are stored with different values: then they are not tied (as in transformers).
+    An owner that is not stored takes over the tensor of one of its aliases. Second, the parameters that the config ties
+    but that are stored with other values: they are not tied (as in transformers).
     """
     members: dict[str, list[str]] = {}
     for alias, owner in module.all_tied_weights_keys.items():
         members.setdefault(owner, [owner]).append(alias)
     tied: dict[str, str] = {}
+    apart: list[str] = []
     for owner, names in members.items():
         present = [name for name in names if name in stored]
         if not present:
             continue  # found missing later
         content = stored[present[0]]
-        if not all(_same(source, content, stored[name]) for name in present[1:]):
-            return None
+        others = [name for name in present[1:] if not _same(source, content, stored[name])]
         for name in names:
-            stored.pop(name, None)
+            if name not in others:
+                stored.pop(name, None)
         stored[owner] = content
-        tied |= dict.fromkeys(names[1:], owner)
-    return tied
+        tied |= dict.fromkeys((name for name in names[1:] if name not in others), owner)
+        apart += others
+    return tied, apart
 
 
 def _same(source: TensorSource, first: str, second: str) -> bool:

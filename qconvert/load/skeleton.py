@@ -12,7 +12,11 @@ import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from qconvert.errors import InputError
 from qconvert.ir.report import Task
@@ -96,8 +100,23 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
         raise _bad_values(error) from error
     if experts := _experts(module):
         raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
-    is_decoder = model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return module.eval().requires_grad_(False), "causal-lm" if is_decoder else "encoder"
+    task = _task(model_class)
+    if task == "seq2seq-lm" and not all(_stack(module, half) for half in _halves(module)):
+        raise _not_converted(model_class.__name__, "an encoder-decoder without repeated blocks on both sides")
+    return module.eval().requires_grad_(False), task
+
+
+def _task(model_class: type[PreTrainedModel]) -> Task:
+    if model_class.__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "seq2seq-lm"
+    return "causal-lm" if model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
+
+
+def can_untie(config: Mapping[str, Any]) -> bool:
+    """Whether a model can be told that its embedding and its head are two tensors. T5 can't: its class ties them, and
+    keeps what is stored apart only while it loads."""
+    untied = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "tie_word_embeddings": False})
+    return not getattr(untied, "tie_word_embeddings", False)
 
 
 def _bad_values(error: Exception) -> InputError:
@@ -127,8 +146,8 @@ def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel
 
 
 def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
-    if getattr(parsed, "is_encoder_decoder", False):
-        return "an encoder-decoder (sequence to sequence) model"
+    if getattr(parsed, "is_encoder_decoder", False) and _task(model_class) != "seq2seq-lm":
+        return "an encoder-decoder (sequence to sequence) model without a language model's head"
     modalities = model_class.input_modalities
     if modalities not in ("text", ["text"], ("text",)) or model_class.main_input_name != "input_ids":
         kinds = modalities if isinstance(modalities, str) else ", ".join(modalities)
@@ -149,26 +168,39 @@ def _not_converted(architecture: str, found: str) -> InputError:
     return InputError(
         "QC-INPUT-014",
         f"{architecture} is {found}, which qconvert does not convert",
-        hint="decoder-only language models and text encoders are converted; wrap other modules with module:FACTORY",
+        hint="language models (decoders, encoder-decoders) and text encoders are converted; wrap other modules with "
+        "module:FACTORY",
     )
 
 
-def repeated_blocks(module: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the repeated blocks, "model.layers.0", ...: the outermost ModuleList that holds most parameters.
+def repeated_blocks(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
+    """Names of the repeated blocks, "model.layers.0", ...; of an encoder-decoder those of the encoder first.
 
-    () where its elements are of several classes, or where it is not passed once per hidden layer (ALBERT runs one
-    layer many times).
+    () where they are not passed once per hidden layer (ALBERT runs one layer many times).
     """
+    if task == "seq2seq-lm":  # whose config may count the layers of the one half only
+        return tuple(name for half in _halves(module) for name in _stack(module, half))
+    blocks = _stack(module, "")
+    return blocks if len(blocks) == getattr(module.config, "num_hidden_layers", len(blocks)) else ()
+
+
+def _halves(module: PreTrainedModel) -> tuple[str, str]:
+    """The module names of an encoder-decoder's encoder and decoder."""
+    names = {part: name for name, part in module.named_modules()}
+    return names[module.get_encoder()], names[module.get_decoder()]
+
+
+def _stack(module: PreTrainedModel, within: str) -> tuple[str, ...]:
+    """Names of the elements of the outermost ModuleList that holds most parameters, () if they are of several classes."""
     lists: dict[str, nn.ModuleList] = {}
-    for name, part in module.named_modules():
+    for name, part in module.get_submodule(within).named_modules(prefix=within):
         nested = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(part, nn.ModuleList) and len(part) > 0 and not nested:
             lists[name] = part
     if not lists:
         return ()
     name, blocks = max(lists.items(), key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
-    layers = getattr(module.config, "num_hidden_layers", len(blocks))
-    if len({type(block) for block in blocks}) > 1 or len(blocks) != layers:
+    if len({type(block) for block in blocks}) > 1:
         return ()
     return tuple(f"{name}.{index}" for index in range(len(blocks)))
 
@@ -176,6 +208,8 @@ def repeated_blocks(module: PreTrainedModel) -> tuple[str, ...]:
 def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
     """Tensor inputs of the forward: token types only where the model tells more than one type apart."""
     names = ("input_ids", "attention_mask")
+    if task == "seq2seq-lm":
+        return (*names, "decoder_input_ids")
     takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
     if task == "encoder" and takes_types and getattr(module.config, "type_vocab_size", 0) > 1:
         return (*names, "token_type_ids")
@@ -183,6 +217,6 @@ def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
 
 def output_head(module: PreTrainedModel) -> str:
-    """The module name of a causal language model's head."""
+    """The module name of a language model's head."""
     head = module.get_output_embeddings()
     return next(str(name) for name, part in module.named_modules() if part is head)

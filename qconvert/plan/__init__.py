@@ -99,7 +99,7 @@ def _sort_modules(
         else:
             # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
             own = dataclasses.replace(scheme, activation_bits=None) if kind == "conv2d" else scheme
-            layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own)
+            layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
             continue
         kept.append(KeptFloat(name=name, reason=reason))
     return layers, kept, shared

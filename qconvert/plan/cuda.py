@@ -39,9 +39,10 @@ def check_cuda(
                 f"blocks of {cuda.block_size(layer)}",
                 hint=f"keep it in float: --rule '{layer.name}=float', or leave out --target cuda",
             )
-    graph = float_graph(template.graph, model.parameter_shapes).graph
-    narrow(graph, DataType[dtype.upper()])
-    cuda.check_kernels(graph)
+    for part in template.graphs.values():
+        graph = float_graph(part, model.parameter_shapes).graph
+        narrow(graph, DataType[dtype.upper()])
+        cuda.check_kernels(graph)
 
 
 def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], dtype: str) -> int:

@@ -29,6 +29,23 @@ for each in session.get_inputs():  # the cache, empty before the first token
         feeds[each.name] = np.zeros(shape, dtype=np.float32)
 logits = session.run(["logits"], feeds)[0]
 print(tokenizer.decode([int(logits[0, -1].argmax())]))""",
+    "seq2seq-lm": """\
+import numpy as np
+import onnxruntime as ort
+from transformers import AutoConfig, AutoTokenizer
+
+tokenizer, config = AutoTokenizer.from_pretrained("."), AutoConfig.from_pretrained(".")
+encoder = ort.InferenceSession("encoder.onnx", providers=["CPUExecutionProvider"])
+decoder = ort.InferenceSession("decoder.onnx", providers=["CPUExecutionProvider"])
+ids = np.array([tokenizer.encode("translate English to German: The house is small.")], dtype=np.int64)
+states, *cross = encoder.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+feeds = dict(zip([each.name for each in encoder.get_outputs()][1:], cross))
+feeds |= {"encoder_attention_mask": np.ones_like(ids), "input_ids": np.array([[config.decoder_start_token_id]])}
+for each in decoder.get_inputs():  # the cache, empty before the first token
+    if each.name.startswith("past_key_values."):
+        feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)
+logits = decoder.run(["logits"], feeds)[0]
+print(tokenizer.decode([int(logits[0, -1].argmax())]))""",
     "encoder": """\
 import onnxruntime as ort
 from transformers import AutoTokenizer
@@ -54,7 +71,7 @@ print([output.shape for output in session.run(None, feeds)])""",
 EMPTY_CACHE = "np.zeros(shape, dtype=np.float32)\nlogits"
 # onnx.TensorProto's numbers of the types
 ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
-LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "encoder": "AutoModel"}
+LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
@@ -97,7 +114,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
         return
     yield "## Load it with transformers"
     if recipe.layout == "onnx":
-        yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graph can read."
+        yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graphs can read."
         return
     kind = LOAD[report.task]
     yield "In this folder, with `pip install transformers compressed-tensors`:"

@@ -1,13 +1,15 @@
-"""Trace: the float graph of a model, from one block of each kind, checked against the model itself."""
+"""Trace: the float graphs of a model, from one block of each kind, checked against the model itself."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from qconvert.errors import InputError
 from qconvert.ir.model import Model
-from qconvert.ir.template import DOMAIN, Template
+from qconvert.ir.template import DOMAIN, InputGroup, Template
 from qconvert.trace.capture import FORMS, Captured, capture
 from qconvert.trace.check import TOLERANCE, relative_error
 from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
@@ -19,31 +21,46 @@ logger = logging.getLogger("qconvert")
 
 
 def trace(model: Model) -> Template:
-    """Trace one block of each kind, check it numerically, and stamp out the whole graph.
+    """Trace one block of each kind, check it numerically, and stamp out the whole graph (two of an encoder-decoder).
 
     Raises InputError QC-EXPORT-001 if no way of tracing the model computes what the model computes.
     """
     kinds = representatives(model)
     blocks = list(dict.fromkeys(kinds.values()))
     captured, clean_ups = _first_that_is_right(model, blocks)
-    graph = captured.graph.graph
-    stamp(graph, kinds)
-    cleaned_up(captured.graph, clean_ups)
-    constants = {name: value for name, value in captured.constants.items() if name in graph.initializers}
-    embeddings = [
-        node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"
-    ]
-    return Template(captured.graph, kinds, input_groups(graph), constants, tuple(dict.fromkeys(embeddings)))
+    constants: dict[str, Tensor] = {}
+    groups: list[InputGroup] = []
+    embeddings: list[str] = []
+    for traced in captured.values():
+        graph = traced.graph.graph
+        stamp(graph, kinds)
+        cleaned_up(traced.graph, clean_ups)
+        constants |= {name: value for name, value in traced.constants.items() if name in graph.initializers}
+        groups += input_groups(graph, model.block_of)
+        embeddings += [
+            node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"
+        ]
+    weights_read = {name for traced in captured.values() for name in traced.weights_read}
+    stamped = (block + name.removeprefix(kind) for block, kind in kinds.items() for name in weights_read if _inside(name, kind))
+    graphs = {part: traced.graph for part, traced in captured.items()}
+    return Template(
+        graphs, kinds, tuple(groups), constants, tuple(dict.fromkeys(embeddings)), frozenset({*weights_read, *stamped})
+    )
 
 
-def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[Captured, Sequence[CleanUp]]:
+def _inside(name: str, block: str) -> bool:
+    return name.startswith(f"{block}.")
+
+
+def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Captured], Sequence[CleanUp]]:
     """The capture in the fastest form that agrees with torch, and the clean-ups after which it still does."""
     failures = []
     for form in FORMS[model.task]:
         try:
             captured = capture(model, blocks, form)
             for clean_ups in (CLEAN_UPS, ()):
-                error = relative_error(model, cleaned_up(captured.graph.clone(), clean_ups), blocks)
+                graphs = {part: cleaned_up(traced.graph.clone(), clean_ups) for part, traced in captured.items()}
+                error = relative_error(model, graphs, blocks)
                 if error <= TOLERANCE:
                     return captured, clean_ups
         except InputError:

@@ -1,4 +1,5 @@
-"""Attention as one ONNX Runtime op: GroupQueryAttention for decoders, MultiHeadAttention for encoders.
+"""Attention as one ONNX Runtime op: GroupQueryAttention for decoders, MultiHeadAttention for encoders and for both
+halves of an encoder-decoder.
 
 transformers models look their attention up by name; under the names registered here they emit the op and skip the
 building of masks, which the op does itself. What an architecture computes beyond that (relative positions, say) is
@@ -11,13 +12,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-DECODER, ENCODER = "qconvert-decoder", "qconvert-encoder"
+DECODER, ENCODER, ENCODER_DECODER = "qconvert-decoder", "qconvert-encoder", "qconvert-encoder-decoder"
 
 
 @dataclass
@@ -26,7 +29,9 @@ class AttentionContext:
 
     past: layer index -> (key, value) [batch, kv_heads, past, head_size]; present likewise, filled by the blocks.
     last_token: [batch] int32, index of each row's last valid position; total: int32 scalar, length of the longest row.
-    padding: [batch, sequence] int32, 1 where a token is (encoders).
+    padding: [batch, sequence] int32, 1 where a token is (encoders, and the source that a decoder attends to).
+    cross: layer index -> (key, value) [batch, heads, source, head_size] of a decoder's cross-attention.
+    fresh: layer index -> (key, value) of an encoder-decoder's new tokens [batch, heads, sequence, head_size].
     rotary: (cos, sin) [positions, rotary_dim / 2] if the op is to rotate queries and keys itself.
     rotated: whether the block that is being traced asked for rotation.
     """
@@ -36,6 +41,8 @@ class AttentionContext:
     last_token: Tensor | None = None
     total: Tensor | None = None
     padding: Tensor | None = None
+    cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
     rotated: bool = False
 
@@ -128,8 +135,54 @@ def multi_head_attention(
     return out.view(batch, sequence, heads, size), None
 
 
+def encoder_decoder_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """com.microsoft::MultiHeadAttention: an encoder's, a decoder's on its cache, or that of a decoder on its source.
+
+    position_bias: [1, heads, sequence, total], added to the scores.
+    """
+    batch, heads, sequence, size = query.shape
+    index = int(getattr(module, "layer_idx", None) or 0)  # encoders may count nothing: only decoders have caches
+    attributes: dict[str, Any] = {"num_heads": heads, "scale": float(scaling if scaling is not None else size**-0.5)}
+    shape = (batch, sequence, heads * size)
+    if index in _context.past and key is not _context.cross[index][0]:
+        past_key, past_value = _context.past[index]
+        new_key, new_value = _context.fresh[index]
+        cache = (batch, heads, past_key.shape[2] + sequence, size)
+        out, *present = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::MultiHeadAttention",
+            (_joined(query), _joined(new_key), _joined(new_value), None, None, position_bias, past_key, past_value),
+            attrs={**attributes, "unidirectional": 1},
+            dtypes=(torch.float32,) * 3,
+            shapes=[shape, cache, cache],
+            version=1,
+        )
+        _context.present[index] = present[0], present[1]
+        return out.view(batch, sequence, heads, size), None
+    # What the encoder has made for the cross-attention goes in as it is, [batch, heads, source, head_size].
+    keys = (key, value) if index in _context.past else (_joined(key), _joined(value))
+    out = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (_joined(query), *keys, None, _context.padding, position_bias),
+        attrs=attributes,
+        dtype=torch.float32,
+        shape=shape,
+        version=1,
+    )
+    return out.view(batch, sequence, heads, size), None
+
+
 ALL_ATTENTION_FUNCTIONS.register(DECODER, group_query_attention)
 ALL_ATTENTION_FUNCTIONS.register(ENCODER, multi_head_attention)
+ALL_ATTENTION_FUNCTIONS.register(ENCODER_DECODER, encoder_decoder_attention)
 
 
 class NoCache:
@@ -142,6 +195,42 @@ class NoCache:
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0
+
+
+class SelfCache(NoCache):
+    """The half of an encoder-decoder's cache that holds the decoder's own tokens. Models read the total length off the
+    keys, so they are given joined; the op gets the two parts."""
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if layer_idx not in _context.past:
+            return key, value
+        _context.fresh[layer_idx] = key, value
+        past_key, past_value = _context.past[layer_idx]
+        return torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return next((key.shape[2] for key, _ in _context.past.values()), 0)
+
+
+class SourceCache(NoCache):
+    """The half that holds what the decoder attends to in the source: filled when the encoder is traced, and read when
+    the decoder is."""
+
+    @property
+    def layers(self) -> Mapping[int, SimpleNamespace]:
+        return {index: SimpleNamespace(keys=key, values=value) for index, (key, value) in _context.cross.items()}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _context.cross[layer_idx] = key, value
+        return key, value
+
+
+class EncoderDecoderStandIn(EncoderDecoderCache):  # type: ignore[misc]
+    """Both halves; models ask whether their cache is an EncoderDecoderCache."""
+
+    def __init__(self) -> None:
+        self.self_attention_cache, self.cross_attention_cache = SelfCache(), SourceCache()
+        self.is_updated = dict.fromkeys(_context.cross, True)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,101 +13,24 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir.forward import tensors_in
 from qconvert.ir.garbage import uncollected
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
+from qconvert.trace import encoder_decoder
 from qconvert.trace import opaque as opaque_nodes
-from qconvert.trace.attention import DECODER, ENCODER, NoCache, attention_context, rotary_caches, rotation_left_to_attention
+from qconvert.trace.attention import DECODER, ENCODER, ENCODER_DECODER
+from qconvert.trace.signature import Form, Signature, signature
 
 OPSET = 23
 
-# Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1.
-BATCH, SEQUENCE, PAST = 2, 3, 5
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to trace a task, from the fastest to the safest.
-
-    fused: attention as one ONNX Runtime op. rotary: that op rotates queries and keys too.
-    """
-
-    fused: bool
-    rotary: bool = False
-
-
 FORMS: dict[str, tuple[Form, ...]] = {
     "causal-lm": (Form(fused=True, rotary=True), Form(fused=True)),
+    "seq2seq-lm": (Form(fused=True),),
     "encoder": (Form(fused=True), Form(fused=False)),
     "module": (Form(fused=False),),
 }
-
-
-class _Wrapper(nn.Module):
-    """Gives the model the inputs and outputs of the graph. Parameters come in as inputs, so that nothing is folded into
-    them and equal ones are not merged: stamping replaces them per block."""
-
-    def __init__(self, model: Model, module: nn.Module, form: Form) -> None:
-        super().__init__()
-        self.task, self.form, self.input_names = model.task, form, model.input_names
-        self.module = module
-
-    def call(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.module, parameters, args, kwargs)
-
-
-class _CausalLM(_Wrapper):
-    def __init__(self, model: Model, module: nn.Module, form: Form, layer_indices: list[int]) -> None:
-        super().__init__(model, module, form)
-        self.layer_indices = layer_indices
-        if form.rotary:
-            positions = int(module.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-            cos, sin = rotary_caches(module, positions)
-            self.register_buffer("cos_cache", cos)
-            self.register_buffer("sin_cache", sin)
-
-    def forward(
-        self, inputs: dict[str, Tensor], past: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
-        total, sequence = attention_mask.shape[1], input_ids.shape[1]
-        with attention_context() as context, contextlib.ExitStack() as stack:
-            context.past = dict(zip(self.layer_indices, past, strict=True))
-            context.last_token = (attention_mask.sum(1) - 1).to(torch.int32)
-            context.total = torch.scalar_tensor(total, dtype=torch.int32)
-            if self.form.rotary:
-                stack.enter_context(rotation_left_to_attention(self.module))
-                context.rotary = self.cos_cache, self.sin_cache  # type: ignore[assignment]
-            kwargs: dict[str, Any] = {}
-            if "position_ids" in inspect.signature(self.module.forward).parameters:
-                # Rows of different length are padded on the right: a token's position is the number of tokens before it.
-                kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, total - sequence :]
-            logits = self.call(
-                parameters, input_ids=input_ids, attention_mask=None, past_key_values=NoCache(), use_cache=True, **kwargs
-            ).logits
-            return logits, [context.present[index] for index in self.layer_indices]
-
-
-class _Encoder(_Wrapper):
-    def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        states: list[Any] = []
-        base = self.module.base_model
-        hook = base.register_forward_hook(lambda module, args, output: states.append(output))  # type: ignore[union-attr]
-        with attention_context() as context:
-            if self.form.fused:
-                context.padding = inputs["attention_mask"].to(torch.int32)
-            try:
-                output = self.call(parameters, **inputs)
-            finally:
-                hook.remove()
-        logits = output.get("logits")
-        return (states[0][0],) if logits is None else (states[0][0], logits)
-
-
-class _Module(_Wrapper):
-    def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tensors_in(self.call(parameters, **inputs)))
+# Per task the name of the attention that emits ONNX Runtime's op.
+FUSED = {"causal-lm": DECODER, "seq2seq-lm": ENCODER_DECODER, "encoder": ENCODER}
 
 
 @dataclass(frozen=True)
@@ -117,14 +38,16 @@ class Captured:
     """A traced graph, values and initializers renamed to what the artifact will call them.
 
     constants: initializers that are no parameters, by name.
+    weights_read: layers whose weight the model looks at, beside calling them.
     """
 
     graph: onnx_ir.Model
     constants: dict[str, Tensor]
+    weights_read: tuple[str, ...]
 
 
-def capture(model: Model, blocks: list[str], form: Form) -> Captured:
-    """Trace the skeleton with only `blocks` kept.
+def capture(model: Model, blocks: list[str], form: Form) -> dict[str, Captured]:
+    """Trace the skeleton with only `blocks` kept: part (see ir.artifact.graph_files) -> graph.
 
     Raises whatever the exporter raises; the caller decides whether another form is tried.
     """
@@ -138,17 +61,25 @@ def capture(model: Model, blocks: list[str], form: Form) -> Captured:
                 module = stand_in
                 break
             module.set_submodule(name, stand_in)
-    for name, parameter in list(module.named_parameters()):
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         names[name] = opaque_nodes.original_name(name, blocks)
         owner, _, leaf = name.rpartition(".")
         # Uninitialised: only shapes matter, and untouched pages cost no memory.
         empty = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), requires_grad=False)
         setattr(module.get_submodule(owner), leaf, empty)
-    for position, block in enumerate(blocks):
-        _mark(module.get_submodule(f"{block.rpartition('.')[0]}.{position}"), block)
+    for place, block in opaque_nodes.places(blocks).items():
+        _mark(module.get_submodule(place), block)
     if form.fused:
-        module.config._attn_implementation = DECODER if model.task == "causal-lm" else ENCODER  # type: ignore[union-attr]
-    return _export(model, module, blocks, form, names)
+        for part in module.modules():  # the halves of an encoder-decoder have configs of their own
+            config: Any = getattr(part, "config", None)
+            if config is not None:
+                config._attn_implementation = FUSED[model.task]
+    if model.task != "seq2seq-lm":
+        return {"model": _export(signature(model, module, blocks, form), names)}
+    decoder_blocks = [block for block in blocks if block in model.stacks[-1]]
+    encoder = _export(encoder_decoder.encoder(module, decoder_blocks, form), names)
+    decoder = _export(encoder_decoder.decoder(module, decoder_blocks, form, encoder.graph.graph), names, prefix="decoder/")
+    return {"encoder": encoder, "decoder": decoder}
 
 
 def _mark(block: nn.Module, name: str) -> None:
@@ -175,58 +106,28 @@ def _mark(block: nn.Module, name: str) -> None:
     block.register_forward_hook(leave)
 
 
-def _export(model: Model, module: nn.Module, blocks: list[str], form: Form, names: dict[str, str]) -> Captured:
-    parameters = dict(module.named_parameters())
-    renamed: list[str] = []
-    if model.task == "causal-lm":
-        indices = [int(name.rpartition(".")[2]) for name in blocks]
-        wrapper: nn.Module = _CausalLM(model, module, form, indices)
-        config: Any = module.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        inputs = {
-            "input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long),
-            "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long),
-        }
-        past = [(torch.zeros(BATCH, heads, PAST, size), torch.zeros(BATCH, heads, PAST, size)) for _ in indices]
-        shapes: dict[str, Any] = {
-            "inputs": {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}},
-            "past": [({0: "batch", 2: "past"}, {0: "batch", 2: "past"}) for _ in past],
-        }
-        arguments: dict[str, Any] = {"inputs": inputs, "past": past}
-        renamed = ["input_ids", "attention_mask"]
-        renamed += [f"past_key_values.{index}.{part}" for index in indices for part in ("key", "value")]
-        outputs = ["logits", *(f"present.{index}.{part}" for index in indices for part in ("key", "value"))]
-    elif model.task == "encoder":
-        wrapper = _Encoder(model, module, form)
-        inputs = {name: torch.ones(BATCH, SEQUENCE, dtype=torch.long) for name in model.input_names}
-        shapes = {"inputs": {name: {0: "batch", 1: "sequence"} for name in inputs}}
-        arguments = {"inputs": inputs}
-        renamed = list(inputs)
-        outputs = ["last_hidden_state", "logits"]
-    else:
-        wrapper = _Module(model, module, form)
-        inputs = {name: _two_rows(tensor) for name, tensor in model.example_inputs.items()}
-        shapes = {"inputs": {name: {0: "batch"} for name in inputs}}
-        arguments = {"inputs": inputs}
-        renamed = list(inputs)
-        outputs = ["output"]
-    arguments["parameters"], shapes["parameters"] = parameters, dict.fromkeys(parameters)
+def _export(signature: Signature, names: dict[str, str], prefix: str = "") -> Captured:
+    """names: parameter of the shortened model -> of the full one. prefix: of the names of constants."""
+    parameters = dict(signature.wrapper.module.named_parameters())  # type: ignore[union-attr]
+    arguments = {**signature.arguments, "parameters": parameters}
+    shapes = {**signature.shapes, "parameters": dict.fromkeys(parameters)}
     with torch.no_grad(), _quiet(), _layers_called_one_by_one(), uncollected():
         program = torch.onnx.export(
-            wrapper.eval(), kwargs=arguments, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+            signature.wrapper.eval(), kwargs=arguments, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
         )
     assert program is not None
-    return _renamed(program.model, renamed, outputs, [names[name] for name in parameters])
+    opaque = [part for part in signature.wrapper.modules() if isinstance(part, opaque_nodes.Opaque)]
+    constants = _rename(program.model, signature.inputs, signature.outputs, [names[name] for name in parameters], prefix)
+    return Captured(program.model, constants, tuple(name for part in opaque for name in part.weights_read))
 
 
-def _two_rows(example: Tensor) -> Tensor:
-    rows = example[:BATCH]
-    return rows if rows.shape[0] == BATCH else rows.expand(BATCH, *rows.shape[1:]).contiguous()
+def _rename(
+    graph: onnx_ir.Model, inputs: list[str], outputs: list[str], parameters: list[str], prefix: str
+) -> dict[str, Tensor]:
+    """Give inputs and outputs their public names and turn the parameters from inputs into initializers.
 
-
-def _renamed(graph: onnx_ir.Model, inputs: list[str], outputs: list[str], parameters: list[str]) -> Captured:
-    """Give inputs and outputs their public names and turn the parameters from inputs into initializers."""
+    Returns the constants by name, with the prefix put before it.
+    """
     core = graph.graph
     values = list(core.inputs)
     assert len(values) == len(inputs) + len(parameters), "the exporter dropped an input"
@@ -236,7 +137,8 @@ def _renamed(graph: onnx_ir.Model, inputs: list[str], outputs: list[str], parame
     constants = {}
     for name, value in list(core.initializers.items()):
         if value.const_value is not None and value.const_value.nbytes > 256:
-            constants[name] = torch.from_numpy(value.const_value.numpy().copy())
+            value.name = prefix + name
+            constants[prefix + name] = torch.from_numpy(value.const_value.numpy().copy())
     for value in values[len(inputs) :]:
         if value.uses():
             core.register_initializer(_as_initializer(value))
@@ -244,7 +146,7 @@ def _renamed(graph: onnx_ir.Model, inputs: list[str], outputs: list[str], parame
         outputs = [f"output_{i}" for i in range(len(core.outputs))]
     for value, name in zip(core.outputs, outputs, strict=False):
         value.name = name
-    return Captured(graph, constants)
+    return constants
 
 
 def _as_initializer(value: onnx_ir.Value) -> onnx_ir.Value:

@@ -1,8 +1,9 @@
-"""Whether a traced graph computes what the model computes: the traced blocks are run both ways on real weights."""
+"""Whether traced graphs compute what the model computes: the traced blocks are run both ways on real weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import onnx_ir
 from torch import nn
@@ -12,22 +13,27 @@ from qconvert.ir.finite import require_finite
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.forward import graph_outputs
 from qconvert.ir.model import Model
-from qconvert.ir.runtime import memory_session
+from qconvert.ir.runtime import joined, memory_session
 from qconvert.trace.opaque import original_name, shortened
 
 # Relative to the largest |output|; float32 sums in another order differ by about 1e-6.
 TOLERANCE = 1e-4
 
 
-def relative_error(model: Model, graph: onnx_ir.Model, blocks: list[str]) -> float:
-    """Largest difference of a traced graph's outputs to torch's, relative to their largest value; inf if one is not finite.
+def relative_error(model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: list[str]) -> float:
+    """Largest difference of traced graphs' outputs to torch's, relative to their largest value; inf if one is not finite.
 
-    blocks: those that the graph holds.
+    graphs: part -> graph; blocks: those that they hold.
 
     Raises InputError QC-WEIGHT-001 if that is because a weight is not.
     """
     # Prepacking would copy the largest tensors for a single use.
-    session = memory_session(float_graph(graph, model.parameter_shapes), model.read, prepack=False)
+    session = joined(
+        {
+            part: memory_session(float_graph(graph, model.parameter_shapes), model.read, prepack=False)
+            for part, graph in graphs.items()
+        }
+    )
     module = _materialized(model, blocks)
     expected = [graph_outputs(model.task, module, batch) for batch in agreement.probes(model)]
     error = agreement.relative_error(model, session, expected)

@@ -80,6 +80,22 @@ def _is_hidden_state(value: onnx_ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 3 and isinstance(value.shape[2], int)
 
 
+def drop_zero_biases(graph: onnx_ir.Graph) -> None:
+    """MultiHeadAttention whose attention bias is zero everywhere has none: T5 makes one for every attention."""
+    for node in graph:
+        if node.op_type == "MultiHeadAttention" and len(node.inputs) > 5 and _is_zero(node.inputs[5]):
+            node.replace_input_with(5, None)
+
+
+def _is_zero(value: onnx_ir.Value | None) -> bool:
+    """Whether a value is a zero constant, spread out to some shape."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Expand" or node.inputs[0] is None:
+        return False
+    constant = onnx_ir.convenience.get_const_tensor(node.inputs[0])
+    return constant is not None and not constant.numpy().any()
+
+
 def drop_markers(graph: onnx_ir.Graph) -> None:
     """Block markers compute nothing: their output is their input."""
     for node in list(graph):
@@ -92,7 +108,7 @@ def drop_markers(graph: onnx_ir.Graph) -> None:
 CleanUp = Callable[[onnx_ir.Graph], None]
 
 # What is tried on every graph; one that then computes something else (trace/check.py) is taken without them.
-CLEAN_UPS: tuple[CleanUp, ...] = (drop_reshape_pairs, keep_sums_before_norms, fuse_sums_into_rms_norms)
+CLEAN_UPS: tuple[CleanUp, ...] = (drop_reshape_pairs, drop_zero_biases, keep_sums_before_norms, fuse_sums_into_rms_norms)
 
 
 def cleaned_up(model: onnx_ir.Model, clean_ups: Sequence[CleanUp]) -> onnx_ir.Model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir
 
 from qconvert.ir.layer import Producer
@@ -17,16 +19,19 @@ NORMS = {
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
-def input_groups(graph: onnx_ir.Graph) -> tuple[InputGroup, ...]:
-    """All linears and convolutions of the graph, linears that read one value together, in forward order.
+def input_groups(graph: onnx_ir.Graph, block_of: Callable[[str], str]) -> tuple[InputGroup, ...]:
+    """All linears and convolutions of the graph, linears of one block that read one value together, in forward order.
 
-    A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride.
+    A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride. Linears of
+    several blocks may read one value (an encoder's output); they are quantized at different times, so nothing of the one
+    group may change what the other reads.
     """
-    members: dict[tuple[onnx_ir.Value, str | None], list[onnx_ir.Node]] = {}
+    members: dict[tuple[onnx_ir.Value, str], list[onnx_ir.Node]] = {}
     for node in graph:
         if node.domain == DOMAIN and node.op_type in ("Linear", "Conv"):
             assert node.inputs[0] is not None
-            members.setdefault((node.inputs[0], _module(node) if node.op_type == "Conv" else None), []).append(node)
+            alone_or_block = _module(node) if node.op_type == "Conv" else block_of(_module(node))
+            members.setdefault((node.inputs[0], alone_or_block), []).append(node)
     return tuple(
         InputGroup(tuple(_module(node) for node in nodes), _producer(value, nodes)) for (value, _), nodes in members.items()
     )

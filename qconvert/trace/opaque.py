@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qconvert.ir.model import Model
+from qconvert.ir.model import Model, stack_of
 from qconvert.ir.template import DOMAIN, layer_kind
 
 
 class Opaque(nn.Module):
     """Stands for a module in the trace: one node of the qconvert domain that names it.
 
-    shape: gives the output shape for an input.
+    shape: gives the output shape for an input. weights_read: its name, once the model has looked at the weight.
     """
 
     def __init__(self, kind: str, name: str, shape: Callable[[Tensor], tuple[Any, ...]], attributes: dict[str, Any]) -> None:
         super().__init__()
         self.kind, self.name, self.shape, self.attributes = kind, name, shape, attributes
+        self.weights_read: set[str] = set()  # not a truth value: torch.export takes back what a trace assigns
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing to compute with, which would fail by its shape; but some models ask for its dtype (T5)."""
+        self.weights_read.add(self.name)
+        return torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
@@ -93,38 +101,43 @@ def kind_of(block: nn.Module) -> tuple[Any, ...]:
 
 
 def representatives(model: Model) -> dict[str, str]:
-    """Block -> the first block of the same kind."""
+    """Block -> the first block of the same kind in its stack."""
     first: dict[tuple[Any, ...], str] = {}
-    return {name: first.setdefault(kind_of(model.module.get_submodule(name)), name) for name in model.blocks}
+    return {name: first.setdefault((stack_of(name), kind_of(model.module.get_submodule(name))), name) for name in model.blocks}
 
 
 def shortened(model: Model, blocks: list[str]) -> nn.Module:
-    """A copy of the skeleton that keeps only `blocks`, under their old names in `Opaque` and in `layer_idx`.
-
-    Lists in the config that have one entry per block (layer_types) are cut to match.
-    """
+    """A copy of the skeleton that keeps only `blocks`, under their old names in `Opaque` and in `layer_idx`."""
     module = copy.deepcopy(model.module)
-    if not blocks:
-        return module
-    parent, _, _ = blocks[0].rpartition(".")
-    kept = [int(name.rpartition(".")[2]) for name in blocks]
-    layers = module.get_submodule(parent)
+    for stack, kept in groupby(blocks, stack_of):
+        _shorten(module, stack, [int(name.rpartition(".")[2]) for name in kept])
+    return module
+
+
+def _shorten(module: nn.Module, stack: str, kept: list[int]) -> None:
+    """Cut one list of blocks, and the lists with one entry per block (layer_types) in the config that belongs to it."""
+    layers = module.get_submodule(stack)
     assert isinstance(layers, nn.ModuleList)
-    config = getattr(module, "config", None)
+    owner = stack
+    while owner and not hasattr(module.get_submodule(owner), "config"):
+        owner = owner.rpartition(".")[0]
+    config = getattr(module.get_submodule(owner), "config", None)
     if config is not None:
         for key, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == len(layers):
                 setattr(config, key, [value[i] for i in kept])
         config.num_hidden_layers = len(kept)
-    module.set_submodule(parent, nn.ModuleList([layers[i] for i in kept]))
-    return module
+    module.set_submodule(stack, nn.ModuleList([layers[i] for i in kept]))
+
+
+def places(blocks: list[str]) -> dict[str, str]:
+    """Name in the shortened model -> block."""
+    return {f"{stack}.{position}": block for stack, kept in groupby(blocks, stack_of) for position, block in enumerate(kept)}
 
 
 def original_name(name: str, blocks: list[str]) -> str:
     """The full model's name of a module or parameter of the shortened one."""
-    for position, block in enumerate(blocks):
-        parent, _, _ = block.rpartition(".")
-        prefix = f"{parent}.{position}"
-        if name == prefix or name.startswith(prefix + "."):
-            return block + name[len(prefix) :]
+    for place, block in places(blocks).items():
+        if name == place or name.startswith(place + "."):
+            return block + name[len(place) :]
     return name

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qconvert.errors import InputError
 from qconvert.ir import agreement
-from qconvert.ir.artifact import GRAPHS
+from qconvert.ir.artifact import graph_files
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
@@ -19,7 +19,7 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.reader import read_index, read_manifest, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
-from qconvert.ir.runtime import file_session, memory_session, why_unavailable
+from qconvert.ir.runtime import file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.latency import measure_latency, workload
@@ -55,22 +55,24 @@ def verify(
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
     parity = []
-    if "cpu" in targets and (folder / GRAPHS["cpu"]).exists():
+    if "cpu" in targets and all((folder / file).exists() for file in graph_files(model.task).values()):
         parity.append(_parity("cpu", lambda: max(graph_parity(artifact, dequantized), cluster_parity(artifact))))
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
         parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
-    baseline = memory_session(float_graph(template.graph, model.parameter_shapes), model.read, threads)
+    floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in template.graphs.items()}
+    baseline = joined({part: memory_session(graph, model.read, threads) for part, graph in floats.items()})
     fidelity, latency = [], []
     for target in targets:
-        reason = _why_not_run(folder, target)
+        files = graph_files(model.task, target)
+        reason = _why_not_run(folder, target, files.values())
         if reason is not None:
             parity.append(Parity(target=target, status="not-run", reason=reason))
             fidelity.append(Fidelity(target=target, status="not-run", reason=reason))
             latency.append(Latency(target=target, status="not-run", reason=reason))
             continue
-        path = folder / GRAPHS[target]
-        session = file_session(path, target, threads)
+        paths = {part: folder / file for part, file in files.items()}
+        session = joined({part: file_session(path, target, threads) for part, path in paths.items()})
         if target != "cpu":
             parity.append(narrow_parity(target, model.task, partial(agreement.compared, model, session, dequantized)))
         progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
@@ -79,7 +81,7 @@ def verify(
         # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
         measured = measure_latency(model, session, baseline if target == "cpu" else None, evaluation, target, threads)
         if target != "cpu":
-            measured = _placed(measured, measure_placement(path, target, workload(model, evaluation)[0]))
+            measured = _placed(measured, measure_placement(paths, target, workload(model, evaluation)[0]))
         latency.append(measured)
     return Evidence(parity=tuple(parity), fidelity=tuple(fidelity), latency=tuple(latency))
 
@@ -92,9 +94,10 @@ def _placed(measured: Latency, found: Placement) -> Latency:
     return measured.model_copy(update=update)
 
 
-def _why_not_run(folder: Path, target: str) -> str | None:
-    if not (folder / GRAPHS[target]).exists():
-        return f"the folder holds no {GRAPHS[target]}: convert with --target {target}"
+def _why_not_run(folder: Path, target: str, files: Iterable[str]) -> str | None:
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        return f"the folder holds no {missing[0]}: convert with --target {target}"
     return why_unavailable(target)
 
 

@@ -22,11 +22,12 @@ def measure_fidelity(
     artifact: Any, baseline: Any, batches: Sequence[Batch], task: Task, target: str, progress: Progress
 ) -> Fidelity:
     """Run both sessions on the evaluation batches, one sample at a time, and compare."""
-    meter: _TokenMeter | _VectorMeter = _TokenMeter() if task == "causal-lm" else _VectorMeter(task)
+    by_token = task in ("causal-lm", "seq2seq-lm")
+    meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
     for batch in batches:
         rows = next(iter(batch.values())).shape[0]
         # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
-        pieces = [slice(row, row + 1) for row in range(rows)] if task == "causal-lm" else [slice(0, rows)]
+        pieces = [slice(row, row + 1) for row in range(rows)] if by_token else [slice(0, rows)]
         for piece in pieces:
             part = {name: value[piece] for name, value in batch.items()}
             outputs = [torch.from_numpy(session.run(None, feed(session, part))[0]) for session in (artifact, baseline)]
@@ -46,7 +47,8 @@ class _TokenMeter:
     def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
         """found, expected: logits [1, sequence, vocabulary]."""
         length = int(batch["attention_mask"][0].sum())
-        ids = batch["input_ids"][0, :length]
+        # A decoder that has a source is given the text behind its start token: as many tokens.
+        ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"][0, :length]
         for begin in range(0, length, ROWS_AT_ONCE):
             rows = slice(begin, min(begin + ROWS_AT_ONCE, length))
             self.max_abs = max(self.max_abs, float((found[0, rows] - expected[0, rows]).abs().max()))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconvert.ir.agreement import feed, position_limit, vocabulary_size
+from qconvert.ir.agreement import feed, next_inputs, position_limit, vocabulary_size
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency
@@ -26,7 +26,8 @@ BUDGET_SECONDS = 30.0
 def measure_latency(
     model: Model, artifact: Any, baseline: Any | None, batches: Sequence[Batch], target: str, threads: int
 ) -> Latency:
-    """p50 and p95 of one run: a prefill of 128 tokens for decoders, 16 x 128 tokens for encoders, a batch for modules.
+    """p50 and p95 of one run: a prefill of 128 tokens for decoders (of an encoder-decoder: a source of 128 tokens and the
+    decoder's first), 16 x 128 tokens for encoders, a batch for modules.
 
     Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt). A model that
     takes fewer tokens is given fewer. Without a baseline, nothing is said about float.
@@ -35,7 +36,7 @@ def measure_latency(
     sessions = [artifact] if baseline is None else [artifact, baseline]
     times = _alternate([partial(session.run, None, feed(session, inputs)) for session in sessions])
     p50, float_p50 = median(times[0]), median(times[1]) if baseline is not None else None
-    decoder = model.task == "causal-lm"
+    decoder = model.task in ("causal-lm", "seq2seq-lm")
     return Latency(
         target=target,
         status="passed",
@@ -61,6 +62,10 @@ def workload(model: Model, batches: Sequence[Batch]) -> tuple[Batch, int, int]:
         ids = (torch.arange(ENCODER_BATCH * length).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
         inputs = {name: torch.zeros_like(ids) for name in model.input_names}
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif model.task == "seq2seq-lm":
+        ids = (torch.arange(prompt)[None] * 7919 + 5) % vocabulary_size(model)
+        start = torch.tensor([[model.decoder_start]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": start}
     else:
         inputs = batches[0]
     return inputs, prompt, new_tokens
@@ -85,16 +90,10 @@ def _alternate(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
 def _decode_speed(session: Any, prompt: Batch, new_tokens: int) -> float:
     """Tokens per second of greedy decoding after the prompt."""
     inputs = feed(session, prompt)
-    names = [name for name in inputs if name.startswith("past_key_values.")]
     taken = []
     for _ in range(new_tokens + 1):
         start = time.perf_counter()
-        logits, *caches = session.run(None, inputs)
+        found = session.run(None, inputs)
         taken.append(time.perf_counter() - start)
-        mask = inputs["attention_mask"]
-        inputs = {
-            "input_ids": logits[:, -1:].argmax(-1),
-            "attention_mask": np.concatenate((mask, np.ones((mask.shape[0], 1), mask.dtype)), 1),
-            **dict(zip(names, caches, strict=True)),
-        }
+        inputs = next_inputs(session, inputs, found, found[0][:, -1:].argmax(-1))
     return 1 / median(taken[1:])

@@ -20,14 +20,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from qconvert.ir import agreement
-from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor, graph_files
 from qconvert.ir.float_graph import parameter, substitute
 from qconvert.ir.forward import BlockRunner
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.reader import read_layer, read_tensor
-from qconvert.ir.runtime import memory_session
+from qconvert.ir.runtime import joined, memory_session, run_named
 
 TOLERANCE = 1e-4
 
@@ -47,6 +47,10 @@ class Artifact:
     @property
     def has_outliers(self) -> bool:
         return any(f"{name}.outlier_columns" in self.tensors for name in self.plan.layers)
+
+    def graphs(self) -> dict[str, onnx_ir.Model]:
+        """The graphs for the CPU provider, fresh from disk, by part."""
+        return {part: onnx_ir.load(self.folder / file) for part, file in graph_files(self.model.task).items()}
 
     def layer(self, name: str) -> QuantizedTensor:
         layer = self.plan.layer_of(name)
@@ -88,25 +92,26 @@ def torch_outputs(model: Model, read: Callable[[str], Tensor]) -> list[tuple[Ten
 
 
 def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
-    """Part 1: largest relative difference of the graph with float activations to torch.
+    """Part 1: largest relative difference of the graphs with float activations to torch.
 
     expected: `torch_outputs` on the dequantized weights.
     """
-    model = onnx_ir.load(artifact.folder / GRAPH)
-    for node in list(model.graph):
-        if LAYER_KEY in node.metadata_props:
-            names = _layer_names(node)
-            shapes = [layer for name in names if (layer := artifact.plan.layer_of(name))]
-            _replace_cluster(model.graph, node, names, shapes, f"{names[0]}.bias" in artifact.tensors)
-        elif node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
-    RemoveUnusedNodesPass()(model)
+    graphs = artifact.graphs()
+    for model in graphs.values():
+        for node in list(model.graph):
+            if LAYER_KEY in node.metadata_props:
+                names = _layer_names(node)
+                shapes = [layer for name in names if (layer := artifact.plan.layer_of(name))]
+                _replace_cluster(model.graph, node, names, shapes, f"{names[0]}.bias" in artifact.tensors)
+            elif node.op_type == "MatMulNBits":
+                node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
+        RemoveUnusedNodesPass()(model)
 
     def read(name: str) -> Tensor:
         layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
-    session = memory_session(model, read, folder=artifact.folder)
+    session = joined({part: memory_session(model, read, folder=artifact.folder) for part, model in graphs.items()})
     return agreement.relative_error(artifact.model, session, expected)
 
 
@@ -140,26 +145,33 @@ def _value(graph: onnx_ir.Graph, name: str) -> onnx_ir.Value:
 
 def cluster_parity(artifact: Artifact) -> float:
     """Part 2: largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
-    model = onnx_ir.load(artifact.folder / GRAPH)
-    last = [node for node in model.graph if LAYER_KEY in node.metadata_props]
-    if not last:
+    graphs = artifact.graphs()
+    clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
+    if not clusters:
         return 0.0
-    clusters = [(_layer_names(node), node.metadata_props[INPUT_KEY], str(node.outputs[0].name)) for node in last]
-    shown = {value.name for value in model.graph.outputs}
-    for name in dict.fromkeys(name for _, x, y in clusters for name in (x, y)):
-        value = _value(model.graph, name)
-        if name not in shown and not value.is_graph_input():
-            model.graph.outputs.append(value)
-    session = memory_session(model, artifact.read, folder=artifact.folder)
+    session = joined({part: memory_session(model, artifact.read, folder=artifact.folder) for part, model in graphs.items()})
     inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
-    seen = inputs | dict(zip((output.name for output in session.get_outputs()), session.run(None, inputs), strict=True))
+    values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []
-    for layers, x, y in clusters:
+    for part, layers, x, y in clusters:
+        seen = values[part]
         rows = torch.from_numpy(seen[x])
         biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
         expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name)) for name in layers], -1)
         errors.append(agreement.largest_difference(seen[y], expected.numpy()))
     return max(errors)
+
+
+def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str]]:
+    """(layers, name of the input, name of the output) of each cluster, with both made outputs of the graph."""
+    last = [node for node in graph if LAYER_KEY in node.metadata_props]
+    clusters = [(_layer_names(node), node.metadata_props[INPUT_KEY], str(node.outputs[0].name)) for node in last]
+    shown = {value.name for value in graph.outputs}
+    for name in dict.fromkeys(name for _, x, y in clusters for name in (x, y)):
+        value = _value(graph, name)
+        if name not in shown and not value.is_graph_input():
+            graph.outputs.append(value)
+    return clusters
 
 
 def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qconvert.ir.agreement import feed
 from qconvert.ir.layer import Batch
-from qconvert.ir.runtime import PROVIDERS, file_session
+from qconvert.ir.runtime import PROVIDERS, file_session, joined
 
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
 INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
@@ -31,13 +31,14 @@ class Placement:
     copies: int
 
 
-def measure_placement(path: Path, target: str, batch: Batch) -> Placement:
-    """Run the model file once with a profile, in a session of its own."""
+def measure_placement(files: Mapping[str, Path], target: str, batch: Batch) -> Placement:
+    """Run the graphs once with a profile, in sessions of their own. files: part (see ir.artifact.graph_files) -> file."""
     with tempfile.TemporaryDirectory() as folder:
-        session = file_session(path, target, profile=Path(folder) / "profile")
+        parts = {part: file_session(file, target, profile=Path(folder) / part) for part, file in files.items()}
+        session = joined(parts)
         session.run(None, feed(session, batch))
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return placement(events, target)
+        profiles = [Path(part.end_profiling()).read_text(encoding="utf-8") for part in parts.values()]
+    return placement((event for profile in profiles for event in json.loads(profile)), target)
 
 
 def placement(events: Iterable[Mapping[str, Any]], target: str) -> Placement:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path, PurePosixPath
+from typing import get_args
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, TARGETS, WEIGHTS, graph_files
 from qconvert.ir.model import Model
+from qconvert.ir.report import Task
 from qconvert.workdir import Stage, disk_errors
 
 # Names that the output has its own files for, or that would describe the weights of the source.
 OWN_FILES = {
     CARD.lower(),
     "config.json",
-    "model.cuda.onnx",
     f"{WEIGHTS}.index.json",
-    *(GENAI_CONFIG, GRAPH, MANIFEST, REPORT, SIDECAR, WEIGHTS),
+    *(GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS),
+    *(name for task in get_args(Task) for target in TARGETS for name in graph_files(task, target).values()),
 }
 
 

@@ -20,7 +20,7 @@ from qconvert.workdir import Stage, disk_errors
 
 # An unknown quant_method or format only makes transformers warn and load random weights; a weight type that
 # compressed-tensors doesn't know makes it raise, and show this text (measured with transformers 5.23).
-ONNX_ONLY = "weights for onnx runtime: load model.onnx instead"
+ONNX_ONLY = "weights for onnx runtime: load the onnx files instead"
 
 
 def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None:

@@ -107,7 +107,7 @@ def recipe(models: Path, data: Path, output: Path, **settings: Any) -> Recipe:
 def kl(folders: Iterable[Path], of: Recipe) -> dict[str, float | None]:
     """Folder name -> KL to the float model."""
     model = load(of.model, lambda source: None)
-    baseline = memory_session(float_graph(trace(model).graph, model.parameter_shapes), model.read)
+    baseline = memory_session(float_graph(trace(model).graphs["model"], model.parameter_shapes), model.read)
     batches = read_samples(model, of.model_copy(update={"verify": True}), calibrated=False).evaluation
     found = {}
     for folder in folders:
@@ -141,7 +141,7 @@ def test_int4_beside_the_builder(models: Path, data: Path, tmp_path: Path) -> No
 def write_float(source: Path, artifact: Path, folder: Path) -> None:
     """The float graph that qconvert compares with, as a folder that runs in onnxruntime-genai like `artifact`."""
     model = load(str(source), lambda name: None)
-    graph = float_graph(trace(model).graph, model.parameter_shapes)
+    graph = float_graph(trace(model).graphs["model"], model.parameter_shapes)
     for name, value in graph.graph.initializers.items():
         if isinstance(value.const_value, onnx_ir.LazyTensor):
             value.const_value = onnx_ir.tensor(model.read(name).float().numpy(), name=name)

@@ -60,7 +60,7 @@ def write_float(folder: Path, path: Path) -> None:
     """The float graph that qconvert itself compares with, as a file of its own."""
     model = load(str(folder), lambda source: None)
     template = trace(model)
-    graph = float_graph(template.graph, model.parameter_shapes)
+    graph = float_graph(template.graphs["model"], model.parameter_shapes)
     for name, value in graph.graph.initializers.items():
         if isinstance(value.const_value, onnx_ir.LazyTensor):
             value.const_value = onnx_ir.tensor(model.read(name).float().numpy(), name=name)

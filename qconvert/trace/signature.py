@@ -1,0 +1,162 @@
+"""What a graph takes and gives, per task: the module that the exporter sees, example inputs, names.
+
+Encoder-decoders, which are two graphs, are in encoder_decoder.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qconvert.ir.forward import tensors_in
+from qconvert.ir.model import Model
+from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
+
+# Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1.
+BATCH, SEQUENCE, PAST = 2, 3, 5
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to trace a task, from the fastest to the safest.
+
+    fused: attention as one ONNX Runtime op. rotary: that op rotates queries and keys too.
+    """
+
+    fused: bool
+    rotary: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """wrapper: takes `arguments` and the parameters, by name. shapes: the dynamic dimensions of the arguments, as
+    torch.export wants them. inputs, outputs: names in the graph, in the order of the wrapper's tensors."""
+
+    wrapper: nn.Module
+    arguments: dict[str, Any]
+    shapes: dict[str, Any]
+    inputs: list[str]
+    outputs: list[str]
+
+
+def signature(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+    """Of the one graph of a model. module: the shortened skeleton with `blocks` only."""
+    make = {"causal-lm": _causal_lm, "encoder": _encoder, "module": _module}[model.task]
+    return make(model, module, blocks, form)
+
+
+class Wrapper(nn.Module):
+    """Gives the model the inputs and outputs of the graph. Parameters come in as inputs, so that nothing is folded into
+    them and equal ones are not merged: stamping replaces them per block."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        super().__init__()
+        self.module, self.form = module, form
+
+    def call(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.module, parameters, args, kwargs)
+
+
+def layer_indices(blocks: list[str]) -> list[int]:
+    return [int(name.rpartition(".")[2]) for name in blocks]
+
+
+def cache_names(prefix: str, indices: list[int]) -> list[str]:
+    return [f"{prefix}.{index}.{part}" for index in indices for part in ("key", "value")]
+
+
+class _CausalLM(Wrapper):
+    def __init__(self, module: nn.Module, form: Form, indices: list[int]) -> None:
+        super().__init__(module, form)
+        self.indices = indices
+        if form.rotary:
+            positions = int(module.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+            cos, sin = rotary_caches(module, positions)
+            self.register_buffer("cos_cache", cos)
+            self.register_buffer("sin_cache", sin)
+
+    def forward(
+        self, inputs: dict[str, Tensor], past: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+        total, sequence = attention_mask.shape[1], input_ids.shape[1]
+        with attention_context() as context, contextlib.ExitStack() as stack:
+            context.past = dict(zip(self.indices, past, strict=True))
+            context.last_token = (attention_mask.sum(1) - 1).to(torch.int32)
+            context.total = torch.scalar_tensor(total, dtype=torch.int32)
+            if self.form.rotary:
+                stack.enter_context(rotation_left_to_attention(self.module))
+                context.rotary = self.cos_cache, self.sin_cache  # type: ignore[assignment]
+            kwargs: dict[str, Any] = {}
+            if "position_ids" in inspect.signature(self.module.forward).parameters:
+                # Rows of different length are padded on the right: a token's position is the number of tokens before it.
+                kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, total - sequence :]
+            logits = self.call(
+                parameters, input_ids=input_ids, attention_mask=None, past_key_values=NoCache(), use_cache=True, **kwargs
+            ).logits
+            return logits, [context.present[index] for index in self.indices]
+
+
+def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+    indices = layer_indices(blocks)
+    config: Any = module.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inputs = {
+        "input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long),
+        "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long),
+    }
+    past = [(torch.zeros(BATCH, heads, PAST, size), torch.zeros(BATCH, heads, PAST, size)) for _ in indices]
+    return Signature(
+        _CausalLM(module, form, indices),
+        {"inputs": inputs, "past": past},
+        {
+            "inputs": {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}},
+            "past": [({0: "batch", 2: "past"}, {0: "batch", 2: "past"}) for _ in past],
+        },
+        [*inputs, *cache_names("past_key_values", indices)],
+        ["logits", *cache_names("present", indices)],
+    )
+
+
+class _Encoder(Wrapper):
+    def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        states: list[Any] = []
+        base = self.module.base_model
+        hook = base.register_forward_hook(lambda module, args, output: states.append(output))  # type: ignore[union-attr]
+        with attention_context() as context:
+            if self.form.fused:
+                context.padding = inputs["attention_mask"].to(torch.int32)
+            try:
+                output = self.call(parameters, **inputs)
+            finally:
+                hook.remove()
+        logits = output.get("logits")
+        return (states[0][0],) if logits is None else (states[0][0], logits)
+
+
+def _encoder(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+    inputs = {name: torch.ones(BATCH, SEQUENCE, dtype=torch.long) for name in model.input_names}
+    shapes = {"inputs": {name: {0: "batch", 1: "sequence"} for name in inputs}}
+    return Signature(_Encoder(module, form), {"inputs": inputs}, shapes, list(inputs), ["last_hidden_state", "logits"])
+
+
+class _Module(Wrapper):
+    def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(self.call(parameters, **inputs)))
+
+
+def _module(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+    inputs = {name: _two_rows(tensor) for name, tensor in model.example_inputs.items()}
+    shapes = {"inputs": {name: {0: "batch"} for name in inputs}}
+    return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), ["output"])
+
+
+def _two_rows(example: Tensor) -> Tensor:
+    rows = example[:BATCH]
+    return rows if rows.shape[0] == BATCH else rows.expand(BATCH, *rows.shape[1:]).contiguous()
