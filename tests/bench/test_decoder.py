@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import onnx_ir
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -26,8 +25,9 @@ from qconvert.load import load
 from qconvert.trace import trace
 from qconvert.verify.fidelity import measure_fidelity
 
-PROMPT, NEW = 128, 128
-LOADS = 8
+from .generation_speed import PROMPT
+
+ROUNDS = 8
 
 
 class FedLike:
@@ -37,43 +37,20 @@ class FedLike:
         self.run, self.get_inputs = session.run, other.get_inputs
 
 
-def race(folders: Iterable[Path], genai: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """Folder name -> (seconds for the prompt, seconds per new token), one entry per load.
+def race(folders: Sequence[Path]) -> dict[str, tuple[list[float], list[float]]]:
+    """Folder name -> (seconds for the prompt, seconds per new token), one entry per round.
 
-    Where a model's weights come to lie in memory moves its speed by up to 10 %, so all are loaded many times; and within a
-    load they take turns token by token, so that all meet the same machine.
+    Each runs alone: idle threads of another session would take the cores. All take turns, in processes of their own, because
+    where a model comes to lie in memory moves its speed by up to 10 %.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {folder.name: ([], []) for folder in folders}
-    for load_number in range(LOADS):
-        order = list(folders) if load_number % 2 == 0 else list(folders)[::-1]
-        models = {folder.name: genai.Model(str(folder)) for folder in order}
-        for model in models.values():
-            read_prompt(generator(model, genai))  # to warm up
-        generators = {name: generator(model, genai) for name, model in models.items()}
-        for name, each in generators.items():
-            start = time.perf_counter()
-            read_prompt(each)
-            seconds[name][0].append(time.perf_counter() - start)
-        steps: dict[str, list[float]] = {name: [] for name in generators}
-        while not next(iter(generators.values())).is_done():
-            for name, each in generators.items():
-                start = time.perf_counter()
-                each.generate_next_token()
-                steps[name].append(time.perf_counter() - start)
-        for name, taken in steps.items():
-            seconds[name][1].append(median(taken))
+    for number in range(ROUNDS):
+        for folder in folders if number % 2 == 0 else folders[::-1]:
+            command = [sys.executable, str(Path(__file__).with_name("generation_speed.py")), str(folder)]
+            measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for taken, value in zip(seconds[folder.name], measured, strict=True):
+                taken.append(value)
     return seconds
-
-
-def generator(model: Any, genai: Any) -> Any:
-    settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False)
-    return genai.Generator(model, settings)
-
-
-def read_prompt(each: Any) -> None:
-    each.append_tokens((np.arange(PROMPT) * 37 % 40000 + 100).astype(np.int32))
-    each.generate_next_token()
 
 
 def show(
@@ -122,7 +99,7 @@ def size(folder: Path) -> int:
 
 def test_int4_beside_the_builder(models: Path, data: Path, tmp_path: Path) -> None:
     """At least as fast in prefill and decoding, no larger, and nearer to the float model; head and embedding int4 in both."""
-    genai = pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("onnxruntime_genai")
     builder, ours = tmp_path / "builder", tmp_path / "qconvert"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
     source = str(models / "smollm2-offgrid")
@@ -131,7 +108,7 @@ def test_int4_beside_the_builder(models: Path, data: Path, tmp_path: Path) -> No
     convert(made)
     lost = kl((builder, ours), made)
     words = {folder.name: f"{size(folder) / 1e6:.1f} MB, KL {lost[folder.name]:.4f}" for folder in (builder, ours)}
-    prefill, decode = show(race((builder, ours), genai), "builder", words)["qconvert"]
+    prefill, decode = show(race((builder, ours)), "builder", words)["qconvert"]
     assert size(ours) <= size(builder)
     assert lost["qconvert"] < lost["builder"]
     assert prefill >= 1.0
@@ -153,7 +130,7 @@ def write_float(source: Path, artifact: Path, folder: Path) -> None:
 
 def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: Path, tmp_path: Path) -> None:
     """2.5 x float in prefill and decoding at a KL of at most 0.05, the head int8 too."""
-    genai = pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("onnxruntime_genai")
     ours, plain, dynamic = tmp_path / "per-channel", tmp_path / "float", tmp_path / "quantize_dynamic"
     head = {"rules": [{"pattern": "lm_head", "scheme": "int8-channel-a8"}]}
     made = recipe(models, data, ours, quantizer="per-channel", **head)
@@ -168,7 +145,7 @@ def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: 
     folders = (plain, dynamic, ours, outliers)
     lost = kl(folders, made)
     words = {folder.name: f"{size(folder) / 1e6:.1f} MB, KL {lost[folder.name]:.4f}" for folder in folders}
-    ratios = show(race(folders, genai), "float", words)
+    ratios = show(race(folders), "float", words)
     assert lost["per-channel"] is not None
     assert lost["per-channel"] <= 0.05
     assert min(ratios["per-channel"]) >= 2.5
