@@ -63,9 +63,19 @@ class Fidelity(_Part):
     reason: str | None = None
 
 
+class Trial(_Part):
+    """Session settings that were tried. ms: one run of the artifact, for decoders the prompt and the tokens after it."""
+
+    threads: int
+    spinning: bool
+    ms: float
+
+
 class Latency(_Part):
     """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float.
 
+    threads, spinning: settings of both sessions, the fastest of `trials`. accuracy_level: of the artifact's MatMulNBits, None
+    without one; at 4 the CPU's kernel quantizes activations to int8, per row and block.
     device_nodes, cpu_nodes, copies: of a target other than the CPU: how many nodes ran there, which ran on the CPU instead,
     and how often something was copied between the two within one run.
     """
@@ -73,12 +83,15 @@ class Latency(_Part):
     target: str
     status: Status
     threads: int | None = None
+    spinning: bool | None = None
+    accuracy_level: int | None = None
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     p50_ms: float | None = None
     p95_ms: float | None = None
     float_p50_ms: float | None = None
     speedup: float | None = None
+    trials: tuple[Trial, ...] | None = None
     device_nodes: int | None = None
     cpu_nodes: tuple[str, ...] | None = None
     copies: int | None = None

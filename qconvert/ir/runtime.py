@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def why_unavailable(target: str) -> str | None:
     data = onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString()
     try:
         with redirect_stdout(StringIO()):  # where ONNX Runtime says that it falls back to the CPU
-            started = onnxruntime.InferenceSession(data, session_options(1), providers=[provider]).get_providers()
+            started = onnxruntime.InferenceSession(data, session_options(), providers=[provider]).get_providers()
     except Exception as error:
         return f"ONNX Runtime's provider for {target} does not start here: {error}"
     return (
@@ -54,19 +55,33 @@ def empty(shape: Sequence[int], kind: str) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), FLOATS[kind])
 
 
-def session_options(threads: int) -> Any:
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop, which is faster unless
+    somebody else wants their cores."""
+
+    threads: int = 0
+    spinning: bool = True
+
+
+DEFAULT = SessionSettings()
+
+
+def session_options(settings: SessionSettings = DEFAULT) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = settings.threads
+    if not settings.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # fatal: what is logged as an error is raised too
     return options
 
 
-def file_session(path: Path, target: str = "cpu", threads: int = 0, profile: Path | None = None) -> Any:
+def file_session(path: Path, target: str = "cpu", settings: SessionSettings = DEFAULT, profile: Path | None = None) -> Any:
     """A session over a model file and the external data beside it; on a device, one that leaves caches there.
 
     profile: where `end_profiling()` is to write what ran where.
     """
-    options = session_options(threads)
+    options = session_options(settings)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[target]])
@@ -112,7 +127,11 @@ def is_cache(name: str) -> bool:
 
 
 def memory_session(
-    model: onnx_ir.Model, read: Callable[[str], Tensor], threads: int = 0, folder: Path | None = None, prepack: bool = True
+    model: onnx_ir.Model,
+    read: Callable[[str], Tensor],
+    settings: SessionSettings = DEFAULT,
+    folder: Path | None = None,
+    prepack: bool = True,
 ) -> Any:
     """A session over a graph in memory.
 
@@ -120,7 +139,7 @@ def memory_session(
     a mapped tensor of that type. folder: where the graph's external data lies. prepack: let kernels copy weights into
     faster layouts.
     """
-    options = session_options(threads)
+    options = session_options(settings)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if folder is not None:

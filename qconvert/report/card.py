@@ -110,6 +110,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     if len(set(recipe.targets)) > 1:
         caches = f", and its caches are {recipe.cuda_dtype}" if report.task == "causal-lm" else ""
         yield f"`model.cuda.onnx` is the graph for the CUDAExecutionProvider (`pip install onnxruntime-gpu`){caches}."
+    yield from _recommended(report)
     if report.task == "module":
         return
     yield "## Load it with transformers"
@@ -119,6 +120,19 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     kind = LOAD[report.task]
     yield "In this folder, with `pip install transformers compressed-tensors`:"
     yield f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+
+
+def _recommended(report: Report) -> Iterator[str]:
+    """The session settings that were measured best, where several were tried."""
+    for part in report.latency:
+        if part.trials and part.threads is not None:
+            tried = ", ".join(f"{trial.ms:.3g} ms with {wording.settings(trial)}" for trial in part.trials)
+            lines = ["options = ort.SessionOptions()", f"options.intra_op_num_threads = {part.threads}"]
+            if part.spinning is False:
+                lines.append('options.add_session_config_entry("session.intra_op.allow_spinning", "0")')
+            work = "a prompt and the tokens after it" if part.decode_tokens_per_s else "one run"
+            yield f"Measured best: {wording.settings(part)} ({work}: {tried}). Cores differ, so measure on yours, too:"
+            yield "```python\n" + "\n".join([*lines, "# ort.InferenceSession(FILE, options, providers=...)"]) + "\n```"
 
 
 def _on_cuda(code: str, recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report
+from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Trial
 
 WORST_LAYERS = 5
 
@@ -71,11 +71,18 @@ def latency(part: Latency) -> str:
         _number("p95 ", part.p95_ms, ".3g", " ms"),
         _number("prefill ", part.prefill_tokens_per_s, ".0f", " tokens/s"),
         _number("decode ", part.decode_tokens_per_s, ".0f", " tokens/s"),
-        _number("", part.threads, "d", " thread" if part.threads == 1 else " threads"),
+        "" if part.threads is None else settings(part),
+        _number("accuracy level ", part.accuracy_level, "d"),
         _number("", part.device_nodes, "d", f" nodes on {part.target}"),
         "" if part.cpu_nodes is None else f"{len(part.cpu_nodes)} on the CPU",
         _number("", part.copies, "d", " copy between them" if part.copies == 1 else " copies between them"),
     )
+
+
+def settings(part: Latency | Trial) -> str:
+    """ "2 threads", "2 threads without spinning": of a session."""
+    threads = "1 thread" if part.threads == 1 else f"{part.threads} threads"
+    return threads if part.spinning or part.spinning is None else f"{threads} without spinning"
 
 
 def speed(part: Latency) -> str:

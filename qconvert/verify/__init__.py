@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import onnx_ir
 
 from qconvert.errors import InputError
 from qconvert.ir import agreement
@@ -19,16 +20,19 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.reader import read_index, read_manifest, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
-from qconvert.ir.runtime import file_session, joined, memory_session, why_unavailable
+from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template
 from qconvert.verify.fidelity import measure_fidelity
-from qconvert.verify.latency import measure_latency, workload
+from qconvert.verify.latency import OpenSession, measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.narrow_parity import narrow_parity
 from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, torch_outputs
 from qconvert.verify.placement import Placement, measure_placement
 
 logger = logging.getLogger("qconvert")
+
+# Of two sessions that alternate, so that neither's idle threads take cores from the other.
+SHARING = SessionSettings(spinning=False)
 
 
 def verify(
@@ -51,39 +55,61 @@ def verify(
     """
     _check_source(folder, model)
     artifact = Artifact(folder, model, plan, read_index(folder))
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
     parity = []
-    if "cpu" in targets and all((folder / file).exists() for file in graph_files(model.task).values()):
+    if "cpu" in targets and all(path.exists() for path in _paths(folder, model, "cpu").values()):
         parity.append(_parity("cpu", lambda: max(graph_parity(artifact, dequantized), cluster_parity(artifact))))
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
         parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
     floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in template.graphs.items()}
-    baseline = joined({part: memory_session(graph, model.read, threads) for part, graph in floats.items()})
-    fidelity, latency = [], []
-    for target in targets:
-        files = graph_files(model.task, target)
-        reason = _why_not_run(folder, target, files.values())
-        if reason is not None:
-            parity.append(Parity(target=target, status="not-run", reason=reason))
-            fidelity.append(Fidelity(target=target, status="not-run", reason=reason))
-            latency.append(Latency(target=target, status="not-run", reason=reason))
-            continue
-        paths = {part: folder / file for part, file in files.items()}
-        session = joined({part: file_session(path, target, threads) for part, path in paths.items()})
+
+    def open_float(settings: SessionSettings) -> Any:
+        return joined({part: memory_session(graph, model.read, settings) for part, graph in floats.items()})
+
+    paths = {target: _paths(folder, model, target) for target in targets}
+    reasons = {target: _why_not_run(files.values(), target) for target, files in paths.items()}
+    parity += [Parity(target=target, status="not-run", reason=reason) for target, reason in reasons.items() if reason]
+    fidelity = {target: Fidelity(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
+    latency = {target: Latency(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
+    runnable = [target for target in targets if reasons[target] is None]
+    baseline = open_float(SHARING)
+    for target in runnable:
+        session = joined({part: file_session(path, target, SHARING) for part, path in paths[target].items()})
         if target != "cpu":
             parity.append(narrow_parity(target, model.task, partial(agreement.compared, model, session, dequantized)))
         progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
-        fidelity.append(measure_fidelity(session, baseline, evaluation, model.task, target, progress))
+        fidelity[target] = measure_fidelity(session, baseline, evaluation, model.task, target, progress)
+    del baseline  # before others are opened: float weights are large
+    for target in runnable:
         progress.stage(f"latency on {target}", None)
-        # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
-        measured = measure_latency(model, session, baseline if target == "cpu" else None, evaluation, target, threads)
-        if target != "cpu":
-            measured = _placed(measured, measure_placement(paths, target, workload(model, evaluation)[0]))
-        latency.append(measured)
-    return Evidence(parity=tuple(parity), fidelity=tuple(fidelity), latency=tuple(latency))
+        latency[target] = _measured(paths[target], model, open_float, evaluation, target)
+    return Evidence(parity=tuple(parity), fidelity=tuple(fidelity.values()), latency=tuple(latency.values()))
+
+
+def _measured(
+    paths: Mapping[str, Path], model: Model, open_float: OpenSession, evaluation: Sequence[Batch], target: str
+) -> Latency:
+    """Latency of the graphs in `paths`, and what they ran it with."""
+
+    def open_artifact(settings: SessionSettings) -> Any:
+        return joined({part: file_session(path, target, settings) for part, path in paths.items()})
+
+    # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
+    measured = measure_latency(model, open_artifact, open_float if target == "cpu" else None, evaluation, target)
+    if target != "cpu":
+        return _placed(measured, measure_placement(paths, target, workload(model, evaluation)[0]))
+    return measured.model_copy(update={"accuracy_level": _accuracy_level(paths.values())})
+
+
+def _accuracy_level(paths: Iterable[Path]) -> int | None:
+    nodes = [node for path in paths for node in onnx_ir.load(path).graph if node.op_type == "MatMulNBits"]
+    return max((node.attributes["accuracy_level"].as_int() for node in nodes), default=None)
+
+
+def _paths(folder: Path, model: Model, target: str) -> dict[str, Path]:
+    return {part: folder / file for part, file in graph_files(model.task, target).items()}
 
 
 def _placed(measured: Latency, found: Placement) -> Latency:
@@ -94,10 +120,10 @@ def _placed(measured: Latency, found: Placement) -> Latency:
     return measured.model_copy(update=update)
 
 
-def _why_not_run(folder: Path, target: str, files: Iterable[str]) -> str | None:
-    missing = [file for file in files if not (folder / file).exists()]
+def _why_not_run(paths: Iterable[Path], target: str) -> str | None:
+    missing = [path for path in paths if not path.exists()]
     if missing:
-        return f"the folder holds no {missing[0]}: convert with --target {target}"
+        return f"the folder holds no {missing[0].name}: convert with --target {target}"
     return why_unavailable(target)
 
 
