@@ -53,7 +53,8 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
         quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=recipe.layout == "onnx")
         written = write(quantized, model, plan, stage, recipe.layout)
         progress.stage("export", None)
-        export(template, model, plan, written, stage, targets=recipe.targets, cuda_dtype=getattr(torch, recipe.cuda_dtype))
+        narrow = getattr(torch, recipe.cuda_dtype)
+        export(template, model, plan, written, stage, targets=recipe.targets, cuda_dtype=narrow, logits=recipe.logits)
         write_manifest(stage, recipe, inputs, written, distribution)
         if recipe.verify:
             report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)

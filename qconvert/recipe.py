@@ -39,6 +39,7 @@ RuleSchemeField = Annotated[
 Target = Literal["cpu", "cuda"]
 CudaDtype = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
+Logits = Literal["all", "last"]
 Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
 
 
@@ -117,6 +118,11 @@ class Recipe(_Part):
     targets: tuple[Target, ...] = Field(("cpu",), description="where the artifact is to run")
     cuda_dtype: CudaDtype = Field(
         "float16", description="type of activations and caches on CUDA; bfloat16 has float32's range, but fewer digits"
+    )
+    logits: Logits = Field(
+        "all",
+        description="whose logits a decoder gives: all positions, or the last of each row alone, which spares the head the "
+        "rest of a prompt",
     )
     layout: Layout = Field(
         "transformers", description="who must be able to read model.safetensors: transformers too, or model.onnx alone"

@@ -17,10 +17,12 @@ from qconvert.export.lowering import MICROSOFT
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, Written, graph_files
 from qconvert.ir.float_graph import lower_float, substitute
+from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_tensor
 from qconvert.ir.template import DOMAIN, Template
+from qconvert.recipe import Logits
 from qconvert.workdir import Stage, disk_errors
 
 IR_VERSION = 10
@@ -37,6 +39,7 @@ def export(
     *,
     targets: Sequence[str] = ("cpu",),
     cuda_dtype: torch.dtype = torch.float16,
+    logits: Logits = "all",
 ) -> None:
     """Write the graphs of every target, and for decoders genai_config.json, into `stage.folder`.
 
@@ -58,6 +61,9 @@ def export(
                 stored[name] = stage.sidecar.append(name, tensor)
         for part, file in graph_files(model.task, target).items():
             graph = template.graphs[part].clone()
+            if logits == "last":
+                assert model.output_head is not None
+                keep_last_position(graph.graph, model.output_head)
             builder = GraphBuilder(graph.graph, stored)
             if target == "cpu":
                 _lower_for_cpu(graph.graph, builder, template, model, plan, outlier_columns)

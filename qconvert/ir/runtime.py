@@ -85,6 +85,10 @@ def file_session(path: Path, target: str = "cpu", settings: SessionSettings = DE
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[target]])
+    return _on(target, session)
+
+
+def _on(target: str, session: Any) -> Any:
     return session if target == "cpu" else DeviceSession(session, DEVICES[PROVIDERS[target]])
 
 
@@ -132,6 +136,7 @@ def memory_session(
     settings: SessionSettings = DEFAULT,
     folder: Path | None = None,
     prepack: bool = True,
+    target: str = "cpu",
 ) -> Any:
     """A session over a graph in memory.
 
@@ -159,9 +164,9 @@ def memory_session(
     if names:
         options.add_external_initializers(names, values)
     data = onnx_ir.to_proto(clone).SerializeToString()
-    session = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS["cpu"]])
+    session = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS[target]])
     session.fed = values  # the session reads them as long as it lives
-    return session
+    return _on(target, session)
 
 
 class EncoderDecoderSession:

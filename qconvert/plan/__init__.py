@@ -25,11 +25,17 @@ from qconvert.recipe import Recipe
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-009 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-011 for a scheme that the quantizer, the kernels or the layout can't carry,
     for group sizes that do not divide (all layers are listed), and for rules that match nothing; QC-CUDA-001 for what the
     CUDA provider has no kernel for, where that is a target.
     """
     default = recipe.scheme or quantizer.default_scheme
+    if recipe.logits == "last" and model.task != "causal-lm":
+        raise UsageError(
+            "QC-PLAN-011",
+            f"{model.name} has no logits of a last position: it is no decoder-only language model",
+            hint="leave out 'logits: last'",
+        )
     layers, kept, shared = _sort_modules(model, template, recipe, default)
     _check_rules(recipe, [*layers, *shared, *(entry.name for entry in kept)])
     if not layers:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
+from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir import agreement
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.float_graph import float_graph
+from qconvert.ir.last_position import keep_last_position, keeps_last_position, restore_all_positions
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -23,10 +25,10 @@ from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template
 from qconvert.verify.fidelity import measure_fidelity
-from qconvert.verify.latency import OpenSession, measure_latency, workload
+from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.narrow_parity import narrow_parity
-from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, torch_outputs
+from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, last_position_parity, torch_outputs
 from qconvert.verify.placement import Placement, measure_placement
 
 logger = logging.getLogger("qconvert")
@@ -59,24 +61,19 @@ def verify(
     dequantized = torch_outputs(model, artifact.read)
     parity = []
     if "cpu" in targets and all(path.exists() for path in _paths(folder, model, "cpu").values()):
-        parity.append(_parity("cpu", lambda: max(graph_parity(artifact, dequantized), cluster_parity(artifact))))
+        parity.append(_parity("cpu", partial(_cpu_error, artifact, dequantized)))
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
         parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
-    floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in template.graphs.items()}
-
-    def open_float(settings: SessionSettings) -> Any:
-        return joined({part: memory_session(graph, model.read, settings) for part, graph in floats.items()})
-
     paths = {target: _paths(folder, model, target) for target in targets}
     reasons = {target: _why_not_run(files.values(), target) for target, files in paths.items()}
     parity += [Parity(target=target, status="not-run", reason=reason) for target, reason in reasons.items() if reason]
     fidelity = {target: Fidelity(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
     latency = {target: Latency(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
     runnable = [target for target in targets if reasons[target] is None]
-    baseline = open_float(SHARING)
+    baseline = _open_float(template, model, SHARING)
     for target in runnable:
-        session = joined({part: file_session(path, target, SHARING) for part, path in paths[target].items()})
+        session = joined({part: _at_all_positions(path, target) for part, path in paths[target].items()})
         if target != "cpu":
             parity.append(narrow_parity(target, model.task, partial(agreement.compared, model, session, dequantized)))
         progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
@@ -84,28 +81,50 @@ def verify(
     del baseline  # before others are opened: float weights are large
     for target in runnable:
         progress.stage(f"latency on {target}", None)
-        latency[target] = _measured(paths[target], model, open_float, evaluation, target)
+        latency[target] = _measured(paths[target], template, model, evaluation, target)
     return Evidence(parity=tuple(parity), fidelity=tuple(fidelity.values()), latency=tuple(latency.values()))
 
 
-def _measured(
-    paths: Mapping[str, Path], model: Model, open_float: OpenSession, evaluation: Sequence[Batch], target: str
-) -> Latency:
+def _cpu_error(artifact: Artifact, dequantized: Sequence[tuple[Tensor, ...]]) -> float:
+    return max(graph_parity(artifact, dequantized), cluster_parity(artifact), last_position_parity(artifact))
+
+
+def _open_float(template: Template, model: Model, settings: SessionSettings, *, last_position: bool = False) -> Any:
+    """last_position: whether the head is spared the rest of a prompt, as it is in the artifact."""
+    graphs = {part: graph.clone() for part, graph in template.graphs.items()}
+    if last_position and model.output_head is not None:
+        keep_last_position(graphs["model"].graph, model.output_head)
+    floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
+    return joined({part: memory_session(graph, model.read, settings) for part, graph in floats.items()})
+
+
+def _at_all_positions(path: Path, target: str) -> Any:
+    """A session over a graph that may ship with the logits of the last position alone: they are compared at all."""
+    model = onnx_ir.load(path)
+    if not keeps_last_position(model.graph):
+        return file_session(path, target, SHARING)
+    restore_all_positions(model.graph)
+    return memory_session(model, _nothing_to_read, SHARING, folder=path.parent, target=target)
+
+
+def _nothing_to_read(name: str) -> Tensor:
+    raise AssertionError(f"{name}: a graph that ships has all its weights")
+
+
+def _measured(paths: Mapping[str, Path], template: Template, model: Model, evaluation: Sequence[Batch], target: str) -> Latency:
     """Latency of the graphs in `paths`, and what they ran it with."""
 
     def open_artifact(settings: SessionSettings) -> Any:
         return joined({part: file_session(path, target, settings) for part, path in paths.items()})
 
+    graphs = [onnx_ir.load(path).graph for path in paths.values()]
+    open_float = partial(_open_float, template, model, last_position=any(map(keeps_last_position, graphs)))
     # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
     measured = measure_latency(model, open_artifact, open_float if target == "cpu" else None, evaluation, target)
     if target != "cpu":
         return _placed(measured, measure_placement(paths, target, workload(model, evaluation)[0]))
-    return measured.model_copy(update={"accuracy_level": _accuracy_level(paths.values())})
-
-
-def _accuracy_level(paths: Iterable[Path]) -> int | None:
-    nodes = [node for path in paths for node in onnx_ir.load(path).graph if node.op_type == "MatMulNBits"]
-    return max((node.attributes["accuracy_level"].as_int() for node in nodes), default=None)
+    levels = [each.attributes["accuracy_level"].as_int() for graph in graphs for each in graph if each.op_type == "MatMulNBits"]
+    return measured.model_copy(update={"accuracy_level": max(levels, default=None)})
 
 
 def _paths(folder: Path, model: Model, target: str) -> dict[str, Path]:

@@ -4,6 +4,7 @@
    level 1 (float activations), against torch on the dequantized weights.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
    its arithmetic in torch.
+   A graph that gives the logits of the last position alone is compared at all of them, and then with itself.
 3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
 4. The CUDA provider's graph, which computes in half the width, by cosine and KL against torch on the dequantized weights,
    that is, against what part 1 holds the CPU provider's graph to (verify/narrow_parity.py).
@@ -14,20 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from qconvert.ir import agreement
-from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor, graph_files
+from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor, graph_files
 from qconvert.ir.float_graph import parameter, substitute
 from qconvert.ir.forward import BlockRunner
+from qconvert.ir.last_position import keeps_last_position, restore_all_positions
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.reader import read_layer, read_tensor
-from qconvert.ir.runtime import joined, memory_session, run_named
+from qconvert.ir.runtime import file_session, joined, memory_session, run_named
 
 TOLERANCE = 1e-4
 
@@ -98,6 +101,7 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
     """
     graphs = artifact.graphs()
     for model in graphs.values():
+        restore_all_positions(model.graph)
         for node in list(model.graph):
             if LAYER_KEY in node.metadata_props:
                 names = _layer_names(node)
@@ -113,6 +117,19 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
 
     session = joined({part: memory_session(model, read, folder=artifact.folder) for part, model in graphs.items()})
     return agreement.relative_error(artifact.model, session, expected)
+
+
+def last_position_parity(artifact: Artifact) -> float:
+    """Largest relative difference of a graph that gives the last position alone to itself at all positions; 0 for others."""
+    path, model = artifact.folder / GRAPH, onnx_ir.load(artifact.folder / GRAPH)
+    if not keeps_last_position(model.graph):
+        return 0.0
+    restore_all_positions(model.graph)
+    last, every = file_session(path), memory_session(model, artifact.read, folder=artifact.folder)
+    inputs = agreement.feed(every, agreement.padded_batch(artifact.model))
+    found, expected = (session.run(["logits"], inputs)[0] for session in (last, every))
+    ends = np.array(agreement.LENGTHS) - 1
+    return agreement.largest_difference(found[:, 0], expected[np.arange(len(ends)), ends])
 
 
 def _layer_names(last: onnx_ir.Node) -> list[str]:
