@@ -452,7 +452,9 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
 def test_kinds_of_models_that_are_not_converted(tmp_path: Path, model: str, settings: dict[str, Any], found: str) -> None:
     config = getattr(transformers, model).config_class(vocab_size=64, architectures=[model], **settings)
     config.save_pretrained(tmp_path)
+    from_config_alone = rejected(tmp_path, "QC-INPUT-014")
     save_tensors({"x": torch.ones(1)}, tmp_path)
     message = rejected(tmp_path, "QC-INPUT-014")
+    assert message == from_config_alone
     assert model in message
     assert found in message

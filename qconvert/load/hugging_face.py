@@ -32,12 +32,17 @@ def load_folder(folder: Path) -> Model:
     if not (folder / CONFIG).is_file():
         raise InputError("QC-INPUT-002", f"{folder} has no {CONFIG}", hint="give the folder of a Hugging Face checkpoint")
     config_path = contained(folder, CONFIG)
-    source = open_folder(folder)
+    config = read_json(config_path, "QC-INPUT-011")
+    try:
+        source = open_folder(folder)
+    except InputError:  # a kind of model that no weights would make convertible is told first
+        skeleton.build_skeleton(skeleton.checked_config(config))
+        raise
     files = carried_files(folder)
     index = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
     model = model_from_config(
         folder.resolve().name,
-        read_json(config_path, "QC-INPUT-011"),
+        config,
         source,
         files=files,
         input_files={CONFIG: config_path, **index, **source.paths, **files},
