@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.scheme import QuantScheme
@@ -25,6 +34,10 @@ def _parse_scheme(value: object) -> object:
 
 def _parse_rule_scheme(value: object) -> object:
     return None if value == "float" else _parse_scheme(value)
+
+
+def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
 
 
 # A scheme is written as text, and the JSON schema says so.
@@ -115,7 +128,9 @@ class Recipe(_Part):
     calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
     evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")
     seed: int = Field(0, ge=0, description="which samples are drawn from the data")
-    targets: tuple[Target, ...] = Field(("cpu",), description="where the artifact is to run")
+    targets: Annotated[tuple[Target, ...], AfterValidator(_without_repeats)] = Field(
+        ("cpu",), min_length=1, description="where the artifact is to run"
+    )
     cuda_dtype: CudaDtype = Field(
         "float16", description="type of activations and caches on CUDA; bfloat16 has float32's range, but fewer digits"
     )

@@ -22,9 +22,10 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
     found = evidence or Evidence()
     gates = tuple(_judge(gate, size, found) for gate in recipe.gates) if evidence else ()
     checks: tuple[Parity | Fidelity | Latency, ...] = (*found.parity, *found.fidelity, *found.latency)
-    failed = any(part.status == "failed" for part in checks)
+    missed = any(part.status == "failed" for part in checks) or not all(gate.passed for gate in gates)
+    ran = any(part.status == "passed" for part in found.fidelity)
     return Report(
-        passed=None if evidence is None else not failed and all(gate.passed for gate in gates),
+        passed=False if missed else True if ran else None,
         task=model.task,
         quantizer=recipe.quantizer,
         scheme=str(plan.scheme),

@@ -116,8 +116,13 @@ def test_the_five_worst_layers_are_listed_worst_first() -> None:
 
 @pytest.mark.parametrize(
     ("report", "headline"),
-    [(but(passed=True, gates=()), "passed"), (but(passed=None), "not verified"), (but(gates=()), "failed")],
-    ids=["passed", "not-run", "failed"],
+    [
+        (but(passed=True, gates=(), parity=REPORT.parity[:1]), "passed - awq"),
+        (but(passed=True, gates=()), "passed, but not run on cuda"),
+        (but(passed=None), "not verified"),
+        (but(gates=()), "failed"),
+    ],
+    ids=["passed", "passed-in-part", "not-run", "failed"],
 )
 def test_the_verdict_comes_first(report: Report, headline: str) -> None:
     assert on_terminal(table(report)).startswith(f"{headline} - awq")

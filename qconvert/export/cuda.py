@@ -39,7 +39,7 @@ def lower_for_cuda(
     lowering = CudaLowering(builder, outlier_columns, model.block_of, stage, dtype)
     shapes = model.parameter_shapes
     for node in [node for node in graph if node.domain == DOMAIN]:
-        layer = None if node.op_type.startswith("Block") else plan.layer_of(node.attributes["module"].as_string())
+        layer = plan.layer_of(node.attributes["module"].as_string())
         if layer is None:
             substitute(graph, node, *lower_float(graph, node, shapes))
             continue

@@ -43,9 +43,6 @@ def lower_float(
     """The float nodes that compute what the opaque `node` stands for, and their output."""
     x = node.inputs[0]
     assert x is not None
-    if node.op_type in ("BlockInput", "BlockOutput"):
-        identity = onnx_ir.node("Identity", [x])
-        return [identity], identity.outputs[0]
     name = node.attributes["module"].as_string()
     weight = parameter(graph, f"{name}.weight", shapes[f"{name}.weight"])
     bias = parameter(graph, f"{name}.bias", shapes[f"{name}.bias"]) if f"{name}.bias" in shapes else None

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Node, Value
 
+from qconvert.ir.artifact import INPUT_KEY
 from qconvert.ir.template import DOMAIN
 
 NAME = "qconvert/last_position"
@@ -29,8 +30,9 @@ def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
 
     def op(op_type: str, inputs: list[Value | None], name: str, **attributes: int) -> Value:
         nodes.append(onnx_ir.node(op_type, inputs, attributes, name=name))
-        nodes[-1].outputs[0].name = name
-        return nodes[-1].outputs[0]
+        made = nodes[-1].outputs[0]
+        made.name, made.type = name, onnx_ir.TensorType(DataType.INT64)
+        return made
 
     def constant(name: str, value: list[int]) -> Value:
         tensor = onnx_ir.tensor(np.array(value, np.int64), name=name)
@@ -65,6 +67,9 @@ def restore_all_positions(graph: onnx_ir.Graph) -> None:
             assert hidden is not None
             assert hidden.shape is not None
             _set_length(kept, 1, hidden.shape[1])
+            for reader in graph:  # a layer with int8 activations names its input (ir/artifact.py)
+                if reader.metadata_props.get(INPUT_KEY) == kept.name:
+                    reader.metadata_props[INPUT_KEY] = str(hidden.name)
             onnx_ir.convenience.replace_all_uses_with(kept, hidden)
             graph.remove(node, safe=True)
 

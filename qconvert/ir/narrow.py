@@ -17,7 +17,7 @@ from onnx_ir import DataType, Node, TensorType, Value
 from torch import Tensor
 
 from qconvert.errors import UsageError
-from qconvert.ir.cuda import Operator, bindings, operator
+from qconvert.ir.cuda import TYPES, Operator, bindings, operator
 from qconvert.ir.runtime import is_cache
 
 WIDER = "set cuda_dtype: bfloat16 in the recipe, which has the range of float32"
@@ -167,6 +167,8 @@ def _type_outputs(node: Node, found: Operator | None, dtype: DataType) -> None:
         parameter = Operator.parameter(found.outputs, index)
         if parameter in known:
             output.type = known[parameter]
+        elif parameter in TYPES:
+            output.type = TensorType(DataType[parameter.upper()])
 
 
 def _caches(graph: onnx_ir.Graph) -> set[Value]:

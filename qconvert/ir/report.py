@@ -35,7 +35,8 @@ class Size(_Part):
 
 
 class Parity(_Part):
-    """The artifact against its own dequantized weights. target: a provider, or "transformers" for the loader check.
+    """The artifact against its own dequantized weights. target: a provider, or "transformers" for the loader
+    check, "float" for the float graph, which is what fidelity and latency compare with, against torch.
 
     cosine, kl (in nats): for targets that compute in half the width, which a relative error can't judge.
     """
@@ -74,7 +75,7 @@ class Trial(_Part):
 class Latency(_Part):
     """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float.
 
-    threads, spinning: settings of both sessions, the fastest of `trials`. accuracy_level: of the artifact's MatMulNBits, None
+    threads, spinning: the artifact's session settings, the fastest of `trials`. accuracy_level: of its MatMulNBits, None
     without one; at 4 the CPU's kernel quantizes activations to int8, per row and block.
     device_nodes, cpu_nodes, copies: of a target other than the CPU: how many nodes ran there, which ran on the CPU instead,
     and how often something was copied between the two within one run.

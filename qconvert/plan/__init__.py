@@ -48,7 +48,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     _check_groups(layers.values())
     _check_layout(layers.values(), recipe, quantizer, model)
     if "cuda" in recipe.targets:
-        check_cuda(model, template, layers, shared, recipe.cuda_dtype)
+        check_cuda(model, template, layers, shared, recipe.cuda_dtype, recipe.logits)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
     return Plan(

@@ -10,14 +10,16 @@ from onnx_ir import DataType
 from qconvert.errors import UsageError
 from qconvert.ir import cuda
 from qconvert.ir.float_graph import float_graph
+from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.model import Model
 from qconvert.ir.narrow import narrow
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.template import Template
+from qconvert.recipe import Logits
 
 
 def check_cuda(
-    model: Model, template: Template, layers: Mapping[str, LayerPlan], shared: Mapping[str, str], dtype: str
+    model: Model, template: Template, layers: Mapping[str, LayerPlan], shared: Mapping[str, str], dtype: str, logits: Logits
 ) -> None:
     """Raises UsageError QC-PLAN-007 for zero points, QC-PLAN-010 for embeddings that do not fit the kernels' blocks, and
     QC-CUDA-001 if something between the layers has no kernel: the graph is made with its layers in float, and checked.
@@ -40,7 +42,10 @@ def check_cuda(
                 hint=f"keep it in float: --rule '{layer.name}=float', or leave out --target cuda",
             )
     for part in template.graphs.values():
-        graph = float_graph(part, model.parameter_shapes).graph
+        made = part.clone()
+        if logits == "last" and model.output_head is not None:
+            keep_last_position(made.graph, model.output_head)
+        graph = float_graph(made, model.parameter_shapes).graph
         narrow(graph, DataType[dtype.upper()])
         cuda.check_kernels(graph)
 

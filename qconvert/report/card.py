@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qconvert.ir import cuda
+from qconvert.ir.artifact import graph_files
 from qconvert.ir.report import Report, Task
 from qconvert.recipe import DataSpec, Recipe
 from qconvert.report import wording
@@ -38,12 +39,14 @@ tokenizer, config = AutoTokenizer.from_pretrained("."), AutoConfig.from_pretrain
 encoder = ort.InferenceSession("encoder.onnx", providers=["CPUExecutionProvider"])
 decoder = ort.InferenceSession("decoder.onnx", providers=["CPUExecutionProvider"])
 ids = np.array([tokenizer.encode("translate English to German: The house is small.")], dtype=np.int64)
-states, *cross = encoder.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+source = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+states, *cross = encoder.run(None, source)
 feeds = dict(zip([each.name for each in encoder.get_outputs()][1:], cross))
 feeds |= {"encoder_attention_mask": np.ones_like(ids), "input_ids": np.array([[config.decoder_start_token_id]])}
 for each in decoder.get_inputs():  # the cache, empty before the first token
     if each.name.startswith("past_key_values."):
-        feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)
+        shape = [1, each.shape[1], 0, each.shape[3]]
+        feeds[each.name] = np.zeros(shape, dtype=np.float32)
 logits = decoder.run(["logits"], feeds)[0]
 print(tokenizer.decode([int(logits[0, -1].argmax())]))""",
     "encoder": """\
@@ -69,6 +72,11 @@ print([output.shape for output in session.run(None, feeds)])""",
 }
 
 EMPTY_CACHE = "np.zeros(shape, dtype=np.float32)\nlogits"
+ENCODER_RUN = "encoder.run(None, source)"
+ENCODER_RUN_ON_CUDA = (
+    "encoder.run_with_ort_values(\n"
+    "    None, {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in source.items()}\n)"
+)
 # onnx.TensorProto's numbers of the types
 ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
 LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
@@ -87,7 +95,8 @@ def card(report: Report, recipe: Recipe, model_name: str) -> str:
         *_notes(report, recipe),
         "## Make it again",
         f"```sh\n{_command(recipe, model_name)}\n```",
-        "`qconvert.json` holds the whole recipe, with seed and sample counts, and the digest of every file.",
+        "`qconvert.json` holds the whole recipe, with seed and sample counts, and the digest of every file."
+        + _without_flags(recipe),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -107,9 +116,10 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     package = "onnxruntime" if "cpu" in recipe.targets else "onnxruntime-gpu"
     yield f"In this folder, with `pip install {package}{'' if report.task == 'module' else ' transformers'}`:"
     yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
-    if len(set(recipe.targets)) > 1:
-        caches = f", and its caches are {recipe.cuda_dtype}" if report.task == "causal-lm" else ""
-        yield f"`model.cuda.onnx` is the graph for the CUDAExecutionProvider (`pip install onnxruntime-gpu`){caches}."
+    if len(recipe.targets) > 1:
+        caches = f"; caches are {recipe.cuda_dtype} there" if report.task in ("causal-lm", "seq2seq-lm") else ""
+        files = " and ".join(f"`{file}`" for file in graph_files(report.task, "cuda").values())
+        yield f"For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take {files}{caches}."
     yield from _recommended(report)
     if report.task == "module":
         return
@@ -139,9 +149,10 @@ def _on_cuda(code: str, recipe: Recipe) -> str:
     """The same program for the other graph. Its caches are made by ONNX Runtime, because numpy has no bfloat16."""
     number = ONNX_NUMBERS[recipe.cuda_dtype]
     return (
-        code.replace("model.onnx", "model.cuda.onnx")
+        re.sub(r"(model|encoder|decoder)\.onnx", r"\1.cuda.onnx", code)
         .replace("CPUExecutionProvider", "CUDAExecutionProvider")
         .replace(EMPTY_CACHE, f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {recipe.cuda_dtype}\nlogits")
+        .replace(ENCODER_RUN, ENCODER_RUN_ON_CUDA)
     )
 
 
@@ -206,6 +217,16 @@ def _command(recipe: Recipe, model_name: str) -> str:
     for gate in recipe.gates:
         words += ["--gate", f"{gate.metric}{gate.comparison}{gate.limit:g}"]
     return wording.printable(shlex.join(words))  # one line, so that nothing in it can end the code block
+
+
+def _without_flags(recipe: Recipe) -> str:
+    """The settings that change the graphs, and that only a recipe file can give."""
+    found = [
+        f"`{name}: {getattr(recipe, name)}`"
+        for name in ("seed", "cuda_dtype", "logits")
+        if getattr(recipe, name) != Recipe.model_fields[name].default
+    ]
+    return f" A recipe file also gave {', '.join(found)}." if found else ""
 
 
 def _data(flag: str, spec: DataSpec) -> list[str]:

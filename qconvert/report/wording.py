@@ -29,7 +29,8 @@ def verdict(report: Report) -> str:
     if report.passed is None:
         return "not verified"
     if report.passed:
-        return "passed"
+        missing = [part.target for part in report.parity if part.status == "not-run"]
+        return f"passed, but not run on {' and '.join(missing)}" if missing else "passed"
     missed = sum(not gate.passed for gate in report.gates)
     return f"failed: {missed} of {len(report.gates)} gates missed" if missed else "failed"
 

@@ -119,9 +119,10 @@ def multi_head_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """com.microsoft::MultiHeadAttention on query, key and value [batch, heads, sequence, head_size]."""
+    _refuse_windows(more)
     batch, heads, sequence, size = query.shape
     assert _context.padding is not None
     out = torch.onnx.ops.symbolic(
@@ -143,12 +144,13 @@ def encoder_decoder_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """com.microsoft::MultiHeadAttention: an encoder's, a decoder's on its cache, or that of a decoder on its source.
 
     position_bias: [1, heads, sequence, total], added to the scores.
     """
+    _refuse_windows(more)
     batch, heads, sequence, size = query.shape
     index = int(getattr(module, "layer_idx", None) or 0)  # encoders may count nothing: only decoders have caches
     attributes: dict[str, Any] = {"num_heads": heads, "scale": float(scaling if scaling is not None else size**-0.5)}
@@ -178,6 +180,14 @@ def encoder_decoder_attention(
         version=1,
     )
     return out.view(batch, sequence, heads, size), None
+
+
+def _refuse_windows(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for what MultiHeadAttention can't do; the next form is tried then. A window that is longer than the
+    probes of trace/check.py would not be missed there."""
+    found = [name for name in ("sliding_window", "softcap") if settings.get(name)]
+    if found:
+        raise ValueError(f"MultiHeadAttention has no {' and no '.join(found)}")
 
 
 ALL_ATTENTION_FUNCTIONS.register(DECODER, group_query_attention)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from qconvert.errors import InputError
 from qconvert.ir import agreement
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.float_graph import float_graph
-from qconvert.ir.last_position import keep_last_position, keeps_last_position, restore_all_positions
+from qconvert.ir.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -25,16 +26,18 @@ from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template
 from qconvert.verify.fidelity import measure_fidelity
+from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.narrow_parity import narrow_parity
-from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, last_position_parity, torch_outputs
+from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, float_parity, graph_parity, torch_outputs
 from qconvert.verify.placement import Placement, measure_placement
 
 logger = logging.getLogger("qconvert")
 
 # Of two sessions that alternate, so that neither's idle threads take cores from the other.
 SHARING = SessionSettings(spinning=False)
+WRONG = "its parity failed: what it computes is wrong"
 
 
 def verify(
@@ -61,7 +64,7 @@ def verify(
     dequantized = torch_outputs(model, artifact.read)
     parity = []
     if "cpu" in targets and all(path.exists() for path in _paths(folder, model, "cpu").values()):
-        parity.append(_parity("cpu", partial(_cpu_error, artifact, dequantized)))
+        parity.append(_parity("cpu", partial(_cpu_error, artifact, _paths(folder, model, "cpu"), dequantized)))
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
         parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
@@ -72,21 +75,38 @@ def verify(
     latency = {target: Latency(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
     runnable = [target for target in targets if reasons[target] is None]
     baseline = _open_float(template, model, SHARING)
-    for target in runnable:
-        session = joined({part: _at_all_positions(path, target) for part, path in paths[target].items()})
+    parity.append(_parity("float", lambda: float_parity(model, baseline, evaluation[0])))
+    for target in list(runnable):
         if target != "cpu":
-            parity.append(narrow_parity(target, model.task, partial(agreement.compared, model, session, dequantized)))
+            parity.append(narrow_parity(target, model.task, partial(_device_pairs, model, paths[target], target, dequantized)))
+        if any(part.target == target and part.status == "failed" for part in parity):
+            runnable.remove(target)
+            fidelity[target] = Fidelity(target=target, status="not-run", reason=WRONG)
+            latency[target] = Latency(target=target, status="not-run", reason=WRONG)
+            continue
+        session = joined({part: session_at_all_positions(path, target, SHARING) for part, path in paths[target].items()})
         progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
         fidelity[target] = measure_fidelity(session, baseline, evaluation, model.task, target, progress)
-    del baseline  # before others are opened: float weights are large
+    baseline = None  # before others are opened: float weights are large
     for target in runnable:
         progress.stage(f"latency on {target}", None)
         latency[target] = _measured(paths[target], template, model, evaluation, target)
     return Evidence(parity=tuple(parity), fidelity=tuple(fidelity.values()), latency=tuple(latency.values()))
 
 
-def _cpu_error(artifact: Artifact, dequantized: Sequence[tuple[Tensor, ...]]) -> float:
-    return max(graph_parity(artifact, dequantized), cluster_parity(artifact), last_position_parity(artifact))
+def _cpu_error(artifact: Artifact, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]) -> float:
+    pairs = [pair for path in paths.values() for pair in last_position_pairs(artifact.model, path, "cpu")]
+    errors = [agreement.largest_difference(found, reference) for found, reference in pairs]
+    return max(graph_parity(artifact, dequantized), cluster_parity(artifact), *errors)
+
+
+def _device_pairs(
+    model: Model, paths: Mapping[str, Path], target: str, dequantized: Sequence[tuple[Tensor, ...]]
+) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """(what the graphs give on a target, what they should): torch's outputs, and their own at the last positions."""
+    session = joined({part: session_at_all_positions(path, target) for part, path in paths.items()})
+    own = [pair for path in paths.values() for pair in last_position_pairs(model, path, target)]
+    return agreement.compared(model, session, dequantized) + own
 
 
 def _open_float(template: Template, model: Model, settings: SessionSettings, *, last_position: bool = False) -> Any:
@@ -96,19 +116,6 @@ def _open_float(template: Template, model: Model, settings: SessionSettings, *, 
         keep_last_position(graphs["model"].graph, model.output_head)
     floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
     return joined({part: memory_session(graph, model.read, settings) for part, graph in floats.items()})
-
-
-def _at_all_positions(path: Path, target: str) -> Any:
-    """A session over a graph that may ship with the logits of the last position alone: they are compared at all."""
-    model = onnx_ir.load(path)
-    if not keeps_last_position(model.graph):
-        return file_session(path, target, SHARING)
-    restore_all_positions(model.graph)
-    return memory_session(model, _nothing_to_read, SHARING, folder=path.parent, target=target)
-
-
-def _nothing_to_read(name: str) -> Tensor:
-    raise AssertionError(f"{name}: a graph that ships has all its weights")
 
 
 def _measured(paths: Mapping[str, Path], template: Template, model: Model, evaluation: Sequence[Batch], target: str) -> Latency:

@@ -4,33 +4,36 @@
    level 1 (float activations), against torch on the dequantized weights.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
    its arithmetic in torch.
-   A graph that gives the logits of the last position alone is compared at all of them, and then with itself.
+   A graph that gives the logits of the last position alone is compared at all of them, and then with itself
+   (verify/last_position.py).
 3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
 4. The CUDA provider's graph, which computes in half the width, by cosine and KL against torch on the dequantized weights,
    that is, against what part 1 holds the CPU provider's graph to (verify/narrow_parity.py).
+5. The float graph that fidelity and latency compare with, against torch on the float weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx_ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from qconvert.ir import agreement
-from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor, graph_files
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor, graph_files
 from qconvert.ir.float_graph import parameter, substitute
 from qconvert.ir.forward import BlockRunner
-from qconvert.ir.last_position import keeps_last_position, restore_all_positions
+from qconvert.ir.last_position import restore_all_positions
+from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.reader import read_layer, read_tensor
-from qconvert.ir.runtime import file_session, joined, memory_session, run_named
+from qconvert.ir.runtime import joined, memory_session, run_named
 
 TOLERANCE = 1e-4
 
@@ -85,13 +88,32 @@ class Artifact:
         return weight.T if self.plan.layers[name].kind == "conv1d" else weight.reshape(parameter.shape)
 
 
-def torch_outputs(model: Model, read: Callable[[str], Tensor]) -> list[tuple[Tensor, ...]]:
-    """The model's outputs in torch for `agreement.probes`, on the weights that `read` gives, one block in memory at a time."""
+def torch_outputs(
+    model: Model, read: Callable[[str], Tensor], batches: Sequence[Batch] | None = None
+) -> list[tuple[Tensor, ...]]:
+    """The model's outputs in torch on the weights that `read` gives, one block in memory at a time.
+
+    batches: unset, `agreement.probes`.
+    """
     runner = BlockRunner(model, read)
-    runner.start(agreement.probes(model))
+    runner.start(agreement.probes(model) if batches is None else batches)
     for index in range(len(model.blocks)):
         runner.run_block(index)
     return list(runner.outputs())
+
+
+def float_parity(model: Model, session: Any, sample: Batch) -> float:
+    """Part 5: largest relative difference of the float graph to torch, on one evaluation sample of full length.
+
+    session: over the float graph. The trace is checked on a few tokens only; what is lost beyond them (a long window, say)
+    would be lost in the artifact and in the float graph that it is compared with.
+    """
+    length = int(sample["attention_mask"][0].sum()) if "attention_mask" in sample else None
+    row = {name: value[:1] if length is None else value[:1, :length] for name, value in sample.items()}
+    found = session.run(None, agreement.feed(session, row))
+    (expected,) = torch_outputs(model, model.read, [row])
+    # Caches follow a decoder's logits.
+    return max(agreement.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 
 
 def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
@@ -117,19 +139,6 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
 
     session = joined({part: memory_session(model, read, folder=artifact.folder) for part, model in graphs.items()})
     return agreement.relative_error(artifact.model, session, expected)
-
-
-def last_position_parity(artifact: Artifact) -> float:
-    """Largest relative difference of a graph that gives the last position alone to itself at all positions; 0 for others."""
-    path, model = artifact.folder / GRAPH, onnx_ir.load(artifact.folder / GRAPH)
-    if not keeps_last_position(model.graph):
-        return 0.0
-    restore_all_positions(model.graph)
-    last, every = file_session(path), memory_session(model, artifact.read, folder=artifact.folder)
-    inputs = agreement.feed(every, agreement.padded_batch(artifact.model))
-    found, expected = (session.run(["logits"], inputs)[0] for session in (last, every))
-    ends = np.array(agreement.LENGTHS) - 1
-    return agreement.largest_difference(found[:, 0], expected[np.arange(len(ends)), ends])
 
 
 def _layer_names(last: onnx_ir.Node) -> list[str]:

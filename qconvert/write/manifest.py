@@ -83,7 +83,7 @@ def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | Non
 
     targets, evaluation, gates: take the place of the recipe's where given.
     """
-    settings = read_manifest(folder)["recipe"] | {"output": str(folder), "verify": True}
+    settings = read_manifest(folder)["recipe"] | {"output": str(folder), "verify": True, "allow_unverified": False}
     settings["model"] = _resolved(settings["model"], folder)
     for part in ("calibration", "evaluation"):
         if settings[part]["source"] is not None:

@@ -39,6 +39,6 @@ def test_the_same_text_everywhere(scheme: str, models: Path, tmp_path: Path) -> 
     assert model.encode_text is not None
     prompt = list(model.encode_text("The secret of life is that everything changes, and so"))
     expected = torch_tokens(artifact, prompt, NEW)
-    assert len(set(expected)) > NEW // 4
+    assert len(set(expected)) > NEW // 8  # no endless repetition of a word
     assert onnxruntime_tokens(artifact, prompt, NEW) == expected
     assert genai_tokens(artifact, prompt, NEW) == expected

@@ -1,0 +1,43 @@
+"""Graphs that give the logits of the last position alone: compared at all positions, and then with themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from torch import Tensor
+
+from qconvert.ir import agreement
+from qconvert.ir.last_position import keeps_last_position, restore_all_positions
+from qconvert.ir.model import Model
+from qconvert.ir.runtime import DEFAULT, SessionSettings, file_session, memory_session
+
+
+def session_at_all_positions(path: Path, target: str, settings: SessionSettings = DEFAULT) -> Any:
+    """A session over a graph as it ships, but for the last position: logits [batch, sequence, vocabulary]."""
+    model = onnx_ir.load(path)
+    if not keeps_last_position(model.graph):
+        return file_session(path, target, settings)
+    restore_all_positions(model.graph)
+    return memory_session(model, _nothing_to_read, settings, folder=path.parent, target=target)
+
+
+def last_position_pairs(model: Model, path: Path, target: str) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """(logits that the graph gives, those of the same graph at the last token of each row), of a prompt whose rows are padded
+    on the right, and of a step on its caches; [] for a graph that gives all positions."""
+    if not keeps_last_position(onnx_ir.load(path).graph):
+        return []
+    last, every = file_session(path, target), session_at_all_positions(path, target)
+    inputs = agreement.feed(every, agreement.padded_batch(model))
+    found, expected = last.run(None, inputs), every.run(None, inputs)
+    ends = np.array(agreement.LENGTHS) - 1
+    pairs = [(found[0][:, 0], expected[0][np.arange(len(ends)), ends])]
+    step = np.array(agreement.NEXT_TOKENS)[:, None] % agreement.vocabulary_size(model)
+    inputs = agreement.next_inputs(every, inputs, expected, step)
+    return [*pairs, (last.run(None, inputs)[0], every.run(None, inputs)[0])]
+
+
+def _nothing_to_read(name: str) -> Tensor:
+    raise AssertionError(f"{name}: a graph that ships has all its weights")
