@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -76,10 +77,10 @@ def end_tokens(folder: Path) -> set[int]:
 def start_token(folder: Path) -> int:
     """The token that an encoder-decoder's decoder begins with."""
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    return next(token for name in names if (token := setting(folder, name)) is not None)
+    return int(next(token for name in names if (token := setting(folder, name)) is not None))
 
 
-def setting(folder: Path, key: str) -> object:
+def setting(folder: Path, key: str) -> Any:
     """What the model's files say; None if they say nothing."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name

@@ -12,6 +12,7 @@ from tiny_models import VOCABULARY, tiny_bert, tiny_llama
 
 from qconvert import Recipe, convert
 from qconvert.errors import ParityError, UsageError
+from qconvert.ir import runtime
 from qconvert.ir.agreement import largest_difference
 from qconvert.ir.artifact import GRAPH
 from qconvert.ir.last_position import keep_last_position
@@ -66,9 +67,11 @@ def test_each_row_gives_its_last_token_in_the_prompt_and_in_every_step_after_it(
 
 
 @pytest.mark.usefixtures("quick")
-def test_it_is_compared_at_every_position_and_measured_as_it_ships(source: Path, tmp_path: Path) -> None:
-    every = converted(source, tmp_path / "every")
-    last = converted(source, tmp_path / "last", logits="last")
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel-a8"])
+def test_it_is_compared_at_every_position_and_measured_as_it_ships(source: Path, scheme: str, tmp_path: Path) -> None:
+    settings = {"scheme": scheme, "rules": [{"pattern": "lm_head", "scheme": scheme}]}
+    every = converted(source, tmp_path / "every", **settings)
+    last = converted(source, tmp_path / "last", logits="last", **settings)
     assert last.passed
     assert last.fidelity == every.fidelity
     assert last.parity[0].max_relative_error == pytest.approx(every.parity[0].max_relative_error, rel=0.5)
@@ -77,7 +80,12 @@ def test_it_is_compared_at_every_position_and_measured_as_it_ships(source: Path,
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_graph_that_takes_the_wrong_token_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_graph_that_takes_the_wrong_token_is_found(
+    source: Path, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runtime.PROVIDERS, "cuda", runtime.PROVIDERS["cpu"])
+
     def take_the_first(graph: Any, head: str) -> None:
         keep_last_position(graph, head)
         within = next(node for node in graph if node.op_type == "Max" and node.name.startswith("qconvert/last_position"))
@@ -85,7 +93,16 @@ def test_a_graph_that_takes_the_wrong_token_is_found(source: Path, tmp_path: Pat
 
     monkeypatch.setattr("qconvert.export.keep_last_position", take_the_first)
     with pytest.raises(ParityError, match="artifact is wrong"):
-        converted(source, tmp_path / "out", logits="last")
+        converted(source, tmp_path / "out", logits="last", targets=[target])
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_graph_for_cuda_gives_the_last_position_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU provider stands in for CUDA's; the plan has checked the graph against CUDA's kernels."""
+    monkeypatch.setitem(runtime.PROVIDERS, "cuda", runtime.PROVIDERS["cpu"])
+    report = converted(source, tmp_path / "out", logits="last", targets=["cuda"], layout="onnx")
+    assert report.passed
+    assert file_session(tmp_path / "out" / "model.cuda.onnx").get_outputs()[0].shape == ["batch", 1, VOCABULARY]
 
 
 @pytest.mark.usefixtures("quick")

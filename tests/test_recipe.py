@@ -163,3 +163,9 @@ def test_a_missing_recipe_file_and_one_that_is_no_text_are_refused(tmp_path: Pat
 
 def test_data_defaults() -> None:
     assert DataSpec() == DataSpec(source=None, samples=32, length=256)
+
+
+def test_targets_are_some_and_each_once() -> None:
+    with pytest.raises(UsageError, match="targets"):
+        Recipe.from_settings({"model": "m", "output": "o", "targets": []})
+    assert Recipe.from_settings({"model": "m", "output": "o", "targets": ["cpu", "cuda", "cpu"]}).targets == ("cpu", "cuda")

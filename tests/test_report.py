@@ -117,7 +117,7 @@ def test_the_five_worst_layers_are_listed_worst_first() -> None:
 @pytest.mark.parametrize(
     ("report", "headline"),
     [
-        (but(passed=True, gates=(), parity=REPORT.parity[:1]), "passed - awq"),
+        (but(passed=True, gates=(), parity=REPORT.parity[:1]), "passed"),
         (but(passed=True, gates=()), "passed, but not run on cuda"),
         (but(passed=None), "not verified"),
         (but(gates=()), "failed"),

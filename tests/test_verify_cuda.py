@@ -232,6 +232,30 @@ def test_a_graph_that_computes_something_else_is_never_published(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("quick", "stand_in")
+def test_a_graph_that_can_not_be_run_has_failed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = pipeline.measure
+
+    def damaged(folder: Path, *rest: Any) -> Report:
+        (folder / CUDA_GRAPH).write_bytes(b"no graph")
+        return measure(folder, *rest)
+
+    monkeypatch.setattr(pipeline, "check_digests", lambda folder: None)
+    monkeypatch.setattr(pipeline, "measure", damaged)
+    with pytest.raises(ParityError, match="cuda: it can't be run"):
+        pipeline.convert(recipe(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.skipif(why_unavailable("cuda") is None, reason="CUDA runs here")
+def test_what_ran_nowhere_has_not_passed_and_verify_does_not_inherit_the_permission(source: Path, tmp_path: Path) -> None:
+    report = pipeline.convert(recipe(source, tmp_path / "out", layout="onnx", allow_unverified=True))
+    assert report.passed is None
+    with pytest.raises(TargetError, match="not everything could be run here"):
+        pipeline.verify(tmp_path / "out")
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.skipif(why_unavailable("cuda") is None, reason="CUDA runs here")
 def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source: Path, tmp_path: Path) -> None:
@@ -249,6 +273,7 @@ def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source
     assert [(part["target"], part["status"]) for part in document["parity"]] == [
         ("transformers", "passed"),
         ("cuda", "not-run"),
+        ("float", "passed"),
     ]
     with pytest.raises(TargetError, match=r"the folder holds no model\.onnx: convert with --target cpu"):
         pipeline.verify(tmp_path / "out", targets=["cpu"])

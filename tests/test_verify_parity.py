@@ -10,15 +10,29 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+import transformers
+from calibrate_models import model_of
 from exporting import nearest, publish, quantize_nearest, whole_numbers
 from onnx import helper
-from trace_models import traced
+from trace_models import DECODER, traced
 
 from qconvert.errors import InputError
+from qconvert.ir import agreement
 from qconvert.ir.artifact import GRAPH, SIDECAR
+from qconvert.ir.float_graph import float_graph
+from qconvert.ir.runtime import memory_session
 from qconvert.ir.scheme import QuantScheme
+from qconvert.trace import trace
 from qconvert.verify import check_digests
-from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, emulate_row_form, graph_parity, torch_outputs
+from qconvert.verify.parity import (
+    TOLERANCE,
+    Artifact,
+    cluster_parity,
+    emulate_row_form,
+    float_parity,
+    graph_parity,
+    torch_outputs,
+)
 
 WEIGHT_ONLY, INT8_ACTIVATIONS = "int4-g16-asym", "int8-channel-a8"
 LAYER = "model.layers.2.mlp.up_proj"
@@ -176,3 +190,29 @@ def test_a_missing_file_is_found(copy_of: Callable[[str], Artifact]) -> None:
     with pytest.raises(InputError, match=SIDECAR) as caught:
         check_digests(folder)
     assert caught.value.code == "QC-VERIFY-001"
+
+
+# --- the float graph ---
+
+
+def test_a_window_that_was_lost_shows_on_a_sample_of_full_length() -> None:
+    """A sliding window of 16 tokens: on the probes, which have fewer, nothing differs without it."""
+    torch.manual_seed(0)
+    settings = {**DECODER, "num_hidden_layers": 2, "sliding_window": 16}
+    module = transformers.MistralForCausalLM(transformers.MistralConfig(**settings)).eval()
+    blocks = ("model.layers.0", "model.layers.1")
+    model = model_of(module, "causal-lm", blocks=blocks, input_names=("input_ids", "attention_mask"))
+    graph = trace(model).graphs["model"]
+    sample = {"input_ids": torch.arange(40)[None] % 50, "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+
+    def error() -> tuple[float, float]:
+        session = memory_session(float_graph(graph, model.parameter_shapes), model.read)
+        on_probes = agreement.relative_error(model, session, torch_outputs(model, model.read))
+        return on_probes, float_parity(model, session, sample)
+
+    assert max(error()) < TOLERANCE
+    for node in graph.graph:
+        node.attributes.pop("local_window_size", None)
+    on_probes, on_sample = error()
+    assert on_probes < TOLERANCE
+    assert on_sample > 100 * TOLERANCE
