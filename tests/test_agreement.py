@@ -73,14 +73,15 @@ class Remembering:
         self.seen: list[tuple[int, int]] = []
 
     def get_inputs(self) -> list[Any]:
-        return [SimpleNamespace(name="past_key_values.0.key", shape=("batch", 1, "past", 1))]
+        return [SimpleNamespace(name="past_key_values.0.key", shape=("batch", 1, "past", 1), type="tensor(float)")]
 
     def get_outputs(self) -> list[Any]:
         return [SimpleNamespace(name=name) for name in ("logits", "present.0.key", "cross_key_values.0.key")]
 
-    def run(self, names: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(self, names: None, inputs: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
         source = inputs["cross_key_values.0.key"] if "input_ids" not in inputs else inputs["input_ids"].astype(np.float32)
         past, new = inputs["past_key_values.0.key"], inputs["decoder_input_ids"].astype(np.float32)
+        past = past if isinstance(past, np.ndarray) else past.numpy()  # the empty cache is an OrtValue
         self.seen.append((past.shape[2], new.shape[1]))
         read = np.concatenate((past, new[:, None, :, None]), 2)
         whole = totals(
