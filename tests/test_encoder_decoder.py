@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
 from qconvert import pipeline
+from qconvert.errors import TargetError
 from qconvert.ir.agreement import feed, largest_difference, next_inputs, padded_batch
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS
-from qconvert.ir.runtime import EncoderDecoderSession, file_session
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
+from qconvert.ir.runtime import EncoderDecoderSession, file_session, is_cache, why_unavailable
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
 from qconvert.recipe import Recipe
@@ -86,7 +87,11 @@ def test_a_folder_becomes_two_graphs_that_agree_with_their_weights(
     report = pipeline.convert(recipe(sources / name, tmp_path / "out", **settings))
     assert report.passed
     assert report.task == "seq2seq-lm"
-    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("transformers", "passed")]
+    assert [(part.target, part.status) for part in report.parity] == [
+        ("cpu", "passed"),
+        ("transformers", "passed"),
+        ("float", "passed"),
+    ]
     assert report.fidelity[0].kl is not None
     assert 0 < report.fidelity[0].kl < 0.5
     assert report.latency[0].decode_tokens_per_s is not None
@@ -247,3 +252,24 @@ def test_the_example_reads_the_source_once(published: Path) -> None:
     }  # fmt: skip
     assert np.array_equal(kept["encoder_attention_mask"], np.ones((1, len(tokens))))
     assert generate.start_token(published) == 0
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel-a8"])
+def test_both_graphs_are_written_for_cuda_too(scheme: str, tmp_path: Path) -> None:
+    """Its attention has no float16 kernel on the CPU, so it is planned, checked against CUDA's kernels and written only."""
+    source = tiny_t5(tmp_path / "t5")
+    settings = {"model": str(source), "output": str(tmp_path / "out"), "scheme": scheme, "targets": ["cpu", "cuda"]}
+    data = {"calibration": {"samples": 2, "length": 16}, "evaluation": {"samples": 2, "length": 16}}
+    if why_unavailable("cuda") is None:
+        pytest.skip("CUDA runs here")
+    with pytest.raises(TargetError, match="no provider for cuda"):
+        pipeline.convert(Recipe.from_settings(settings | data))
+    for file in graph_files("seq2seq-lm", "cuda").values():
+        graph = onnx.load(tmp_path / "out" / file, load_external_data=False).graph
+        caches = [value for value in (*graph.input, *graph.output) if is_cache(value.name)]
+        assert caches
+        assert {value.type.tensor_type.elem_type for value in caches} == {onnx.TensorProto.FLOAT16}
+        assert "MatMulNBits" in {node.op_type for node in graph.node}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "take `encoder.cuda.onnx` and `decoder.cuda.onnx`; caches are float16 there" in card

@@ -113,7 +113,7 @@ def test_digits_lose_at_most_half_a_point_in_int8_at_a_quarter_of_the_size(
     settings = {"model": f"module:{sources / 'digits.py'}:factory", "output": str(tmp_path / "out")}
     report = pipeline.convert(Recipe.from_settings({**settings, "quantizer": quantizer, "scheme": scheme}))
     assert report.passed
-    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed")]
+    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("float", "passed")]
     arrays = np.load(sources / "digits.npz")
     before = digits_accuracy(arrays)
     assert before > 0.9
@@ -136,7 +136,11 @@ def test_every_quantizer_turns_a_checkpoint_into_an_artifact_that_agrees_with_it
     report = pipeline.convert(recipe(sources / name, tmp_path / "out", quantizer=quantizer))
     assert report.passed
     assert verdict(report) == 0
-    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("transformers", "passed")]
+    assert [(part.target, part.status) for part in report.parity] == [
+        ("cpu", "passed"),
+        ("transformers", "passed"),
+        ("float", "passed"),
+    ]
     assert [layer.name.rpartition(".")[2] for layer in report.layers][:3] in (
         ["q_proj", "k_proj", "v_proj"],
         ["query", "key", "value"],
@@ -159,7 +163,7 @@ def test_gpt2_needs_the_onnx_layout_and_says_so(sources: Path, tmp_path: Path) -
     assert "--layout onnx" in caught.value.hint
     assert not (tmp_path / "out").exists()
     report = pipeline.convert(recipe(sources / "gpt2", tmp_path / "out", layout="onnx"))
-    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed")]
+    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("float", "passed")]
 
 
 @pytest.mark.usefixtures("quick")
@@ -271,7 +275,7 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
     assert json.loads((tmp_path / "out" / REPORT).read_text())["passed"] is None
     assert "**Not verified.**" in (tmp_path / "out" / CARD).read_text()
     later = pipeline.verify(tmp_path / "out")
-    assert [part.status for part in later.parity] == ["passed", "passed"]
+    assert [part.status for part in later.parity] == ["passed", "passed", "passed"]
     assert later.samples.evaluation == 4
     assert later.passed is False  # the recipe's gate
 
@@ -309,7 +313,7 @@ def test_a_target_that_can_not_be_run_here_is_published_and_exit_code_7(sources:
     assert (caught.value.code, caught.value.exit_code) == ("QC-TARGET-001", 7)
     document = json.loads((tmp_path / "out" / REPORT).read_text())
     assert {part["target"]: part["status"] for part in document["parity"]} == {
-        "cpu": "passed", "transformers": "passed", "cuda": "not-run"
+        "cpu": "passed", "transformers": "passed", "float": "passed", "cuda": "not-run"
     }  # fmt: skip
     report = pipeline.convert(recipe(sources / "llama", tmp_path / "allowed", allow_unverified=True, **settings))
     assert verdict(report) == 0

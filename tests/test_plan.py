@@ -62,7 +62,7 @@ def planned(model: Model, quantizer: Quantizer | None = None, unused: tuple[str,
         if isinstance(module, nn.Linear | nn.Conv2d | Conv1D) and name not in unused
     ]
     template = Template(
-        onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10),
+        {"model": onnx_ir.Model(onnx_ir.Graph([], [], nodes=[]), ir_version=10)},
         {},
         tuple(InputGroup((name,), None) for name in names),
         embeddings=tuple(name for name, module in model.module.named_modules() if isinstance(module, nn.Embedding)),

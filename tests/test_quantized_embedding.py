@@ -73,7 +73,11 @@ def test_a_tied_pair_is_one_tensor_that_every_loader_reads(
     quantizer: str, scheme: str, sources: Path, tmp_path: Path, quick: None
 ) -> None:
     report = convert(sources / "tied", tmp_path / "out", {"lm_head": scheme}, quantizer=quantizer, scheme=scheme)
-    assert {part.target: part.status for part in report.parity} == {"cpu": "passed", "transformers": "passed"}
+    assert {part.target: part.status for part in report.parity} == {
+        "cpu": "passed",
+        "transformers": "passed",
+        "float": "passed",
+    }
     suffix = "weight" if scheme.endswith("-a8") else "weight_packed"
     assert {f"model.embed_tokens.{suffix}", "model.embed_tokens.weight_scale"} <= tensors(tmp_path / "out")
     assert not any(name.startswith("lm_head") for name in tensors(tmp_path / "out"))
@@ -103,7 +107,7 @@ def test_the_embedding_and_the_head_read_the_same_bytes(sources: Path, tmp_path:
 def test_an_embedding_and_an_untied_head_may_differ_in_the_onnx_layout(sources: Path, tmp_path: Path, quick: None) -> None:
     rules = {"lm_head": "int8-channel", "model.embed_tokens": "int4-g16-asym"}
     report = convert(sources / "untied", tmp_path / "out", rules, quantizer="awq", layout="onnx")
-    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed")]
+    assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("float", "passed")]
     schemes = {layer.name: layer.scheme for layer in report.layers}
     assert (schemes["lm_head"], schemes["model.embed_tokens"]) == ("int8-channel", "int4-g16-asym")
 

@@ -255,8 +255,8 @@ def test_the_card_of_a_folder_for_cuda_runs_its_graph_with_its_caches(dtype: str
 def test_the_card_of_both_targets_runs_on_the_cpu_and_names_the_other_graph() -> None:
     text = card(REPORT, RECIPE.model_copy(update={"targets": ("cpu", "cuda")}), "m")
     assert 'ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])' in text
-    assert "`model.cuda.onnx` is the graph for the CUDAExecutionProvider" in text
-    assert "its caches are float16" in text
+    assert "For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take `model.cuda.onnx`" in text
+    assert "caches are float16 there" in text
 
 
 def test_what_ran_where_and_how_near_it_came_is_shown() -> None:
