@@ -80,24 +80,9 @@ class CpuLowering(Lowering):
         return self._qparams[name]
 
     def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
-        builder, name, bits = self.builder, plan.name, plan.scheme.bits
         if plan.scheme.activation_bits:
             return self._gathered_codes(plan, indices)
-        shape = (plan.out_features, plan.in_features * bits // 8)
-        # Another initializer than the head's, which has a block axis; both map the same bytes.
-        rows = builder.external(f"{name}.weight_packed", shape, DataType.UINT8, view="/rows")
-        scale, zero_point = self._block_qparams(plan)
-        inputs = [rows, indices, scale] if zero_point is None else [rows, indices, scale, zero_point]
-        return builder.op(
-            "GatherBlockQuantized",
-            inputs,
-            f"{name}/GatherBlockQuantized",
-            MICROSOFT,
-            bits=bits,
-            block_size=kernel.block_size(plan),
-            gather_axis=0,
-            quantize_axis=1,
-        )
+        return self._gather_block_quantized(plan, indices, kernel.block_size(plan), *self._block_qparams(plan))
 
     def _gathered_codes(self, plan: LayerPlan, indices: Value) -> Value:
         """Rows of the signed codes [out, in], times their scales [out, 1]."""

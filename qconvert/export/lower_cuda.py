@@ -124,25 +124,13 @@ class CudaLowering(Lowering):
         return builder.external(name)
 
     def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
-        builder, name, bits = self.builder, plan.name, plan.scheme.bits
+        builder, name = self.builder, plan.name
         if plan.scheme.activation_bits:
             rows = builder.op("Gather", [builder.external(f"{name}.weight"), indices], f"{name}/GatherCodes", axis=0)
             codes = builder.op("Cast", [rows], f"{name}/Codes", to=ONNX_TYPES[self.dtype])
             scales = builder.op("Gather", [self.stored_float(f"{name}.weight_scale"), indices], f"{name}/GatherScales", axis=0)
             return builder.op("Mul", [codes, scales], f"{name}/Dequantize")
-        shape = (plan.out_features, plan.in_features * bits // 8)
-        # Another initializer than the head's, which has a block axis; both map the same bytes.
-        rows = builder.external(f"{name}.weight_packed", shape, DataType.UINT8, view="/rows")
-        return builder.op(
-            "GatherBlockQuantized",
-            [rows, indices, self._scale(plan)],
-            f"{name}/GatherBlockQuantized",
-            MICROSOFT,
-            bits=bits,
-            block_size=cuda.block_size(plan),
-            gather_axis=0,
-            quantize_axis=1,
-        )
+        return self._gather_block_quantized(plan, indices, cuda.block_size(plan), self._scale(plan))
 
     def constant(self, name: str, tensor: Tensor) -> Value:
         """A constant of the graph, kept in the sidecar."""

@@ -66,6 +66,25 @@ class Lowering(ABC):
         weight = self.stored_float(f"{name}.outlier_weight")
         return builder.op("MatMul", [self._inputs[x, ("gathered", columns)], weight], f"{name}/OutlierMatMul")
 
+    def _gather_block_quantized(
+        self, plan: LayerPlan, indices: Value, block_size: int, scale: Value, zero_point: Value | None = None
+    ) -> Value:
+        """Rows of an embedding's packed codes, dequantized. scale, zero_point: per block, as MatMulNBits takes them."""
+        builder, name, bits = self.builder, plan.name, plan.scheme.bits
+        shape = (plan.out_features, plan.in_features * bits // 8)
+        # Another initializer than the head's, which has a block axis; both map the same bytes.
+        rows = builder.external(f"{name}.weight_packed", shape, DataType.UINT8, view="/rows")
+        return builder.op(
+            "GatherBlockQuantized",
+            [rows, indices, scale] if zero_point is None else [rows, indices, scale, zero_point],
+            f"{name}/GatherBlockQuantized",
+            MICROSOFT,
+            bits=bits,
+            block_size=block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
     def _conv2d(self, plan: LayerPlan, node: onnx_ir.Node, x: Value, bias: Value | None) -> Value:
         weight = self._dequantized(plan, node)
         attributes = [value for key, value in node.attributes.items() if key != "module"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.report import Task
+from qconvert.ir.report import GENERATING, Task
 
 ReadParameter = Callable[[str], Tensor]
 
@@ -177,7 +177,7 @@ class BlockRunner:
 
     def _forward(self, batch: Batch) -> Any:
         """The whole model with all its heads; () where a hook stopped it."""
-        options = {"use_cache": False, "return_dict": True} if self.model.task in ("causal-lm", "seq2seq-lm") else {}
+        options = {"use_cache": False, "return_dict": True} if self.model.task in GENERATING else {}
         try:
             return self.model.module(**batch, **options)
         except StopForward:
@@ -270,7 +270,7 @@ def graph_outputs(task: Task, module: nn.Module, batch: Batch) -> tuple[Tensor, 
     causal-lm: logits [rows, tokens, vocabulary]; seq2seq-lm: those of the decoder's tokens. encoder: last_hidden_state [rows,
     tokens, hidden], then the logits of a head if there is one. module: every tensor that its forward returns.
     """
-    if task in ("causal-lm", "seq2seq-lm"):
+    if task in GENERATING:
         return (cast(Tensor, module(**batch, use_cache=False, return_dict=True).logits),)
     if task == "module":
         return tuple(tensors_in(module(**batch)))

@@ -13,6 +13,8 @@ Status = Literal["passed", "failed", "not-run"]
 # What every entry of report.json's "parity" has, with or without a value.
 PARITY_KEYS = ("max_relative_error", "reason")
 Task = Literal["causal-lm", "seq2seq-lm", "encoder", "module"]
+# The tasks whose models write text, token by token: they have an output head and a cache.
+GENERATING: tuple[Task, ...] = ("causal-lm", "seq2seq-lm")
 
 
 class _Part(BaseModel):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qconvert.errors import InputError
 from qconvert.ir.model import EncodeText, Model, TensorSource
-from qconvert.ir.report import Task
+from qconvert.ir.report import GENERATING, Task
 from qconvert.load import names, skeleton
 from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json
 from qconvert.load.names import RenamedSource
@@ -98,7 +98,7 @@ def model_from_config(
         source=fitted.source,
         blocks=skeleton.repeated_blocks(module, task),
         tied=fitted.tied,
-        output_head=skeleton.output_head(module) if task in ("causal-lm", "seq2seq-lm") else None,
+        output_head=skeleton.output_head(module) if task in GENERATING else None,
         input_names=skeleton.input_names(module, task),
         encode_text=encode_text,
         config={**fitted.config, "architectures": [type(module).__name__]},

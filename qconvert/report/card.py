@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qconvert.ir import cuda
 from qconvert.ir.artifact import graph_files
-from qconvert.ir.report import Report, Task
+from qconvert.ir.report import GENERATING, Report, Task
 from qconvert.recipe import DataSpec, Recipe
 from qconvert.report import wording
 
@@ -117,7 +117,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     yield f"In this folder, with `pip install {package}{'' if report.task == 'module' else ' transformers'}`:"
     yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
     if len(recipe.targets) > 1:
-        caches = f"; caches are {recipe.cuda_dtype} there" if report.task in ("causal-lm", "seq2seq-lm") else ""
+        caches = f"; caches are {recipe.cuda_dtype} there" if report.task in GENERATING else ""
         files = " and ".join(f"`{file}`" for file in graph_files(report.task, "cuda").values())
         yield f"For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take {files}{caches}."
     yield from _recommended(report)

@@ -62,13 +62,13 @@ def verify(
     artifact = Artifact(folder, model, plan, read_index(folder))
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
+    paths = {target: _paths(folder, model, target) for target in targets}
     parity = []
-    if "cpu" in targets and all(path.exists() for path in _paths(folder, model, "cpu").values()):
-        parity.append(_parity("cpu", partial(_cpu_error, artifact, _paths(folder, model, "cpu"), dequantized)))
+    if "cpu" in targets and all(path.exists() for path in paths["cpu"].values()):
+        parity.append(_parity("cpu", partial(_cpu_error, artifact, paths["cpu"], dequantized)))
     if with_transformers:
         plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
         parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
-    paths = {target: _paths(folder, model, target) for target in targets}
     reasons = {target: _why_not_run(files.values(), target) for target, files in paths.items()}
     parity += [Parity(target=target, status="not-run", reason=reason) for target, reason in reasons.items() if reason]
     fidelity = {target: Fidelity(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}

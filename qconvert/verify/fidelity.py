@@ -12,7 +12,7 @@ from torch import Tensor
 from qconvert.ir.agreement import feed
 from qconvert.ir.layer import Batch
 from qconvert.ir.progress import Progress
-from qconvert.ir.report import Fidelity, Task
+from qconvert.ir.report import GENERATING, Fidelity, Task
 
 # Positions whose logits are compared at once: 256 of a vocabulary of 150,000 are 150 MB in float32.
 ROWS_AT_ONCE = 256
@@ -22,7 +22,7 @@ def measure_fidelity(
     artifact: Any, baseline: Any, batches: Sequence[Batch], task: Task, target: str, progress: Progress
 ) -> Fidelity:
     """Run both sessions on the evaluation batches, one sample at a time, and compare."""
-    by_token = task in ("causal-lm", "seq2seq-lm")
+    by_token = task in GENERATING
     meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
     for batch in batches:
         rows = next(iter(batch.values())).shape[0]

@@ -15,7 +15,7 @@ import torch
 from qconvert.ir.agreement import feed, next_inputs, position_limit, vocabulary_size
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.report import Latency, Trial
+from qconvert.ir.report import GENERATING, Latency, Trial
 from qconvert.ir.runtime import SessionSettings
 
 PROMPT, NEW_TOKENS = 128, 32
@@ -39,7 +39,7 @@ def measure_latency(
     takes fewer tokens is given fewer. Without a baseline, nothing is said about float.
     """
     inputs, prompt, new_tokens = workload(model, batches)
-    decoder = model.task in ("causal-lm", "seq2seq-lm")
+    decoder = model.task in GENERATING
     settings, trials = _fastest(artifact, inputs, new_tokens if decoder else 0, _candidates(target))
     # Float gets these settings and the default: it is as fast as the better of the two.
     floats = dict.fromkeys((settings, _candidates(target)[0])) if baseline is not None else ()

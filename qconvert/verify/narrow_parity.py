@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qconvert.ir.agreement import largest_difference
-from qconvert.ir.report import Parity, Task
+from qconvert.ir.report import GENERATING, Parity, Task
 
 SMALLEST_COSINE = 0.999
 LARGEST_KL = 1e-3
@@ -33,7 +33,7 @@ def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs]) -> Pari
     if error == float("inf"):
         return Parity(target=target, status="failed", reason="outputs are not finite, or of another shape")
     cosine = min(_cosine(found, reference) for found, reference in pairs)
-    kl = _mean_kl(pairs) if task in ("causal-lm", "seq2seq-lm") else None
+    kl = _mean_kl(pairs) if task in GENERATING else None
     reasons = [
         f"{name} {value:.2g}, the limit is {limit:g}"
         for name, value, limit, kept in (
