@@ -10,7 +10,7 @@ from torch import Tensor
 from writing import DIGEST
 
 from qconvert.export import export
-from qconvert.ir import affine
+from qconvert.ir import affine, kernel
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
@@ -96,3 +96,24 @@ def whole_numbers(shape: tuple[int, int], low: int, high: int, seed: int = 0) ->
     values = torch.randint(low, high + 1, shape, generator=generator)
     values[:, ::16], values[:, 1::16] = low, high
     return values.float()
+
+
+LARGEST = 2  # column of `lossless_rows` that meets weights of 0
+
+
+def lossless_rows(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) -> Tensor:
+    """Random whole numbers that the scheme's kernel multiplies without loss, if `without_largest` made the weights.
+
+    Kernels for float activations divide the largest magnitude into 127 steps, those for int8 activations into ROW_STEPS, so
+    that they are exact on rows whose largest magnitude is that.
+    """
+    x = whole_numbers(shape, -127, 127, seed)
+    if scheme.activation_bits:
+        x[:, LARGEST] = kernel.ROW_STEPS
+    return x
+
+
+def without_largest(weight: Tensor) -> Tensor:
+    """`weight` with zeros for the column that holds the largest magnitude of `lossless_rows`."""
+    weight[:, LARGEST] = 0
+    return weight

@@ -2,7 +2,7 @@
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
 int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
-                  1/127, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
+                  1 / ROW_STEPS, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
 outliers          the row form on what is left when the outlier columns are masked out, plus their float product
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
                   int8 activations (of a head that shares the bytes, in row form): gathered codes, cast and scaled
@@ -135,7 +135,7 @@ class CpuLowering(Lowering):
         return self._rows[x]
 
     def _unit(self) -> Value:
-        return self.builder.constant("qconvert/row_scale", np.array(1 / 127, np.float32))
+        return self.builder.constant("qconvert/row_scale", np.array(1 / kernel.ROW_STEPS, np.float32))
 
     def _unit_zero_point(self) -> Value:
         return self.builder.constant("qconvert/row_zero_point", np.array(128, np.uint8))

@@ -23,7 +23,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from qconvert.ir import agreement
+from qconvert.ir import agreement, kernel
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, StoredTensor, graph_files
 from qconvert.ir.float_graph import parameter, substitute
 from qconvert.ir.forward import BlockRunner
@@ -209,8 +209,8 @@ def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None) ->
         kept = x.clone()
         kept[..., tensor.outliers.columns] = 0
     largest = kept.abs().amax(-1, keepdim=True)
-    unit = torch.tensor(1 / 127, dtype=torch.float32)
-    codes = torch.round(kept / largest / unit).clamp(-128, 127).nan_to_num()  # a row of zeros; it is multiplied by 0 below
+    unit = torch.tensor(1 / kernel.ROW_STEPS, dtype=torch.float32)
+    codes = torch.round(kept / largest / unit).nan_to_num()  # a row of zeros; it is multiplied by 0 below
     weight = tensor.q.double()
     if tensor.zero_point is not None:
         weight = weight - tensor.zero_point.double()
