@@ -19,7 +19,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
-from qconvert.plugin.observer import AbsMax, Gram, Observer
+from qconvert.plugin.observer import GRAM_BLOCK, SAMPLED_ROWS, AbsMax, Gram, Observer, SampledRows
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantize import quantize
 from qconvert.quantize.fold import Folded, fold
@@ -300,25 +300,68 @@ def rows_of(seed: int, count: int) -> Tensor:
 def seen(kind: type[Observer], *parts: Tensor) -> Observer:
     observer = kind()
     for rows in parts:
-        observer.update(rows)
+        observer.update(rows, rows.square().sum(1))
     return observer
 
 
-OBSERVERS = pytest.mark.parametrize("kind", [AbsMax, Gram], ids=lambda kind: kind.name)
+def statistic(kind: type[Observer], *parts: Tensor) -> Tensor:
+    return comparable(kind, seen(kind, *parts).finalize())
+
+
+def comparable(kind: type[Observer], value: Tensor) -> Tensor:
+    """Sampled rows are a set: their products say which ones they are."""
+    return value.T @ value if kind is SampledRows else value
+
+
+OBSERVERS = pytest.mark.parametrize("kind", [AbsMax, Gram, SampledRows], ids=lambda kind: kind.name)
 
 
 @OBSERVERS
 def test_divided_is_what_would_have_been_observed(kind: type[Observer]) -> None:
     rows, scale = rows_of(0, 20), torch.linspace(0.1, 3, 6)
-    divided = kind.divided(seen(kind, rows).finalize(), scale)
-    assert torch.allclose(divided, seen(kind, rows / scale).finalize(), rtol=1e-5)
+    importance = rows.square().sum(1)
+    first, second = kind(), kind()
+    first.update(rows, importance)
+    second.update(rows / scale, importance)
+    divided = kind.divided(first.finalize(), scale)
+    assert torch.allclose(comparable(kind, divided), comparable(kind, second.finalize()), rtol=1e-5)
+
+
+def test_the_rows_of_a_gram_matrix_count_by_their_importance() -> None:
+    rows, importance = rows_of(0, 20), torch.linspace(0, 2, 20)
+    observer = Gram()
+    observer.update(rows, importance)
+    assert torch.allclose(observer.finalize(), (rows * importance[:, None]).T @ rows / 20, rtol=1e-5, atol=1e-6)
+
+
+def test_a_wide_gram_matrix_is_symmetric_and_whole() -> None:
+    rows = torch.randn(40, 2 * GRAM_BLOCK + 7, generator=torch.Generator().manual_seed(0))
+    observer = Gram()
+    observer.update(rows, torch.ones(40))
+    found = observer.finalize()
+    assert torch.equal(found, found.T)
+    assert torch.allclose(found, rows.T @ rows / 40, rtol=1e-4, atol=1e-5)
+
+
+def test_which_rows_are_sampled_depends_on_the_rows_alone() -> None:
+    rows = rows_of(0, 4 * SAMPLED_ROWS)
+    whole, pieces = SampledRows(), SampledRows()
+    whole.update(rows, torch.ones(len(rows)))
+    for piece in rows.flip(0).split(100):
+        other = SampledRows()
+        other.update(piece, torch.ones(len(piece)))
+        pieces.merge(other)
+    kept = whole.finalize()
+    assert torch.equal(kept, pieces.finalize())
+    assert len({tuple(row) for row in kept.tolist()}) == SAMPLED_ROWS
+    assert abs(kept.mean() - rows.mean()) < 0.1 * rows.std()
 
 
 @OBSERVERS
 def test_however_rows_are_split_and_merged_the_statistic_is_the_same(kind: type[Observer]) -> None:
     parts = rows_of(0, 5), rows_of(1, 8), rows_of(2, 1)
-    whole = seen(kind, torch.cat(parts)).finalize()
-    assert torch.allclose(seen(kind, *parts).finalize(), whole, rtol=1e-5)
+    whole = statistic(kind, torch.cat(parts))
+    assert torch.allclose(statistic(kind, *parts), whole, rtol=1e-5)
 
     left, right, first = seen(kind, parts[0]), seen(kind, parts[1]), seen(kind, parts[0])
     left.merge(seen(kind, parts[1]))  # (a + b) + c
@@ -329,7 +372,7 @@ def test_however_rows_are_split_and_merged_the_statistic_is_the_same(kind: type[
     empty.merge(left)
     empty.merge(kind())
     for merged in (left, first, empty):
-        assert torch.allclose(merged.finalize(), whole, rtol=1e-5)
+        assert torch.allclose(comparable(kind, merged.finalize()), whole, rtol=1e-5)
 
 
 @OBSERVERS
@@ -337,7 +380,7 @@ def test_merging_leaves_the_other_observer_as_it_was(kind: type[Observer]) -> No
     first, second = kind(), seen(kind, rows_of(1, 8))
     before = second.finalize().clone()
     first.merge(second)
-    first.update(rows_of(2, 4))
+    first.update(rows_of(2, 4), torch.ones(4))
     assert torch.equal(second.finalize(), before)
 
 

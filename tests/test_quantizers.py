@@ -56,7 +56,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def stats_of(rows: Tensor) -> CalibrationStats:
     observers = (AbsMax(), Gram())
     for observer in observers:
-        observer.update(rows)
+        observer.update(rows, torch.ones(len(rows)))
     return CalibrationStats(len(rows), {observer.name: observer.finalize() for observer in observers})
 
 

@@ -75,8 +75,10 @@ def _observed_block(runner: BlockRunner, index: int, plan: Plan, groups: Sequenc
             watch.mask = _padding_mask(sample) if model.task != "module" else None
             if unit:
                 runner.hidden[batch] = runner.call_block(index, batch, runner.hidden[batch])
+                watch.observe(runner.hidden[batch])
             else:
                 runner.run_outside(batch)
+                watch.observe(None)
     stats = watch.finalize()
     tensors = {
         name: model.read(name).float() for group in groups if group.producer for name in _parameters(model, group.producer.name)
@@ -126,7 +128,7 @@ def _relative_change(
 
 
 class _Watch:
-    """Observers on the first layer of every group of a unit.
+    """Observers on the first layer of every group of a unit; what one batch shows them is kept until its output is known.
 
     mask: [rows, tokens] bool, False at padding; None where nothing is padded. Of the batch that runs; a decoder's tokens
         are padded as its source is.
@@ -139,6 +141,7 @@ class _Watch:
         self.groups = groups
         self.observers: list[list[Observer]] = [[observer() for observer in quantizer.observers] for _ in groups]
         self.rows = [0] * len(groups)
+        self._seen: list[tuple[int, Tensor]] = []
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -155,13 +158,26 @@ class _Watch:
 
     def _see(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self.groups[index].layers[0]
-        rows = _patches(module, args[0]) if self.plan.layers[name].kind == "conv2d" else self._token_rows(args[0])
-        if len(rows):
-            self.rows[index] += len(rows)
-            for observer in self.observers[index]:
-                observer.update(rows.float())
+        self._seen.append((index, _patches(module, args[0]) if self.plan.layers[name].kind == "conv2d" else args[0]))
         if name == self.model.output_head:  # nothing comes after the head, and its logits are expensive
             raise StopForward
+
+    def observe(self, output: Tensor | None) -> None:
+        """Show the observers what the batch that has run brought to them.
+
+        output: hidden state [rows, tokens, hidden] that the block made of it; None outside the blocks.
+        """
+        importance = None if output is None else _importance(output)
+        for index, value in self._seen:
+            rows = self._token_rows(value).float()
+            if not len(rows):
+                continue
+            self.rows[index] += len(rows)
+            fits = importance is not None and value.shape[:-1] == importance.shape
+            counts = self._token_rows(importance[..., None])[:, 0] if fits else rows.new_ones(len(rows))
+            for observer in self.observers[index]:
+                observer.update(rows, counts)
+        self._seen.clear()
 
     def _token_rows(self, value: Tensor) -> Tensor:
         """[..., in] -> [n, in], padding left out where the leading axes are those of the mask."""
@@ -188,6 +204,12 @@ class _Watch:
             CalibrationStats(rows, {observer.name: observer.finalize().cpu() for observer in observers}) if seen else None
             for rows, observers, seen in zip(self.rows, self.observers, observed, strict=True)
         ]
+
+
+def _importance(output: Tensor) -> Tensor:
+    """1 / mean square of a block's output [..., hidden] at each of its rows; bounded where that is next to nothing."""
+    square = output.float().square().mean(-1)
+    return torch.maximum(square, square.mean() * 1e-3).reciprocal() if square.any() else torch.ones_like(square)
 
 
 def _padding_mask(batch: Batch) -> Tensor | None:

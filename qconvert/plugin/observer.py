@@ -9,18 +9,26 @@ import torch
 from torch import Tensor
 
 
+GRAM_BLOCK = 256  # columns of a Gram matrix that are multiplied at once
+SAMPLED_ROWS = 256
+
+
 class Observer(ABC):
     """Accumulates one statistic over input rows.
 
     Rows seen in one call or in several, in one observer or in two that are merged, must give the same result
     (up to float rounding), so that batches can be of any size.
+
+    importance: how much a squared error of the layer's output counts at each row: the reciprocal mean square of the block's
+    output there. Errors are added to that output and the next norm divides by its magnitude, so it is relative errors that
+    hurt; a few tokens with massive activations would outweigh all others without it. 1 where there is no such output.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
-    def update(self, rows: Tensor) -> None:
-        """Take in `rows` [n, in] float32; padding is already left out."""
+    def update(self, rows: Tensor, importance: Tensor) -> None:
+        """Take in `rows` [n, in] float32, padding already left out, and their `importance` [n]."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
@@ -44,7 +52,7 @@ class AbsMax(Observer):
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
-    def update(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor, importance: Tensor) -> None:
         seen = rows.abs().amax(0)
         self.value = seen if self.value is None else torch.maximum(self.value, seen)
 
@@ -62,7 +70,7 @@ class AbsMax(Observer):
 
 
 class Gram(Observer):
-    """Mean of x x^T over the rows: [in, in]. The output error of a weight change D is tr(D Gram D^T) per row."""
+    """Mean of importance * x x^T over the rows: [in, in]. The output error of a weight change D is tr(D Gram D^T) per row."""
 
     name = "gram"
 
@@ -70,10 +78,14 @@ class Gram(Observer):
         self.rows = 0
         self.total: Tensor | None = None
 
-    def update(self, rows: Tensor) -> None:
-        product = rows.T @ rows
-        self.rows += rows.shape[0]
-        self.total = product if self.total is None else self.total.add_(product)
+    def update(self, rows: Tensor, importance: Tensor) -> None:
+        self.rows, width = self.rows + rows.shape[0], rows.shape[1]
+        if self.total is None:
+            self.total = torch.zeros(width, width, device=rows.device)
+        rows = rows * importance.sqrt()[:, None]
+        for start in range(0, width, GRAM_BLOCK):  # what lies below the diagonal follows from symmetry, in `finalize`
+            block = slice(start, start + GRAM_BLOCK)
+            self.total[block, start:] += rows[:, block].T @ rows[:, start:]
 
     def merge(self, other: Self) -> None:
         if other.total is not None:
@@ -82,8 +94,52 @@ class Gram(Observer):
 
     def finalize(self) -> Tensor:
         assert self.total is not None
-        return self.total / self.rows
+        upper = self.total.triu()
+        return (upper + upper.triu(1).T) / self.rows
 
     @staticmethod
     def divided(statistic: Tensor, scale: Tensor) -> Tensor:
         return statistic / scale / scale[:, None]
+
+
+class SampledRows(Observer):
+    """Some of the rows, each times the root of its importance: [n, in], n <= SAMPLED_ROWS.
+
+    Whatever scales with its row, as an error of dynamic activation quantization does, has the row's importance in it.
+    Which rows depends on nothing but their content: those with the smallest hash.
+    """
+
+    name = "rows"
+
+    def __init__(self) -> None:
+        self.hashes: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    def update(self, rows: Tensor, importance: Tensor) -> None:
+        self._keep(_hashes(rows), rows * importance.sqrt()[:, None])
+
+    def merge(self, other: Self) -> None:
+        if other.hashes is not None and other.rows is not None:
+            self._keep(other.hashes, other.rows)
+
+    def _keep(self, hashes: Tensor, rows: Tensor) -> None:
+        if self.hashes is not None and self.rows is not None:
+            hashes, rows = torch.cat([self.hashes, hashes]), torch.cat([self.rows, rows])
+        order = hashes.argsort(stable=True)[:SAMPLED_ROWS]
+        self.hashes, self.rows = hashes[order], rows[order]
+
+    def finalize(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows
+
+    @staticmethod
+    def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        return statistic / scale
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """One int64 per row, a polynomial in the bits of its values; integer overflow wraps."""
+    bits = rows.contiguous().view(torch.int32).to(torch.int64)
+    powers = torch.full((rows.shape[1],), 6364136223846793005, dtype=torch.int64, device=rows.device).cumprod(0)
+    mixed = (bits * powers).sum(1)
+    return (mixed ^ (mixed >> 29)) * 2862933555777941757

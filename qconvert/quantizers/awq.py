@@ -18,13 +18,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qconvert.ir import affine
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerTensor, QuantScheme
 from qconvert.plugin import hookimpl
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.quantizers.clip_search import best_clip
 
 
 @hookimpl
@@ -81,21 +81,8 @@ class AWQQuantizer(Quantizer):
         if layer.stats is None:
             return round_to_nearest(layer.weight, scheme)
         energy = layer.stats.values["gram"].diagonal().clamp(min=0)
-        return round_to_nearest(layer.weight, scheme, self._clip(layer.weight, scheme, energy))
-
-    def _clip(self, weight: Tensor, scheme: QuantScheme, energy: Tensor) -> Tensor:
-        """Per group [out, groups], the ratio with the least sum of E[x^2] (w - dequantize(q))^2."""
-        best_error: Tensor | None = None
-        best = torch.ones(scheme.scale_shape(*weight.shape))
-        for ratio in torch.linspace(1.0, self.min_clip, 7).tolist():
-            error = (round_to_nearest(weight, scheme, ratio).dequantize() - weight).square_() * energy
-            error = affine.grouped(error, scheme).sum(-1)
-            if best_error is None:
-                best_error = error
-            better = error < best_error
-            best = torch.where(better, ratio, best)
-            best_error = torch.where(better, error, best_error)
-        return best
+        ratios = torch.linspace(1.0, self.min_clip, 7).tolist()
+        return round_to_nearest(layer.weight, scheme, best_clip(layer.weight, scheme, ratios, energy))
 
 
 def _shared_by_producer(magnitude: Tensor, group: LinearGroup) -> Tensor:
