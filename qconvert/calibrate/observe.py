@@ -167,13 +167,13 @@ class _Watch:
 
         output: hidden state [rows, tokens, hidden] that the block made of it; None outside the blocks.
         """
-        importance = None if output is None else _importance(output)
+        importance = torch.empty(0) if output is None else _importance(output)
         for index, value in self._seen:
             rows = self._token_rows(value).float()
             if not len(rows):
                 continue
             self.rows[index] += len(rows)
-            fits = importance is not None and value.shape[:-1] == importance.shape
+            fits = value.shape[:-1] == importance.shape
             counts = self._token_rows(importance[..., None])[:, 0] if fits else rows.new_ones(len(rows))
             for observer in self.observers[index]:
                 observer.update(rows, counts)

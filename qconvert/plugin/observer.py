@@ -8,7 +8,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-
 GRAM_BLOCK = 256  # columns of a Gram matrix that are multiplied at once
 SAMPLED_ROWS = 256
 
