@@ -11,6 +11,7 @@ from writing import DIGEST
 
 from qconvert.export import export
 from qconvert.ir import affine, kernel
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
@@ -20,7 +21,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.plugin.distribution import builtin
 from qconvert.recipe import Recipe
-from qconvert.verify.parity import Artifact, cluster_parity, graph_parity, torch_outputs
+from qconvert.verify.parity import cluster_parity, graph_parity, torch_outputs
 from qconvert.workdir import open_stage
 from qconvert.write import write, write_manifest
 

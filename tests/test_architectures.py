@@ -29,13 +29,14 @@ from torch import Tensor
 
 from qconvert.ir import cuda
 from qconvert.ir.agreement import largest_difference
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.model import Model
 from qconvert.ir.narrow import narrow
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.trace import trace
-from qconvert.verify.parity import TOLERANCE, Artifact
+from qconvert.verify.parity import TOLERANCE
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
 UNFUSED = ("mpnet",)  # its relative positions are a bias that MultiHeadAttention is not given

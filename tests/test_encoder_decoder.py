@@ -26,11 +26,12 @@ from qconvert import pipeline
 from qconvert.errors import TargetError
 from qconvert.ir.agreement import feed, largest_difference, next_inputs, padded_batch
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.runtime import EncoderDecoderSession, file_session, is_cache, why_unavailable
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
 from qconvert.recipe import Recipe
-from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, graph_parity, torch_outputs
+from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
 
 GRAPHS = ("encoder.onnx", "decoder.onnx")
 PROMPT = "The class statement"

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from qconvert.errors import UsageError
 from qconvert.ir import agreement
 from qconvert.ir.artifact import GENAI_CONFIG, GRAPH, SIDECAR, WEIGHTS
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.trace import trace
-from qconvert.verify.parity import Artifact, torch_outputs
+from qconvert.verify.parity import torch_outputs
 
 # A rounding to float16 is off by up to 2^-11, to bfloat16 by up to 2^-9. Through the blocks of these models lead some sixty
 # roundings one behind the other, whose errors are independent and add up like their square root: eight of them.

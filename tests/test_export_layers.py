@@ -17,13 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from qconvert.ir.agreement import largest_difference
 from qconvert.ir.artifact import GRAPH
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.runtime import file_session
 from qconvert.ir.scheme import PerGroup, QuantScheme
 from qconvert.ir.template import Template
 from qconvert.trace import trace
-from qconvert.verify.parity import Artifact
 
 EXACT = 2e-6  # float32 sums in another order
 

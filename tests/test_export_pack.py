@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from trace_models import DECODER
 
 from qconvert.ir.artifact import GRAPH
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.trace import trace
-from qconvert.verify.parity import Artifact
 
 EXACT = 5e-6
 SETTINGS = {**DECODER, "num_hidden_layers": 2}

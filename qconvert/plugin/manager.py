@@ -37,6 +37,7 @@ BUILTINS = (
     "qconvert.quantizers.zero_point",
     "qconvert.quantizers.per_channel",
     "qconvert.quantizers.awq",
+    "qconvert.quantizers.gptq",
     "qconvert.quantizers.llm_int8",
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from qconvert.errors import InputError
 from qconvert.ir import agreement
 from qconvert.ir.artifact import graph_files
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.layer import Batch
@@ -30,7 +31,7 @@ from qconvert.verify.last_position import last_position_pairs, session_at_all_po
 from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.narrow_parity import narrow_parity
-from qconvert.verify.parity import TOLERANCE, Artifact, cluster_parity, float_parity, graph_parity, torch_outputs
+from qconvert.verify.parity import TOLERANCE, cluster_parity, float_parity, graph_parity, torch_outputs
 from qconvert.verify.placement import Placement, measure_placement
 
 logger = logging.getLogger("qconvert")

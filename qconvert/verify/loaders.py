@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qconvert.ir import agreement
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.forward import graph_outputs
-from qconvert.verify.parity import Artifact
 
 
 def transformers_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:

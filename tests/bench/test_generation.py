@@ -8,12 +8,12 @@ import pytest
 from generation import genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
 
 from qconvert import Recipe, convert
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.reader import read_index
 from qconvert.load import load
 from qconvert.plan import plan
 from qconvert.plugin.manager import plugin_manager
 from qconvert.trace import trace
-from qconvert.verify.parity import Artifact
 
 NEW = 64
 

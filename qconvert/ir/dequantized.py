@@ -1,0 +1,61 @@
+"""The weights of an artifact, as a model computes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir
+from torch import Tensor
+
+from qconvert.ir.artifact import StoredTensor, graph_files
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.reader import read_layer, read_tensor
+
+
+class Artifact:
+    """The written weights of one folder, as torch sees them.
+
+    folder: an output folder or a stage; tensors: where everything lies in it.
+    """
+
+    def __init__(self, folder: Path, model: Model, plan: Plan, tensors: dict[str, StoredTensor]) -> None:
+        self.folder, self.model, self.plan, self.tensors = folder, model, plan, tensors
+
+    @property
+    def has_outliers(self) -> bool:
+        return any(f"{name}.outlier_columns" in self.tensors for name in self.plan.layers)
+
+    def graphs(self) -> dict[str, onnx_ir.Model]:
+        """The graphs for the CPU provider, fresh from disk, by part."""
+        return {part: onnx_ir.load(self.folder / file) for part, file in graph_files(self.model.task).items()}
+
+    def layer(self, name: str) -> QuantizedTensor:
+        layer = self.plan.layer_of(name)
+        assert layer is not None
+        return read_layer(self.folder, layer, self.tensors)
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter in the module's shape, dequantized with outliers and input scale put in."""
+        name = self._layer_name(parameter)
+        if name is not None:
+            return self._in_shape(name, self.layer(name).dequantize())
+        return read_tensor(self.folder, self.tensors[self.model.stored_name(parameter)])
+
+    def read_plain(self, parameter: str) -> Tensor:
+        """Like `read`, but as a loader that knows nothing of outliers sees it."""
+        name = self._layer_name(parameter)
+        if name is not None:
+            tensor = self.layer(name)
+            plain = QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme)
+            return self._in_shape(name, plain.dequantize())
+        return self.read(parameter)
+
+    def _layer_name(self, parameter: str) -> str | None:
+        layer = self.plan.layer_of(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+        return None if layer is None else layer.name
+
+    def _in_shape(self, name: str, weight: Tensor) -> Tensor:
+        parameter = self.model.module.get_submodule(name).get_parameter("weight")
+        return weight.T if self.plan.layers[name].kind == "conv1d" else weight.reshape(parameter.shape)
