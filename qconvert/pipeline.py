@@ -13,6 +13,7 @@ from qconvert.calibrate import calibrate, read_samples
 from qconvert.errors import InputError
 from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
+from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -49,8 +50,19 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
         done = frozenset(stage.done_blocks())
-        blocks = calibrate(model, plan, template.groups, quantizer, samples.calibration, recipe.device, done)
-        quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=recipe.layout == "onnx")
+        blocks = calibrate(
+            model,
+            plan,
+            template.groups,
+            quantizer,
+            samples.calibration,
+            recipe.device,
+            done,
+            written=(lambda: Artifact(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None,
+            tuned=recipe.tuning is not None,
+        )
+        onnx_only = recipe.layout == "onnx"
+        quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=onnx_only, tuning=recipe.tuning)
         written = write(quantized, model, plan, stage, recipe.layout)
         progress.stage("export", None)
         narrow = getattr(torch, recipe.cuda_dtype)

@@ -116,6 +116,15 @@ class DataSpec(_Part):
     length: int = Field(256, ge=8, description="tokens per sample, for text")
 
 
+class Tuning(_Part):
+    """How long the scales and roundings of each repeated block are moved towards the float block's output."""
+
+    steps: int = Field(50, ge=1, description="steps of signed gradient descent, at most")
+    seconds: float | None = Field(
+        None, gt=0, description="time for each block, at most; what is reached in it depends on the machine"
+    )
+
+
 class Recipe(_Part):
     """One conversion. The command line has flags for most fields, which override the file."""
 
@@ -141,6 +150,12 @@ class Recipe(_Part):
     )
     layout: Layout = Field(
         "transformers", description="who must be able to read model.safetensors: transformers too, or model.onnx alone"
+    )
+    sequential: bool = Field(
+        False, description="quantize each block for what the quantized blocks before it put out; for quantizers that use data"
+    )
+    tuning: Tuning | None = Field(
+        None, description="move scales and roundings of each block until its output is closest to the float one; unset: don't"
     )
     device: str = Field("cpu", description="where blocks run during calibration: cpu or cuda")
     gates: tuple[Gate, ...] = Field((), description="limits that the artifact must keep; a missed one is exit code 1")

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qconvert.calibrate.importance import importance_of, padding_mask
+from qconvert.calibrate.tuning_samples import FloatOutputs, TuningSamples
 from qconvert.errors import UsageError
-from qconvert.ir.forward import BlockRunner, StopForward, checked_device
+from qconvert.ir.forward import BlockRunner, ReadParameter, StopForward, checked_device
 from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup, Producer
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -32,16 +34,22 @@ def calibrate(
     batches: Sequence[Batch],
     device: str = "cpu",
     done: frozenset[str] = frozenset(),
+    written: Callable[[], ReadParameter] | None = None,
+    tuned: bool = False,
 ) -> Iterator[Block]:
     """The model's units in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a time.
 
-    Units without a planned layer are left out. With a quantizer that has no observers nothing is run, and the blocks carry
-    neither statistics nor tensors. Otherwise each block is run once, on the float outputs of the block before.
+    Units without a planned layer are left out. With a quantizer that has no observers, and nothing to tune, nothing is run,
+    and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of the block before: of
+    the float one, or with `written` of the quantized one.
 
     groups: which layers share an input; a planned layer that is in none is a group of its own.
     batches: calibration samples, see `qconvert.ir.samples.Samples`.
     device: where blocks run; what is yielded is on the CPU.
     done: units that are not needed (a resumed run has them); samples still pass through them.
+    written: for sequential quantization, gives what reads the parameters of the units that are written, dequantized. A unit
+        must have been written when the next one is asked for.
+    tuned: whether blocks carry the samples that they are tuned on.
 
     Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, and what BlockRunner raises.
     """
@@ -51,18 +59,27 @@ def calibrate(
     pending = [unit for unit in units if unit in members and unit not in done]
     if not pending:
         return
-    if not quantizer.observers:
+    if not (quantizer.observers or tuned):
         for unit in pending:
             yield Block(unit, tuple(_linear_group(model, plan, group, None) for group in members[unit]))
         return
     runner = BlockRunner(model, device=device)
     runner.start(batches)
+    floats = FloatOutputs(runner) if tuned and written else None
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):
         runner.enter(index)
+        inputs = list(runner.hidden)
+        if floats and unit:
+            floats.advance(index)
         if unit in pending:
-            yield _observed_block(runner, index, plan, members[unit], quantizer)
-        else:
+            block = _observed_block(runner, index, plan, members[unit], quantizer)
+            targets = floats.hidden if floats else list(runner.hidden)
+            yield replace(block, samples=TuningSamples(runner, index, inputs, targets)) if tuned and unit else block
+        elif written is None or unit not in members:
             runner.run_block(index)
+        if written and unit and unit in members:
+            runner.hidden = inputs
+            runner.run_block(index, written())
 
 
 def _observed_block(runner: BlockRunner, index: int, plan: Plan, groups: Sequence[InputGroup], quantizer: Quantizer) -> Block:
@@ -72,7 +89,7 @@ def _observed_block(runner: BlockRunner, index: int, plan: Plan, groups: Sequenc
     inputs = list(runner.hidden[:1])
     with runner.weights_of(unit), watch.hooked():
         for batch, sample in enumerate(runner.batches):
-            watch.mask = _padding_mask(sample) if model.task != "module" else None
+            watch.mask = padding_mask(sample) if model.task != "module" else None
             if unit:
                 runner.hidden[batch] = runner.call_block(index, batch, runner.hidden[batch])
                 watch.observe(runner.hidden[batch])
@@ -167,7 +184,7 @@ class _Watch:
 
         output: hidden state [rows, tokens, hidden] that the block made of it; None outside the blocks.
         """
-        importance = torch.empty(0) if output is None else _importance(output)
+        importance = torch.empty(0) if output is None else importance_of(output)
         for index, value in self._seen:
             rows = self._token_rows(value).float()
             if not len(rows):
@@ -204,17 +221,6 @@ class _Watch:
             CalibrationStats(rows, {observer.name: observer.finalize().cpu() for observer in observers}) if seen else None
             for rows, observers, seen in zip(self.rows, self.observers, observed, strict=True)
         ]
-
-
-def _importance(output: Tensor) -> Tensor:
-    """1 / mean square of a block's output [..., hidden] at each of its rows; bounded where that is next to nothing."""
-    square = output.float().square().mean(-1)
-    return torch.maximum(square, square.mean() * 1e-3).reciprocal() if square.any() else torch.ones_like(square)
-
-
-def _padding_mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return None if mask is None or mask.all() else mask.bool()
 
 
 def _patches(module: nn.Module, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.layer import Batch
@@ -75,10 +76,11 @@ class _Call:
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         return kwargs.get("hidden_states"), _Call((), others, False)
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+    def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the named arguments of a block's forward."""
         if self.positional:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(hidden_states=hidden, **self.kwargs)
+            return (hidden, *self.args), dict(self.kwargs)
+        return (), {"hidden_states": hidden, **self.kwargs}
 
 
 class BlockRunner:
@@ -135,10 +137,10 @@ class BlockRunner:
                 self._tails[-1].append(self._tail_of(stack, batch) if shares and batch else tail)
                 self._record(stack, batch)
 
-    def run_block(self, index: int) -> None:
-        """Advance the hidden states of all batches through one block."""
+    def run_block(self, index: int, read: ReadParameter | None = None) -> None:
+        """Advance the hidden states of all batches through one block, with the parameters that `read` gives if it is set."""
         self.enter(index)
-        with self.weights_of(self.model.blocks[index]):
+        with self.weights_of(self.model.blocks[index], read):
             for batch in range(len(self.batches)):
                 self.hidden[batch] = self.call_block(index, batch, self.hidden[batch])
 
@@ -158,7 +160,8 @@ class BlockRunner:
     @torch.no_grad()
     def call_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """One block on one batch; the block's weights must be in place."""
-        output = self._calls[batch][index].run(self._blocks[index], hidden)
+        args, kwargs = self._calls[batch][index].arguments(hidden)
+        output = self._blocks[index](*args, **kwargs)
         output, tail = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
         if output.shape != hidden.shape:
             raise self._not_a_chain(f"block {index} turns a state of shape {list(hidden.shape)} into {list(output.shape)}")
@@ -167,6 +170,24 @@ class BlockRunner:
         if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
             raise self._not_a_chain(f"block {index} hands on other tensors, beside the hidden state, than the first one")
         return cast(Tensor, output)
+
+    @contextmanager
+    def differentiable(
+        self, index: int, read: ReadParameter
+    ) -> Iterator[Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]]:
+        """Within the context, a function of (batch, hidden state, parameters by their full names) to the output of a block.
+
+        Gradients flow to those parameters; all others are what `read` gives.
+        """
+        unit, block = self.model.blocks[index], self._blocks[index]
+
+        def call(batch: int, hidden: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+            own = {name.removeprefix(f"{unit}."): tensor for name, tensor in parameters.items()}
+            output = functional_call(block, own, *self._calls[batch][index].arguments(hidden))
+            return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+        with self.weights_of(unit, read), torch.enable_grad():
+            yield call
 
     @torch.no_grad()
     def run_outside(self, batch: int) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -72,6 +73,27 @@ class LinearGroup:
     input_scale: Tensor | None = None
 
 
+class BlockSamples(Protocol):
+    """A repeated block on the calibration samples, with gradients.
+
+    targets: per batch what the float block puts out, [rows, tokens, hidden].
+    importance: per batch how much a squared error counts at each token, [rows, tokens]; 0 at padding.
+    """
+
+    @property
+    def targets(self) -> Sequence[Tensor]: ...
+
+    @property
+    def importance(self) -> Sequence[Tensor]: ...
+
+    def running(self, fixed: Mapping[str, Tensor]) -> AbstractContextManager[Callable[[int, Mapping[str, Tensor]], Tensor]]:
+        """Within the context, a function of a batch's number and the weights [out, in] of some layers, by layer name, to the
+        block's output; gradients flow to the weights.
+
+        fixed: tensors that differ from the source, by full name.
+        """
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """One unit of the model that is in memory at a time.
@@ -80,12 +102,14 @@ class Block:
     tensors: the float tensors that a fold may change (weights and biases of producers), by full name.
     relative_change: runs the block on calibration inputs with some tensors replaced and returns the largest change of
         its output relative to the largest |output|; None where nothing was calibrated.
+    samples: what it is tuned on; None where it is not to be tuned, and outside the repeated blocks.
     """
 
     name: str
     groups: tuple[LinearGroup, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     relative_change: Callable[[Mapping[str, Tensor]], float] | None = None
+    samples: BlockSamples | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -55,7 +55,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         default,
         layers,
         tuple(kept),
-        calibrated=bool(quantizer.observers),
+        calibrated=bool(quantizer.observers) or recipe.tuning is not None,
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
         peak_bytes=_peak_bytes(model, layers),
         shared=shared,

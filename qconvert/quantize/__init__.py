@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
 from qconvert.ir import affine
 from qconvert.ir.finite import require_finite
-from qconvert.ir.layer import Block, Layer
+from qconvert.ir.layer import Block, BlockSamples, Layer
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
 from qconvert.plugin import contract
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
-from qconvert.quantize.fold import fold
+from qconvert.quantize.fold import Folded, fold
+from qconvert.quantize.tune import tune
+from qconvert.recipe import Tuning
 
 
 def quantize(
-    blocks: Iterable[Block], plan: Plan, quantizer: Quantizer, progress: Progress, *, keep_unfolded: bool
+    blocks: Iterable[Block],
+    plan: Plan,
+    quantizer: Quantizer,
+    progress: Progress,
+    *,
+    keep_unfolded: bool,
+    tuning: Tuning | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize block after block, lazily: nothing of a block is kept once the next is asked for.
 
     keep_unfolded: input scales that can't be folded stay in the graph (`--layout onnx`).
+    tuning: how blocks that have samples are tuned, None where they are not.
 
     Raises InputError QC-WEIGHT-001 for weights that are not finite; PluginError for a quantizer that breaks its contract.
     """
@@ -32,7 +41,7 @@ def quantize(
         for layer in block.layers:
             require_finite(f"{layer.name}.weight", layer.weight)
         folded = fold(block, quantizer, schemes, keep_unfolded)
-        layers = []
+        tensors = {}
         for layer in folded.block.layers:
             if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
                 tensor = round_to_nearest(layer.weight, schemes[layer.name])
@@ -40,9 +49,23 @@ def quantize(
                 tensor = contract.quantize(quantizer, layer, schemes[layer.name])
             if layer.name in folded.input_scales:
                 tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
-            layers.append(QuantizedLayer(layer.name, tensor, _relative_error(layer, tensor)))
-        yield QuantizedBlock(block.name, tuple(layers), folded.tensors)
+            tensors[layer.name] = tensor
+        if tuning is not None and block.samples is not None:
+            tensors |= _tuned(folded, tensors, block.samples, tuning)
+        layers = tuple(
+            QuantizedLayer(layer.name, tensors[layer.name], _relative_error(layer, tensors[layer.name]))
+            for layer in folded.block.layers
+        )
+        yield QuantizedBlock(block.name, layers, folded.tensors)
         progress.advance()
+
+
+def _tuned(
+    folded: Folded, tensors: Mapping[str, QuantizedTensor], samples: BlockSamples, tuning: Tuning
+) -> dict[str, QuantizedTensor]:
+    """The linears of a block, tuned; convolutions and embeddings keep their codes."""
+    layers = {layer.name: layer for layer in folded.block.layers if layer.kind in ("linear", "conv1d")}
+    return tune(layers, {name: tensors[name] for name in layers}, samples, folded.tensors, tuning)
 
 
 def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
