@@ -17,6 +17,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from qconvert.errors import QConvertError, UsageError
@@ -53,7 +54,17 @@ Target = Literal["cpu", "cuda"]
 CudaDtype = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
 Logits = Literal["all", "last"]
+Preset = Literal["fast", "balanced", "best", "int8"]
 Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
+
+
+# What a preset sets where the recipe doesn't; chosen by measurement (docs/quantizers.md).
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "fast": {"quantizer": "hqq", "scheme": "int4-g32-asym"},
+    "balanced": {"quantizer": "awq", "scheme": "int4-g32-asym"},
+    "best": {"quantizer": "gptq", "scheme": "int4-g32-asym", "sequential": True, "tuning": {"steps": 50}},
+    "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8"},
+}
 
 
 class _Part(BaseModel):
@@ -130,6 +141,11 @@ class Recipe(_Part):
 
     model: str = Field(description="a Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads")
     output: Path = Field(description="folder to write; must not exist unless force is set")
+    preset: Preset | None = Field(
+        None,
+        description="quantizer, scheme, sequential and tuning for what you want: seconds without data, a good and quick one, "
+        "the nearest to float, or int8 activations; what the recipe sets itself goes before",
+    )
     quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer or a plugin's")
     scheme: SchemeField | None = Field(None, description="number format, e.g. int4-g32-asym; unset: the quantizer's default")
     options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
@@ -162,6 +178,19 @@ class Recipe(_Part):
     verify: bool = Field(True, description="run the artifact; without that, the report says that nothing is proven")
     allow_unverified: bool = Field(False, description="succeed although a target could not be run here")
     force: bool = Field(False, description="replace the output folder of an earlier run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, settings: Any) -> Any:
+        preset = PRESETS.get(settings.get("preset")) if isinstance(settings, dict) else None
+        if preset is None:  # none, or one that the field itself refuses
+            return settings
+        if settings.get("quantizer", preset["quantizer"]) != preset["quantizer"]:
+            raise ValueError(
+                f"preset {settings['preset']} uses the quantizer {preset['quantizer']}, not {settings['quantizer']}: give one of "
+                "preset and quantizer"
+            )
+        return {**preset, **settings}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:

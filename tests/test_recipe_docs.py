@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qconvert.recipe import DataSpec, Gate, Recipe, Rule
+from qconvert.recipe import DataSpec, Gate, Recipe, Rule, Tuning
 
 DOCS = Path(__file__).parent.parent / "docs" / "recipe.md"
 
 
-def table(part: type[Recipe | DataSpec | Gate | Rule]) -> str:
+def table(part: type[Recipe | DataSpec | Gate | Rule | Tuning]) -> str:
     """The Markdown table of a part's fields."""
     schema = part.model_json_schema()
     lines = ["| field | kind | default | meaning |", "|---|---|---|---|"]
@@ -28,7 +28,8 @@ def kind(schema: dict[str, Any]) -> str:
     """What a value of the schema is, in a few words."""
     match schema:
         case {"$ref": str(reference)}:
-            return {"DataSpec": "[data](#data)", "Rule": "[rule](#rule)", "Gate": "[gate](#gate)"}[reference.rsplit("/", 1)[1]]
+            part = reference.rsplit("/", 1)[1]
+            return f"[{(name := {'DataSpec': 'data'}.get(part, part.lower()))}](#{name})"
         case {"anyOf": list(choices)}:
             return " or ".join(map(kind, choices))
         case {"enum": list(choices)}:
@@ -37,13 +38,15 @@ def kind(schema: dict[str, Any]) -> str:
             return f"list of {kind(items)}"
         case {"type": str(name), "minimum": int(minimum)}:
             return f"{name}, at least {minimum}"
+        case {"type": str(name), "exclusiveMinimum": limit}:
+            return f"{name} above {limit:g}"
         case {"type": str(name)}:
             return {"object": "mapping", "string": "text"}.get(name, name)
     raise AssertionError(schema)
 
 
-@pytest.mark.parametrize("part", [Recipe, DataSpec, Rule, Gate], ids=lambda part: part.__name__)
-def test_the_document_has_the_table_of_every_part(part: type[Recipe | DataSpec | Gate | Rule]) -> None:
+@pytest.mark.parametrize("part", [Recipe, DataSpec, Rule, Gate, Tuning], ids=lambda part: part.__name__)
+def test_the_document_has_the_table_of_every_part(part: type[Recipe | DataSpec | Gate | Rule | Tuning]) -> None:
     expected = table(part)
     assert expected in DOCS.read_text(encoding="utf-8"), f"docs/recipe.md lacks:\n{expected}"
 

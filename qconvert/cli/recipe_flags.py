@@ -24,6 +24,11 @@ _DECORATORS = (
     ),
     click.option("--output", metavar="DIR", help="Folder to write; must not exist unless --force is given."),
     click.option(
+        "--preset",
+        type=click.Choice(["fast", "balanced", "best", "int8"]),
+        help="Quantizer and scheme for what you want: seconds without data, good and quick, nearest to float, int8 activations.",
+    ),
+    click.option(
         "--quantizer", metavar="NAME", help="Algorithm: absmax, zero-point, per-channel, awq, llm-int8, or a plugin's."
     ),
     click.option(
@@ -71,7 +76,7 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe:
     from qconvert.recipe import Gate, Recipe, Rule, read_recipe
 
     settings = read_recipe(flags["recipe_file"]) if flags["recipe_file"] else {}
-    for key in ("model", "output", "quantizer", "targets", "layout", "device", "allow_unverified", "force"):
+    for key in ("model", "output", "preset", "quantizer", "targets", "layout", "device", "allow_unverified", "force"):
         if flags[key]:
             settings[key] = flags[key]
     if flags["scheme"]:

@@ -1,0 +1,189 @@
+"""Block tuning: less error on calibration samples, never more on those held out, and only in what it may change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from calibrate_models import gpt2, llama, plan_of, token_batch
+from test_quantize_fold import Scaling, ramp
+from torch import Tensor, nn
+
+from qconvert.calibrate import calibrate
+from qconvert.ir.layer import Block
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.progress import silent
+from qconvert.ir.quantized import QuantizedBlock
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import InputGroup
+from qconvert.quantize import quantize
+from qconvert.quantize.tune import tune
+from qconvert.recipe import Tuning
+from qconvert.trace import trace
+
+BATCHES = tuple(token_batch((12, 12 - seed % 3) * 6, seed=seed) for seed in range(8))
+STEPS = Tuning(steps=30)
+
+
+def planned(model: Model, scheme: str) -> Plan:
+    plan = plan_of(model)
+    layers = {name: dataclasses.replace(layer, scheme=QuantScheme.parse(scheme)) for name, layer in plan.layers.items()}
+    return dataclasses.replace(plan, layers=layers)
+
+
+@cache
+def groups_of(kind: type[nn.Module]) -> tuple[InputGroup, ...]:
+    """Of the tiny model of this class; what a trace finds depends on nothing else."""
+    _, model = llama() if kind.__name__.startswith("Llama") else gpt2()
+    return trace(model).groups
+
+
+def blocks_of(model: Model, plan: Plan, **options: Any) -> Iterator[Block]:
+    return calibrate(model, plan, groups_of(type(model.module)), Scaling(), BATCHES, tuned=True, **options)
+
+
+def error(block: Block, quantized: QuantizedBlock, batch: int) -> float:
+    """Mean squared error of the block's output on unpadded tokens, relative to the float output there."""
+    samples = block.samples
+    assert samples is not None
+    with samples.running(quantized.tensors) as forward, torch.no_grad():
+        output = forward(batch, {layer.name: layer.tensor.dequantize() for layer in quantized.layers})
+    square = (output - samples.targets[batch]).square().mean(-1) * samples.importance[batch]
+    return float(square.mean())
+
+
+@pytest.mark.parametrize(
+    ("build", "scheme"),
+    [(llama, "int4-channel"), (llama, "int4-g16-asym"), (gpt2, "int4-g16")],
+    ids=["llama int4-channel", "llama int4-g16-asym", "gpt2 int4-g16"],
+)
+def test_tuned_blocks_are_nearer_to_the_float_block_on_samples_that_were_held_out(build: Any, scheme: str) -> None:
+    _, model = build()
+    plan = planned(model, scheme)
+    (block, *_) = blocks_of(model, plan)
+    plain, tuned = (
+        next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
+    )
+    assert error(block, tuned, len(BATCHES) - 1) < error(block, plain, len(BATCHES) - 1)
+    taught = range(len(BATCHES) - 1)
+    assert sum(error(block, tuned, batch) for batch in taught) < 0.95 * sum(error(block, plain, batch) for batch in taught)
+
+
+def test_tuned_tensors_keep_the_contract_and_the_errors_are_those_of_what_is_written() -> None:
+    _, model = llama()
+    plan = planned(model, "int4-g16-asym")
+    (block, *_) = blocks_of(model, plan)
+    tuned = next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=STEPS))
+    for layer, quantized in zip(block.layers, tuned.layers, strict=True):
+        tensor = quantized.tensor
+        assert (tensor.q.dtype, tensor.scale.dtype) == (torch.int8, torch.float32)
+        assert tensor.q.min() >= -8
+        assert tensor.q.max() <= 7
+        difference = (tensor.dequantize() - layer.weight).norm() / layer.weight.norm()
+        assert quantized.relative_error == pytest.approx(float(difference), rel=1e-5)
+
+
+def test_what_was_folded_stays_folded() -> None:
+    _, model = llama()
+    plan = planned(model, "int4-g16")
+    quantizer = Scaling(ramp)
+    block = next(calibrate(model, plan, groups_of(type(model.module)), quantizer, BATCHES, tuned=True))
+    plain, tuned = (
+        next(quantize([block], plan, quantizer, silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
+    )
+    assert plain.tensors
+    assert plain.tensors.keys() == tuned.tensors.keys()
+    assert error(block, tuned, 0) < error(block, plain, 0)
+
+
+def test_the_same_steps_give_the_same_codes() -> None:
+    _, model = llama()
+    plan = planned(model, "int4-g16")
+
+    def codes() -> list[Tensor]:
+        (block, *_) = blocks_of(model, plan)
+        return [
+            layer.tensor.q
+            for layer in next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=STEPS)).layers
+        ]
+
+    assert all(map(torch.equal, codes(), codes()))
+
+
+def test_what_does_not_help_on_samples_that_were_held_out_is_not_kept() -> None:
+    """Targets of the last batch that the start already reaches: any change is a loss there."""
+    _, model = llama()
+    plan = planned(model, "int4-channel")
+    (block, *_) = blocks_of(model, plan)
+    plain = next(quantize([block], plan, Scaling(), silent, keep_unfolded=False))
+    tensors = {layer.name: layer.tensor for layer in plain.layers}
+    samples = block.samples
+    assert samples is not None
+    with samples.running({}) as forward, torch.no_grad():
+        reached = forward(len(BATCHES) - 1, {name: tensor.dequantize() for name, tensor in tensors.items()})
+    samples.targets = [*samples.targets[:-1], reached]  # type: ignore[misc]
+    layers = {layer.name: layer for layer in block.layers}
+    tuned = tune(layers, tensors, samples, {}, STEPS)
+    assert all(tuned[name] is tensor for name, tensor in tensors.items())
+
+
+def test_a_limit_in_seconds_ends_it_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = llama()
+    plan = planned(model, "int4-g16")
+    (block, *_) = blocks_of(model, plan)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=Tuning(steps=50, seconds=25)))
+    assert next(clock) == 40  # begun at 0; looked at after steps 1, 2 and 3
+
+
+# --- sequential ---
+
+
+def test_a_block_sees_what_the_quantized_blocks_before_it_put_out() -> None:
+    plain, model = llama()
+    plan = planned(model, "int4-g16")
+    weights = {f"{name}.weight": torch.full_like(plain.get_submodule(name).weight, 0.01) for name in plan.layers}
+
+    def written() -> Any:
+        return lambda name: weights.get(name, model.read(name))
+
+    asked = calibrate(model, plan, groups_of(type(model.module)), Scaling(), BATCHES, written=written, tuned=True)
+    float_blocks = list(blocks_of(model, plan))
+    sequential = list(asked)
+    statistics = [
+        [group.stats.values["gram"] for group in block.groups if group.stats] for block in (*float_blocks, *sequential)
+    ]
+    first, second, first_sequential, second_sequential = statistics[0], statistics[1], statistics[4], statistics[5]
+    assert all(map(torch.equal, first, first_sequential))
+    assert not any(map(torch.allclose, second, second_sequential))
+
+    for name, weight in weights.items():
+        if name.startswith("model.layers.0."):
+            plain.get_parameter(name).data = weight
+    with torch.no_grad():
+        seen = plain.model(**BATCHES[0], output_hidden_states=True).hidden_states[1]
+    norm = plain.model.layers[1].input_layernorm
+    rows = torch.cat([norm(seen)[BATCHES[0]["attention_mask"].bool()]])
+    observed = sequential[1].groups[0].stats
+    assert observed is not None
+    assert torch.all(observed.values["absmax"] >= rows.abs().amax(0) - 1e-5)
+
+
+def test_targets_of_sequential_tuning_are_the_float_models() -> None:
+    _, model = llama()
+    plan = planned(model, "int4-g16")
+
+    def written() -> Any:
+        return lambda name: model.read(name) * (0.5 if "proj" in name else 1)
+
+    expected = [block.samples.targets for block in blocks_of(model, plan) if block.samples]
+    found = [block.samples.targets for block in blocks_of(model, plan, written=written) if block.samples]
+    assert len(found) == 3
+    for one, other in zip(expected, found, strict=True):
+        assert all(map(torch.allclose, one, other))
