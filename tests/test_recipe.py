@@ -66,7 +66,7 @@ def test_a_wrong_field_is_named(settings: dict[str, object], words: str) -> None
         Recipe.from_settings(settings)
     assert code(raised) == "QC-RECIPE-001"
     assert words in raised.value.message
-    assert "fields are model, output, quantizer" in raised.value.hint
+    assert "fields are model, output, preset, quantizer" in raised.value.hint
 
 
 def test_every_wrong_field_is_named_at_once() -> None:

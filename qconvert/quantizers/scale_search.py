@@ -40,7 +40,8 @@ def best_input_scale(group: LinearGroup, schemes: Sequence[QuantScheme], grid: i
     magnitude = one_per_channel(magnitude, group)
     share = one_per_channel(_share_of_group(group.layers, schemes), group)
     best, least = None, _output_error(weights, schemes, gram, None)
-    for scale in _candidates(magnitude, share, grid):
+    for candidate in _candidates(magnitude, share, grid):
+        scale = one_per_channel(candidate, group)  # again: powers of equal numbers may differ in the last bit
         error = _output_error(weights, schemes, gram, scale)
         if error < least:
             best, least = scale, error
