@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
     group.addoption("--bench-models", help="folder with minilm/, smollm2/, smollm2-offgrid/ and smollm2.gguf")
     group.addoption("--bench-data", help="folder with calibration.txt and evaluation.txt")
+    group.addoption("--bench-peer", help="Python interpreter of an environment with llmcompressor")
 
 
 TEMPLATES: dict[str, Template] = {}
