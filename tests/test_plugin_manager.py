@@ -12,7 +12,7 @@ import pytest
 
 from qconvert.errors import InputError, PluginError, UsageError
 from qconvert.ir.report import Report, Samples, Size
-from qconvert.plugin.manager import BUILTINS, PluginManager
+from qconvert.plugin.manager import BUILTINS, PluginManager, plugin_manager
 from qconvert.recipe import Recipe
 
 QUANTIZER = """
@@ -196,6 +196,27 @@ def test_wrong_options_are_usage_errors_that_list_the_right_ones(
     assert raised.value.code == "QC-PLUGIN-004"
     assert words in raised.value.message
     assert "clip (float), grid (int), mode (" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clip": "max"}, "clip: Input should be 'none', 'mse' or 'percentile', got 'max'"),
+        ({"clip": None}, "clip: Input should be 'none', 'mse' or 'percentile', got None"),
+        ({"clip": "percentile", "percentile": 0.999}, "percentile must be above 50 and at most 100"),
+        ({"percentile": "high"}, "percentile: Input should be a valid number"),
+    ],
+    ids=["unknown", "null", "range", "type"],
+)
+@pytest.mark.parametrize("name", ["absmax", "zero-point", "per-channel"])
+def test_wrong_options_of_clipping_are_usage_errors_that_list_the_right_ones(
+    name: str, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        plugin_manager().quantizer(name, options)
+    assert raised.value.code == "QC-PLUGIN-004"
+    assert words in raised.value.message
+    assert raised.value.hint == (f"options of {name} are: clip (Literal['none', 'mse', 'percentile']), percentile (float)")
 
 
 def test_a_quantizer_that_fails_to_start_is_a_plugin_error(install: Install) -> None:

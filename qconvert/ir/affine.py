@@ -39,7 +39,7 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1
     """Scale and zero point that cover the range of `weight`, shrunk by `clip`.
 
     weight: [out, in] float32, finite.
-    clip: a ratio in (0, 1], or one per group [out, groups].
+    clip: a ratio above 0 (one above 1 widens the range), or one per group [out, groups].
 
     Returns (scale [out, groups] float32, zero_point [out, groups] int8 or None). Symmetric int4 follows the
     signed maximum, `scale = w[argmax |w|] / -8`, so the scale may be negative and a constant group is exact.

@@ -15,7 +15,8 @@ from qconvert.ir.layer import Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import hookimpl
-from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantizers.clipped_range import ClippedRange
 
 
 @hookimpl
@@ -24,8 +25,8 @@ def register_quantizers() -> list[type[Quantizer]]:
 
 
 @dataclass(frozen=True)
-class AbsMaxQuantizer(Quantizer):
-    """Symmetric round-to-nearest. Needs no data."""
+class AbsMaxQuantizer(ClippedRange, Quantizer):
+    """Symmetric round-to-nearest. Needs no data; options: see ClippedRange."""
 
     name = "absmax"
     default_scheme = QuantScheme.parse("int8-tensor-a8")
@@ -34,4 +35,4 @@ class AbsMaxQuantizer(Quantizer):
         return None if scheme.symmetric else "absmax has no zero point; zero-point and per-channel have one"
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
-        return round_to_nearest(layer.weight, scheme)
+        return self.rounded(layer.weight, scheme)

@@ -13,7 +13,8 @@ from qconvert.ir.layer import Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerTensor, QuantScheme
 from qconvert.plugin import hookimpl
-from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantizers.clipped_range import ClippedRange
 
 
 @hookimpl
@@ -22,8 +23,8 @@ def register_quantizers() -> list[type[Quantizer]]:
 
 
 @dataclass(frozen=True)
-class PerChannelQuantizer(Quantizer):
-    """Round-to-nearest per output channel or group, symmetric or not. Needs no data."""
+class PerChannelQuantizer(ClippedRange, Quantizer):
+    """Round-to-nearest per output channel or group, symmetric or not. Needs no data; options: see ClippedRange."""
 
     name = "per-channel"
     default_scheme = QuantScheme.parse("int8-channel-a8")
@@ -34,4 +35,4 @@ class PerChannelQuantizer(Quantizer):
         return None
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
-        return round_to_nearest(layer.weight, scheme)
+        return self.rounded(layer.weight, scheme)

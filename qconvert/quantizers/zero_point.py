@@ -17,7 +17,8 @@ from qconvert.ir.layer import Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import hookimpl
-from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantizers.clipped_range import ClippedRange
 
 
 @hookimpl
@@ -26,8 +27,8 @@ def register_quantizers() -> list[type[Quantizer]]:
 
 
 @dataclass(frozen=True)
-class ZeroPointQuantizer(Quantizer):
-    """Asymmetric round-to-nearest. Needs no data."""
+class ZeroPointQuantizer(ClippedRange, Quantizer):
+    """Asymmetric round-to-nearest. Needs no data; options: see ClippedRange."""
 
     name = "zero-point"
     default_scheme = QuantScheme.parse("int8-tensor-asym-a8")
@@ -36,4 +37,4 @@ class ZeroPointQuantizer(Quantizer):
         return "zero-point is asymmetric; add -asym, or take absmax" if scheme.symmetric else None
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
-        return round_to_nearest(layer.weight, scheme)
+        return self.rounded(layer.weight, scheme)
