@@ -83,8 +83,9 @@ def test_built_ins_register_through_the_same_hook(install: Install) -> None:
     assert PluginManager((module,)).quantizer("nearest", {}).name == "nearest"
 
 
-def test_the_built_ins_are_the_five_of_the_first_release() -> None:
-    assert [name.rpartition(".")[2] for name in BUILTINS] == ["absmax", "zero_point", "per_channel", "awq", "llm_int8"]
+def test_the_built_ins_are_the_five_of_the_first_release_and_hqq() -> None:
+    names = [name.rpartition(".")[2] for name in BUILTINS]
+    assert names == ["absmax", "zero_point", "per_channel", "hqq", "awq", "llm_int8"]
 
 
 @pytest.mark.parametrize(

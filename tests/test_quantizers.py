@@ -1,4 +1,4 @@
-"""The built-in quantizers: what each accepts, that none is upset by odd weights, and what sets awq and llm-int8 apart."""
+"""The built-in quantizers: what each accepts, that none is upset by odd weights, and what sets hqq, awq and llm-int8 apart."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from qconvert.plugin.observer import AbsMax, Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.absmax import AbsMaxQuantizer
 from qconvert.quantizers.awq import AWQQuantizer
+from qconvert.quantizers.clip_search import least_squares_clip
+from qconvert.quantizers.hqq import HQQQuantizer
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 
 BUILTINS: list[Quantizer] = [
-    AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), AWQQuantizer(), LLMInt8Quantizer()
+    AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), HQQQuantizer(), AWQQuantizer(), LLMInt8Quantizer()
 ]  # fmt: skip
 WEIGHT_ONLY = [
     f"int{bits}-{granularity}{asym}" for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
@@ -34,6 +36,7 @@ ACCEPTED = {
     "absmax": {scheme for scheme in SCHEMES if "asym" not in scheme},
     "zero-point": {scheme for scheme in SCHEMES if "asym" in scheme},
     "per-channel": {scheme for scheme in SCHEMES if "tensor" not in scheme},
+    "hqq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "awq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "llm-int8": {"int8-tensor-a8", "int8-channel-a8"},
 }
@@ -108,6 +111,8 @@ def test_odd_weights_survive(quantizer: Quantizer, text: str, kind: str) -> None
     weight, scheme = WEIGHTS[kind], QuantScheme.parse(text)
     if isinstance(quantizer, AWQQuantizer):
         quantizer = replace(quantizer, min_clip=1.0)  # a clipped range does not cover every weight, on purpose
+    if isinstance(quantizer, HQQQuantizer):
+        quantizer = replace(quantizer, iterations=0)  # nor does a fitted one; test_hqq_is_not_upset_by_odd_weights
     tensor = contract.quantize(quantizer, layer_of(weight), scheme)
     dequantized = tensor.dequantize()
     assert torch.isfinite(dequantized).all()
@@ -151,6 +156,112 @@ def test_three_of_them_round_to_nearest(quantizer: Quantizer) -> None:
 def test_only_awq_and_llm_int8_need_data_and_only_llm_int8_has_outliers() -> None:
     assert [quantizer.name for quantizer in BUILTINS if quantizer.observers] == ["awq", "llm-int8"]
     assert [quantizer.name for quantizer in BUILTINS if quantizer.has_outliers] == ["llm-int8"]
+
+
+# hqq
+
+HQQ_SCHEMES = [scheme for scheme in SCHEMES if scheme in ACCEPTED["hqq"]]
+
+
+def heavy_tailed(*shape: int) -> Tensor:
+    """Student's t of 3 degrees of freedom: some weights are ten times as large as most."""
+    return normal(*shape) / normal(3, *shape, seed=1).square().mean(0).sqrt()
+
+
+def hqq(weight: Tensor, text: str, **options: float) -> QuantizedTensor:
+    return contract.quantize(HQQQuantizer(**options), Layer("layer", "linear", weight), QuantScheme.parse(text))  # type: ignore[arg-type]
+
+
+def norm_loss(weight: Tensor, tensor: QuantizedTensor, norm: float = 0.7) -> Tensor:
+    """Sum over each group of |w - dequantize(q)|^norm: [out, groups]."""
+    return affine.grouped((tensor.dequantize() - weight).abs().pow(norm), tensor.scheme).sum(-1)
+
+
+@pytest.mark.parametrize("text", HQQ_SCHEMES)
+def test_hqq_loses_less_in_its_norm_than_rounding_and_the_best_clip_and_more_in_no_group(text: str) -> None:
+    weight, scheme = heavy_tailed(16, 256), QuantScheme.parse(text)
+    fitted = norm_loss(weight, hqq(weight, text))
+    for clip in (1.0, least_squares_clip(weight, scheme)):
+        rounded = norm_loss(weight, round_to_nearest(weight, scheme, clip))
+        assert (fitted <= rounded * (1 + 1e-5)).all()
+        assert fitted.sum() < 0.998 * rounded.sum()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("text", HQQ_SCHEMES)
+def test_hqq_is_not_upset_by_odd_weights(text: str, kind: str) -> None:
+    """Fault 13."""
+    weight = WEIGHTS[kind]
+    tensor, nearest = hqq(weight, text), round_to_nearest(weight, QuantScheme.parse(text))
+    assert torch.isfinite(tensor.dequantize()).all()
+    assert (tensor.dequantize()[weight == 0] == 0).all()
+    assert (norm_loss(weight, tensor) <= norm_loss(weight, nearest) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("text", HQQ_SCHEMES)
+def test_without_iterations_hqq_rounds_to_nearest(text: str) -> None:
+    weight = heavy_tailed(16, 256)
+    tensor, nearest = hqq(weight, text, iterations=0), round_to_nearest(weight, QuantScheme.parse(text))
+    assert torch.equal(tensor.q, nearest.q)
+    assert torch.equal(tensor.scale, nearest.scale)
+
+
+@pytest.mark.parametrize("text", HQQ_SCHEMES)
+def test_weights_on_the_grid_of_a_scheme_are_exact(text: str) -> None:
+    scheme = QuantScheme.parse(text)
+    codes = torch.arange(scheme.code_range[0], scheme.code_range[1] + 1).float()
+    weight = codes[torch.arange(256) * 7 % len(codes)].expand(4, 256) * torch.tensor([0.25, -0.5, 1.0, 2.0])[:, None]
+    for start in range(0, 256, 16):  # every group reaches both ends of the range
+        weight[:, start], weight[:, start + 1] = weight.amin(1), weight.amax(1)
+    assert torch.equal(hqq(weight, text).dequantize(), weight)
+
+
+@pytest.mark.parametrize("text", [text for text in HQQ_SCHEMES if "asym" in text])
+def test_the_zero_points_of_hqq_are_integers_and_give_exact_zeros(text: str) -> None:
+    weight = heavy_tailed(16, 256).abs() - 0.5
+    weight[:, ::5] = 0
+    tensor = hqq(weight, text)
+    assert tensor.zero_point is not None
+    assert tensor.zero_point.dtype == torch.int8
+    assert len(tensor.zero_point.unique()) > 1
+    assert (tensor.dequantize()[:, ::5] == 0).all()
+
+
+def test_a_smaller_norm_gives_up_more_of_the_large_errors() -> None:
+    weight = heavy_tailed(64, 256)
+    half, one = hqq(weight, "int4-channel-asym", norm=0.5), hqq(weight, "int4-channel-asym", norm=1)
+    assert norm_loss(weight, half, 0.5).sum() < norm_loss(weight, one, 0.5).sum()
+    assert norm_loss(weight, half, 2).sum() > norm_loss(weight, one, 2).sum()
+
+
+@pytest.mark.parametrize("text", HQQ_SCHEMES)
+def test_hqq_treats_large_and_small_weights_alike(text: str) -> None:
+    weight = heavy_tailed(4, 256)
+    assert torch.equal(hqq(weight, text).q, hqq(weight / 64, text).q)
+
+
+@pytest.mark.parametrize("text", ["int4-channel-asym", "int8-g16"])
+def test_hqq_fits_each_row_by_itself(text: str) -> None:
+    """More rows than one block of affine.row_blocks holds."""
+    weight = heavy_tailed(300, 1024)
+    whole = hqq(weight, text)
+    for row in (0, 127, 128, 299):
+        assert torch.equal(whole.q[row : row + 1], hqq(weight[row : row + 1], text).q)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"iterations": -1}, "iterations must be at least 0"),
+        ({"norm": 0}, "norm above 0 and at most 1"),
+        ({"norm": 1.5}, "norm above 0 and at most 1"),
+        ({"beta": 0}, "beta must be above 0"),
+        ({"growth": 0.9}, "growth at least 1"),
+    ],
+)
+def test_hqq_refuses_options_that_make_no_sense(options: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        HQQQuantizer(**options)  # type: ignore[arg-type]
 
 
 # llm-int8

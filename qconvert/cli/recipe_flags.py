@@ -29,7 +29,9 @@ _DECORATORS = (
         help="Quantizer and scheme for what you want: seconds without data, good and quick, nearest to float, int8 activations.",
     ),
     click.option(
-        "--quantizer", metavar="NAME", help="Algorithm: absmax, zero-point, per-channel, awq, llm-int8, or a plugin's."
+        "--quantizer",
+        metavar="NAME",
+        help="Algorithm: absmax, zero-point, per-channel, hqq, awq, gptq, smoothquant, llm-int8, or a plugin's.",
     ),
     click.option(
         "--scheme", metavar="S", help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym."

@@ -36,6 +36,7 @@ BUILTINS = (
     "qconvert.quantizers.absmax",
     "qconvert.quantizers.zero_point",
     "qconvert.quantizers.per_channel",
+    "qconvert.quantizers.hqq",
     "qconvert.quantizers.awq",
     "qconvert.quantizers.gptq",
     "qconvert.quantizers.llm_int8",

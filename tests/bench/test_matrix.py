@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-QUANTIZERS = ["absmax", "zero-point", "per-channel", "awq", "llm-int8"]
+QUANTIZERS = ["absmax", "zero-point", "per-channel", "hqq", "awq", "llm-int8"]
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("qconvert_gguf") is None, reason="needs plugins/qconvert-gguf")
 MODELS = ["minilm", pytest.param("smollm2.gguf", marks=needs_gguf)]
 
