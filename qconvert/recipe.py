@@ -187,8 +187,8 @@ class Recipe(_Part):
             return settings
         if settings.get("quantizer", preset["quantizer"]) != preset["quantizer"]:
             raise ValueError(
-                f"preset {settings['preset']} uses the quantizer {preset['quantizer']}, not {settings['quantizer']}: give one of "
-                "preset and quantizer"
+                f"preset {settings['preset']} uses the quantizer {preset['quantizer']}, not {settings['quantizer']}: "
+                "give one of preset and quantizer"
             )
         return {**preset, **settings}
 

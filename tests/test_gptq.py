@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_quantizers import WEIGHTS
 from torch import Tensor
 
 from qconvert.ir import affine
@@ -112,6 +113,22 @@ def test_the_input_scale_is_awqs_unless_it_is_turned_off() -> None:
     assert found is not None
     assert torch.equal(found, expected)
     assert GPTQQuantizer(scale=False).prepare(group, schemes).input_scale is None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_odd_weights_do_not_upset_the_compensation(kind: str, scheme: QuantScheme) -> None:
+    weight = WEIGHTS[kind]
+    rows = correlated_rows(weight.shape[1])
+    if weight.shape[1] % scheme.group_size(weight.shape[1]):
+        pytest.skip("the group does not divide this width")
+    layer = replace(layer_of(rows), weight=weight)
+    found = contract.quantize(GPTQQuantizer(), layer, scheme).dequantize()
+    nearest = round_to_nearest(weight, scheme).dequantize()
+    assert torch.isfinite(found).all()
+    assert (found[weight.abs().amax(1) == 0] == 0).all()
+    small = weight.double()
+    assert ((found - small) @ rows.double().T).norm() <= 1.01 * ((nearest - small) @ rows.double().T).norm()
 
 
 @pytest.mark.parametrize("options", [{"damp": 0.0}, {"grid": 0}, {"min_clip": 1.5}])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qconvert import quantizers
 from qconvert.errors import InputError, PluginError, UsageError
 from qconvert.ir.report import Report, Samples, Size
 from qconvert.plugin.manager import BUILTINS, PluginManager, plugin_manager
@@ -83,9 +84,10 @@ def test_built_ins_register_through_the_same_hook(install: Install) -> None:
     assert PluginManager((module,)).quantizer("nearest", {}).name == "nearest"
 
 
-def test_the_built_ins_are_the_five_of_the_first_release_and_hqq() -> None:
-    names = [name.rpartition(".")[2] for name in BUILTINS]
-    assert names == ["absmax", "zero_point", "per_channel", "hqq", "awq", "llm_int8"]
+def test_the_built_ins_are_named_in_one_tuple() -> None:
+    folder = Path(quantizers.__file__).parent
+    registering = {path.stem for path in folder.glob("*.py") if "def register_quantizers" in path.read_text(encoding="utf-8")}
+    assert {name.rpartition(".")[2] for name in BUILTINS} == registering
 
 
 @pytest.mark.parametrize(

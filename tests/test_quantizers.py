@@ -19,13 +19,15 @@ from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.absmax import AbsMaxQuantizer
 from qconvert.quantizers.awq import AWQQuantizer
 from qconvert.quantizers.clip_search import least_squares_clip
+from qconvert.quantizers.gptq import GPTQQuantizer
 from qconvert.quantizers.hqq import HQQQuantizer
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 
 BUILTINS: list[Quantizer] = [
-    AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), HQQQuantizer(), AWQQuantizer(), LLMInt8Quantizer()
+    AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), HQQQuantizer(), AWQQuantizer(), GPTQQuantizer(),
+    LLMInt8Quantizer(),
 ]  # fmt: skip
 WEIGHT_ONLY = [
     f"int{bits}-{granularity}{asym}" for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
@@ -38,6 +40,7 @@ ACCEPTED = {
     "per-channel": {scheme for scheme in SCHEMES if "tensor" not in scheme},
     "hqq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "awq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
+    "gptq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "llm-int8": {"int8-tensor-a8", "int8-channel-a8"},
 }
 PAIRS = [
@@ -111,6 +114,8 @@ def test_odd_weights_survive(quantizer: Quantizer, text: str, kind: str) -> None
     weight, scheme = WEIGHTS[kind], QuantScheme.parse(text)
     if isinstance(quantizer, AWQQuantizer):
         quantizer = replace(quantizer, min_clip=1.0)  # a clipped range does not cover every weight, on purpose
+    if isinstance(quantizer, GPTQQuantizer):
+        quantizer = replace(quantizer, min_clip=1.0, damp=1e9)  # nor is a code that makes up for others the nearest
     if isinstance(quantizer, HQQQuantizer):
         quantizer = replace(quantizer, iterations=0)  # nor does a fitted one; test_hqq_is_not_upset_by_odd_weights
     tensor = contract.quantize(quantizer, layer_of(weight), scheme)
@@ -153,8 +158,8 @@ def test_three_of_them_round_to_nearest(quantizer: Quantizer) -> None:
         assert (tensor.outliers, tensor.input_scale) == (None, None)
 
 
-def test_only_awq_and_llm_int8_need_data_and_only_llm_int8_has_outliers() -> None:
-    assert [quantizer.name for quantizer in BUILTINS if quantizer.observers] == ["awq", "llm-int8"]
+def test_which_of_them_need_data_and_which_have_outliers() -> None:
+    assert [quantizer.name for quantizer in BUILTINS if quantizer.observers] == ["awq", "gptq", "llm-int8"]
     assert [quantizer.name for quantizer in BUILTINS if quantizer.has_outliers] == ["llm-int8"]
 
 

@@ -26,7 +26,7 @@ _DECORATORS = (
     click.option(
         "--preset",
         type=click.Choice(["fast", "balanced", "best", "int8"]),
-        help="Quantizer and scheme for what you want: seconds without data, good and quick, nearest to float, int8 activations.",
+        help="Quantizer and scheme for what you want: seconds without data, good and quick, nearest to float, fast int8.",
     ),
     click.option(
         "--quantizer",

@@ -18,19 +18,8 @@ def least_squares_clip(weight: Tensor, scheme: QuantScheme) -> Tensor:
     1 where no other ratio is better. Some are above 1: symmetric int4 lacks the code 8, and the codes of a wider range may
     happen to lie nearer.
     """
-    if isinstance(scheme.granularity, PerTensor):
-        return _search(weight, scheme)
-    clip = torch.empty(scheme.scale_shape(*weight.shape))
-    for rows in affine.row_blocks(*weight.shape):
-        clip[rows] = _search(weight[rows], scheme)
-    return clip
-
-
-def _search(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Ratios a factor of 2^(1/4) apart, then, about the best of them, 2^(1/32) apart: 0.3 % from a search in steps of 0.01.
-
-    The few weights of a group have no long tail: half of their range is never the best (measured).
-    """
+    # Ratios a factor of 2^(1/4) apart, then, about the best of them, 2^(1/32) apart: 0.3 % from a search in steps of 0.01.
+    # The few weights of a group have no long tail: half of their range is never the best (measured).
     smallest = 3 if isinstance(scheme.granularity, PerGroup) else 12
     coarse = [1.0, *(2 ** (-step / 4) for step in (-1, *range(1, smallest + 1)))]
     around = [1.0, *(2 ** (step / 32) for step in range(-4, 5) if step)]
@@ -46,6 +35,16 @@ def best_clip(weight: Tensor, scheme: QuantScheme, ratios: Sequence[Tensor | flo
 
     Returns [out, groups] (per tensor [1, 1]); of equals the one that comes first.
     """
+    if isinstance(scheme.granularity, PerTensor):
+        return _best_clip(weight, scheme, ratios, energy)
+    best = torch.empty(scheme.scale_shape(*weight.shape))
+    for rows in affine.row_blocks(*weight.shape):
+        part = [ratio[rows] if isinstance(ratio, Tensor) else ratio for ratio in ratios]
+        best[rows] = _best_clip(weight[rows], scheme, part, energy)
+    return best
+
+
+def _best_clip(weight: Tensor, scheme: QuantScheme, ratios: Sequence[Tensor | float], energy: Tensor | None) -> Tensor:
     best = torch.ones(scheme.scale_shape(*weight.shape))
     least: Tensor | None = None
     for ratio in ratios:

@@ -1,8 +1,8 @@
 """GPTQ: quantize one input column after another, and let the columns that are left make up for the error.
 
     H = G + damp * mean(diag G) I,  G = E[x x^T]
-    U = upper Cholesky factor of H^-1
-    for each column j:  e = (w_j - q_j) / U_jj;  w_k -= e U_jk for k > j
+    U = upper Cholesky factor of H^-1, its rows divided by U_jj
+    for each column j:  e = w_j - q_j;  w_k -= e U_jk for k > j
 
 The columns run in blocks, so that most of the updates are matrix products. Scales and zero points are fixed before, by AWQ's
 scale and clip searches: no layout has a place for groups of re-ordered columns, so `act_order` re-orders the columns' turns,
@@ -88,6 +88,7 @@ class GPTQQuantizer(Quantizer):
         order = energy.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(energy))
         damped = gram[order][:, order] + self.damp * energy.mean() * torch.eye(len(energy))
         factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+        factor /= factor.diagonal().clone()[:, None]
         return dataclasses.replace(nearest, q=_compensated(layer.weight, nearest, factor, order))
 
 
@@ -110,7 +111,7 @@ def _compensated(weight: Tensor, nearest: QuantizedTensor, factor: Tensor, order
             group = int(group_of[column])
             zero_point = 0.0 if zero_points is None else zero_points[group]
             code = torch.round(columns[column] / scales[group]).add_(zero_point).clamp_(low, high)
-            error = (columns[column] - (code - zero_point) * scales[group]) / factor[column, column]
+            error = columns[column] - (code - zero_point) * scales[group]
             columns[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
             codes[column], errors[column - start] = code.to(torch.int8), error
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
