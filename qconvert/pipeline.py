@@ -1,7 +1,8 @@
-"""The whole story: load, trace, plan, calibrate, quantize, write, export, verify."""
+"""The whole story: load, trace, plan, perhaps allocate, calibrate, quantize, write, export, verify."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qconvert import verdict
+from qconvert.allocate import allocate
 from qconvert.calibrate import calibrate, read_samples
 from qconvert.errors import InputError
 from qconvert.export import export
@@ -18,19 +20,24 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
+from qconvert.ir.samples import Samples
+from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
 from qconvert.plan import plan as make_plan
 from qconvert.plugin.manager import PluginManager, plugin_manager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
-from qconvert.recipe import Gate, Recipe
+from qconvert.recipe import AUTO, Gate, Recipe
 from qconvert.report.files import write_report
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
-from qconvert.workdir import open_stage
+from qconvert.workdir import check_output, open_stage
 from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
+
+# What layers are planned with before a budget has decided: it fits every width.
+UNDECIDED = QuantScheme.parse("int4-channel")
 
 
 def convert(recipe: Recipe, progress: Progress = silent) -> Report:
@@ -44,8 +51,10 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
         digests = background.submit(file_digests, model.input_files)
         template, plan = _outline(recipe, quantizer, model, progress)
     samples = read_samples(model, recipe, plan.calibrated)
+    check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
+    decided, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
     inputs, distribution = digests.result(), plugins.distribution_of(quantizer)
-    digest = run_digest(recipe, inputs, distribution)
+    digest = run_digest(decided, inputs, distribution)
     with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_paths) as stage:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
@@ -67,11 +76,11 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
         progress.stage("export", None)
         narrow = getattr(torch, recipe.cuda_dtype)
         export(template, model, plan, written, stage, targets=recipe.targets, cuda_dtype=narrow, logits=recipe.logits)
-        write_manifest(stage, recipe, inputs, written, distribution)
+        write_manifest(stage, decided, inputs, written, distribution)
         if recipe.verify:
-            report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)
+            report = verify_in_fresh_process(decided, stage.folder, stage.scratch, progress)
         else:
-            report = verdict.make_report(recipe, model, plan, samples, stage.folder, evidence=None)
+            report = verdict.make_report(decided, model, plan, samples, stage.folder, evidence=None)
         if not verdict.is_right(report):
             stage.discard()
             raise verdict.wrong(report)
@@ -83,12 +92,16 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What `convert` would do, from the headers and one block of each kind, on which the trace is checked.
+    """What `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget, also
+    from all that its decision takes.
 
     Raises what `convert` would raise before it quantizes anything.
     """
     quantizer, model = _load(recipe, plugin_manager(), silent)
-    return _outline(recipe, quantizer, model, silent)[1]
+    template, made = _outline(recipe, quantizer, model, silent)
+    if recipe.quantizer != AUTO:
+        return made
+    return _decide(recipe, quantizer, model, template, made, read_samples(model, recipe, True), silent)[1]
 
 
 def verify(
@@ -127,7 +140,7 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
 
 
 def _load(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model]:
-    quantizer = plugins.quantizer(recipe.quantizer, recipe.options)
+    quantizer = plugins.quantizer(recipe.worker, recipe.options)
     progress.stage("load", None)
     return quantizer, load(recipe.model, plugins.load_model)
 
@@ -136,4 +149,17 @@ def _outline(recipe: Recipe, quantizer: Quantizer, model: Model, progress: Progr
     """All that is known before the weights are read, but for those on which the trace is checked."""
     progress.stage("trace", None)
     template = trace(model)
+    if recipe.quantizer == AUTO:  # whether the layout takes what is decided is known then
+        recipe = recipe.decided(UNDECIDED).model_copy(update={"layout": "onnx"})
     return template, make_plan(model, template, recipe, quantizer)
+
+
+def _decide(
+    recipe: Recipe, quantizer: Quantizer, model: Model, template: Template, plan: Plan, samples: Samples, progress: Progress
+) -> tuple[Recipe, Plan]:
+    """Where a budget decides the schemes: the recipe with them, and its plan. Else what is given."""
+    if recipe.quantizer != AUTO:
+        return recipe, plan
+    blocks = calibrate(model, plan, template.groups, quantizer, samples.calibration, recipe.device)
+    decided, assignment = allocate(blocks, model, plan, template.groups, recipe, quantizer, samples.calibration, progress)
+    return decided, dataclasses.replace(make_plan(model, template, decided, quantizer), assignment=assignment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from qconvert.errors import QConvertError, UsageError
+from qconvert.ir.budget import Budget
 from qconvert.ir.scheme import QuantScheme
 
 
@@ -37,6 +39,14 @@ def _parse_rule_scheme(value: object) -> object:
     return None if value == "float" else _parse_scheme(value)
 
 
+def _parse_budget(value: object) -> object:
+    """YAML has 4.5 as a number. Raises UsageError QC-BUDGET-001."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        Budget.parse(text)
+    return text
+
+
 def _without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
@@ -50,6 +60,7 @@ RuleSchemeField = Annotated[
     PlainSerializer(lambda scheme: "float" if scheme is None else str(scheme)),
     _TEXT,
 ]
+BudgetField = Annotated[str, BeforeValidator(_parse_budget)]
 Target = Literal["cpu", "cuda"]
 CudaDtype = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
@@ -59,12 +70,15 @@ Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "spee
 
 
 # What a preset sets where the recipe doesn't; chosen by measurement (docs/quantizers.md).
-PRESETS: dict[Preset, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"quantizer": "hqq", "scheme": "int4-g32-asym"},
     "balanced": {"quantizer": "awq", "scheme": "int4-g32-asym"},
     "best": {"quantizer": "gptq", "scheme": "int4-g32-asym", "sequential": True, "tuning": {"steps": 50}},
     "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8"},
 }
+
+# The name that stands for "decide the schemes", and the quantizer that then does the work.
+AUTO, AUTO_QUANTIZER = "auto", "gptq"
 
 
 class _Part(BaseModel):
@@ -146,8 +160,11 @@ class Recipe(_Part):
         description="quantizer, scheme, sequential and tuning for what you want: seconds without data, a good and quick one, "
         "the nearest to float, or int8 activations; what the recipe sets itself goes before",
     )
-    quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer or a plugin's")
+    quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer, a plugin's, or auto, with a budget")
     scheme: SchemeField | None = Field(None, description="number format, e.g. int4-g32-asym; unset: the quantizer's default")
+    budget: BudgetField | None = Field(
+        None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
+    )
     options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
     rules: tuple[Rule, ...] = Field((), description="layers that get another scheme, or stay in float; the first match wins")
     calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
@@ -182,7 +199,7 @@ class Recipe(_Part):
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, settings: Any) -> Any:
-        preset = PRESETS.get(settings.get("preset")) if isinstance(settings, dict) else None
+        preset = PRESETS.get(str(settings.get("preset"))) if isinstance(settings, dict) else None
         if preset is None:  # none, or one that the field itself refuses
             return settings
         if settings.get("quantizer", preset["quantizer"]) != preset["quantizer"]:
@@ -201,6 +218,34 @@ class Recipe(_Part):
             problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors())
             known = ", ".join(cls.model_fields)
             raise UsageError("QC-RECIPE-001", f"the recipe is not valid: {problems}", hint=f"fields are {known}") from error
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        """Raises UsageError QC-BUDGET-002 and -003."""
+        if (self.budget is not None) != (self.quantizer == AUTO):
+            given, missing = ("a budget", f"the quantizer {AUTO}") if self.budget else (f"the quantizer {AUTO}", "a budget")
+            raise UsageError(
+                "QC-BUDGET-002",
+                f"{given} is given without {missing}",
+                hint=f"schemes are chosen with both: --quantizer {AUTO} --budget 4.5",
+            )
+        if self.budget is not None and self.scheme is not None:
+            raise UsageError(
+                "QC-BUDGET-003",
+                f"the budget {self.budget} decides the schemes, but the recipe wants {self.scheme}",
+                hint="leave out the scheme; a rule may name those of single layers",
+            )
+        return self
+
+    @property
+    def worker(self) -> str:
+        """The quantizer that makes the tensors."""
+        return AUTO_QUANTIZER if self.quantizer == AUTO else self.quantizer
+
+    def decided(self, scheme: QuantScheme, rules: Sequence[Rule] = ()) -> Self:
+        """What a recipe with a budget comes down to, once it is known that layers get `scheme` unless `rules` say otherwise."""
+        changes = {"quantizer": self.worker, "budget": None, "scheme": scheme, "rules": (*rules, *self.rules)}
+        return self.model_copy(update=changes)
 
     def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
         """The scheme of the layer `name`: the first rule that matches, else the recipe's, else `default`."""

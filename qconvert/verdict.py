@@ -37,6 +37,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
         gates=gates,
         layers=written.layers,
         kept_float=plan.kept_float,
+        assignment=written.assignment,
     )
 
 

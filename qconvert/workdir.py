@@ -240,6 +240,12 @@ def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterab
                 stage.discard()
 
 
+def check_output(output: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise what `open_stage` would raise for an output that can't be taken, before any work is done for it."""
+    _check_place(output.resolve(), inputs)
+    _check_free(output.resolve(), force)
+
+
 class _Lock:
     """The lock file of one output. It is removed while it is held; filelock retries where it locked a removed file."""
 

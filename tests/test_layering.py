@@ -17,7 +17,7 @@ from qconvert.plugin.manager import BUILTINS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qconvert"
-STAGES = ("load", "trace", "plan", "calibrate", "quantize", "write", "export", "verify")
+STAGES = ("load", "trace", "plan", "calibrate", "allocate", "quantize", "write", "export", "verify")
 SCREEN_LINES, SMALL_FILE_LINES = 50, 150
 
 

@@ -31,10 +31,14 @@ _DECORATORS = (
     click.option(
         "--quantizer",
         metavar="NAME",
-        help="Algorithm: absmax, zero-point, per-channel, hqq, awq, gptq, smoothquant, llm-int8, or a plugin's.",
+        help="Algorithm: absmax, zero-point, per-channel, hqq, awq, gptq, smoothquant, llm-int8, a plugin's, or auto, "
+        "with --budget.",
     ),
     click.option(
         "--scheme", metavar="S", help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym."
+    ),
+    click.option(
+        "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."
     ),
     click.option("--option", "options", metavar="K=V", multiple=True, help="Option of the quantizer."),
     click.option(
@@ -78,7 +82,7 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe:
     from qconvert.recipe import Gate, Recipe, Rule, read_recipe
 
     settings = read_recipe(flags["recipe_file"]) if flags["recipe_file"] else {}
-    for key in ("model", "output", "preset", "quantizer", "targets", "layout", "device", "allow_unverified", "force"):
+    for key in ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force"):
         if flags[key]:
             settings[key] = flags[key]
     if flags["scheme"]:

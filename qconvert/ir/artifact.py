@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qconvert.ir.report import LayerReport, Task
+from qconvert.ir.report import Assignment, LayerReport, Task
 
 WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"
@@ -42,10 +42,12 @@ class Written:
 
     tensors: name -> place, model.safetensors ("P.weight_packed", ...) and sidecar ("P.kernel_scale", ...) together.
     layers: what each quantized layer lost and weighs, in the model's order.
+    assignment: where a budget has decided their schemes.
     """
 
     tensors: Mapping[str, StoredTensor]
     layers: tuple[LayerReport, ...]
+    assignment: Assignment | None = None
 
 
 # Metadata on the last node of a layer with int8 activations: its module, and the value that the layer reads. Layers packed

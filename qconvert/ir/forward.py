@@ -144,6 +144,16 @@ class BlockRunner:
             for batch in range(len(self.batches)):
                 self.hidden[batch] = self.call_block(index, batch, self.hidden[batch])
 
+    def fork(self, batch: int, hidden: Tensor) -> None:
+        """Add a batch that has come as far as `batch`, and like it but for its hidden state."""
+        self.batches.append(self.batches[batch])
+        self.hidden.append(hidden)
+        self._calls.append(dict(self._calls[batch]))
+        for tails in self._tails:
+            tails.append(tails[batch])
+        for ends in self._ends:
+            ends.append(ends[batch])
+
     @torch.no_grad()
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
         """`graph_outputs` per batch, once all blocks are run (a model without blocks runs whole, here)."""

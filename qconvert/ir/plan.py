@@ -9,7 +9,7 @@ import torch
 
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import TensorInfo
-from qconvert.ir.report import KeptFloat
+from qconvert.ir.report import Assignment, KeptFloat
 from qconvert.ir.scheme import QuantScheme
 
 
@@ -66,6 +66,7 @@ class Plan:
     peak_bytes: estimate of the largest amount of memory held at once while quantizing.
     targets: where the artifact is to run.
     cuda_bytes: what the graph for CUDA needs in the sidecar: float tensors in its own type, scales per block, padded copies.
+    assignment: where a budget has decided the schemes.
     """
 
     scheme: QuantScheme
@@ -77,6 +78,7 @@ class Plan:
     shared: Mapping[str, str] = field(default_factory=dict)
     targets: tuple[str, ...] = ("cpu",)
     cuda_bytes: int = 0
+    assignment: Assignment | None = None
 
     def layer_of(self, name: str) -> LayerPlan | None:
         """The planned layer that the module `name` computes with, None where it stays float."""

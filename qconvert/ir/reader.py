@@ -20,7 +20,7 @@ from qconvert.ir import layout
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS, StoredTensor, Written
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
-from qconvert.ir.report import LayerReport
+from qconvert.ir.report import Assignment, LayerReport
 
 # safetensors' names of the dtypes
 DTYPES = {
@@ -117,8 +117,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_written(folder: Path) -> Written:
     """What the write stage left in a folder, from its files."""
-    layers = tuple(LayerReport.model_validate(layer) for layer in read_manifest(folder)["layers"])
-    return Written(read_index(folder), layers)
+    manifest = read_manifest(folder)
+    layers = tuple(LayerReport.model_validate(layer) for layer in manifest["layers"])
+    assignment = Assignment.model_validate(manifest["assignment"]) if "assignment" in manifest else None
+    return Written(read_index(folder), layers, assignment)
 
 
 def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:

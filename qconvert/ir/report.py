@@ -131,8 +131,22 @@ class KeptFloat(_Part):
     reason: str
 
 
+class Assignment(_Part):
+    """What `auto` decided. average_bits: of all quantized weights. schemes: name -> number of layers.
+
+    predicted_kl in nats, for models that write text; predicted_error: of the output, relative, for others. Both are sums over
+    what each layer loses alone, on calibration data.
+    """
+
+    budget: str
+    average_bits: float
+    predicted_kl: float | None = None
+    predicted_error: float | None = None
+    schemes: dict[str, int]
+
+
 class Report(_Part):
-    """passed: True, False, or None where nothing was run."""
+    """passed: True, False, or None where nothing was run. assignment: None where the recipe named the schemes."""
 
     passed: bool | None
     task: Task
@@ -146,6 +160,7 @@ class Report(_Part):
     gates: tuple[GateResult, ...] = ()
     layers: tuple[LayerReport, ...] = ()
     kept_float: tuple[KeptFloat, ...] = ()
+    assignment: Assignment | None = None
 
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""
@@ -154,4 +169,8 @@ class Report(_Part):
             document[part] = [
                 {key: value for key, value in entry.items() if value is not None or key in always} for entry in document[part]
             ]
+        if self.assignment is None:
+            del document["assignment"]
+        else:
+            document["assignment"] = self.assignment.model_dump(mode="json", exclude_none=True)
         return {"schema": 1, **document}

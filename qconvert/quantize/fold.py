@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qconvert.ir.layer import Block, CalibrationStats, Layer, LinearGroup, Producer
+from qconvert.ir.layer import Block, Producer
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import contract
-from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.scaling import divided, scaled
 
 logger = logging.getLogger("qconvert")
 
@@ -55,12 +55,12 @@ def fold(block: Block, quantizer: Quantizer, schemes: Mapping[str, QuantScheme],
     input_scales = {layer.name: scale for index, scale in kept.items() for layer in block.groups[index].layers}
     groups = list(folded.block.groups)
     for index, scale in kept.items():
-        groups[index] = _scaled(groups[index], scale, quantizer.observers)
+        groups[index] = scaled(groups[index], scale, quantizer.observers)
     for index in foldable:
         groups[index] = dataclasses.replace(
             groups[index],
             layers=tuple(
-                dataclasses.replace(layer, stats=_divided(layer.stats, wanted[index], quantizer.observers))
+                dataclasses.replace(layer, stats=divided(layer.stats, wanted[index], quantizer.observers))
                 for layer in groups[index].layers
             ),
         )
@@ -142,19 +142,3 @@ def _parameters(block: Block, indices: Sequence[int], tensors: Mapping[str, Tens
         if layer.name in names:
             changed[f"{layer.name}.weight"] = layer.weight.T if layer.kind == "conv1d" else layer.weight
     return changed
-
-
-def _scaled(group: LinearGroup, scale: Tensor, observers: tuple[type[Observer], ...]) -> LinearGroup:
-    layers: tuple[Layer, ...] = tuple(
-        dataclasses.replace(layer, weight=layer.weight * scale, stats=_divided(layer.stats, scale, observers))
-        for layer in group.layers
-    )
-    return dataclasses.replace(group, layers=layers)
-
-
-def _divided(stats: CalibrationStats | None, scale: Tensor, observers: tuple[type[Observer], ...]) -> CalibrationStats | None:
-    if stats is None:
-        return None
-    return CalibrationStats(
-        stats.rows, {observer.name: observer.divided(stats.values[observer.name], scale) for observer in observers}
-    )

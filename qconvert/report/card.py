@@ -85,7 +85,7 @@ LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "Aut
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
     """Markdown: what it is, how to run and load it, the evidence, and how to make it again."""
     sections = (
-        f"# {_plain(model_name)}, {report.scheme}",
+        f"# {_plain(model_name)}, {wording.title(report)}",
         f"Made by qconvert from `{_code(model_name)}` with the quantizer `{_code(report.quantizer)}`: "
         f"{wording.schemes(report.layers) or 'no'} layers, {wording.size(report)}.",
         *_verdict(report),
@@ -162,6 +162,8 @@ def _evidence(report: Report) -> str:
     rows += [("fidelity to the float model", part.target, part.status, wording.fidelity(part)) for part in report.fidelity]
     rows += [("latency", part.target, part.status, wording.latency(part)) for part in report.latency]
     rows += [("gate", "", "passed" if part.passed else "failed", wording.gate(part)) for part in report.gates]
+    if report.assignment is not None:
+        rows.append(("budget", "", report.assignment.budget, wording.assignment(report.assignment, report.fidelity)))
     rows += [
         ("layer that lost most", "", layer.scheme, _lost(layer.name, layer.relative_error))
         for layer in wording.worst(report.layers)[:1]
@@ -204,6 +206,8 @@ def _command(recipe: Recipe, model_name: str) -> str:
     """The flags that differ from the defaults. Paths lose their folders."""
     source = recipe.model if re.match(r"[\w.]+:[\w.]", recipe.model) else model_name
     words = ["qconvert", "run", "--model", source, "--output", "OUT", "--quantizer", recipe.quantizer]
+    if recipe.budget is not None:
+        words += ["--budget", recipe.budget]
     if recipe.scheme is not None:
         words += ["--scheme", str(recipe.scheme)]
     for name, value in recipe.options.items():

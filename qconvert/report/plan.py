@@ -38,6 +38,7 @@ def table(plan: Plan) -> RenderableType:
             f"model.safetensors: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
             f"memory while quantizing: about {wording.byte_size(plan.peak_bytes)}",
             f"calibration data: {'needed' if plan.calibrated else 'not needed'}",
+            *([f"budget: {wording.assignment(plan.assignment)}"] if plan.assignment else []),
             *_cuda(plan),
             *(
                 f"{len(names)} kept in float, {wording.printable(reason)}: {wording.some(names)}"
@@ -68,6 +69,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "weights_bytes": plan.weights_bytes,
         "peak_bytes": plan.peak_bytes,
         **({"cuda_bytes": plan.cuda_bytes} if "cuda" in plan.targets else {}),
+        **({"assignment": plan.assignment.model_dump(mode="json", exclude_none=True)} if plan.assignment else {}),
         "layers": [
             {
                 "name": layer.name,

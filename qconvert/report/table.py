@@ -18,7 +18,8 @@ def table(report: Report) -> RenderableType:
     """The verdict, then its evidence, one section per row."""
     status = {True: "passed", False: "failed", None: "not-run"}[report.passed]
     headline = Text.assemble(
-        (wording.verdict(report), STYLES[status]), f" - {wording.printable(report.quantizer)}, {report.scheme}, {report.task}"
+        (wording.verdict(report), STYLES[status]),
+        f" - {wording.printable(report.quantizer)}, {wording.title(report)}, {report.task}",
     )
     sections = Table.grid(padding=(0, 2))
     sections.add_column(style="bold", no_wrap=True)
@@ -43,6 +44,8 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
         "layers",
         Text(f"{len(report.layers)} quantized: {wording.schemes(report.layers)}" if report.layers else "none quantized"),
     )
+    if report.assignment is not None:
+        yield "budget", Text(wording.assignment(report.assignment, report.fidelity))
     if report.layers:
         yield "worst", _worst(wording.worst(report.layers))
     if report.kept_float:

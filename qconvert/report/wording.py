@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Trial
+from qconvert.ir.report import Assignment, Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Trial
 
 WORST_LAYERS = 5
 
@@ -41,6 +41,20 @@ def size(report: Report) -> str:
         f"{byte_size(part.weights_bytes)} of weights, {part.ratio:.3g} x the source's {byte_size(part.source_bytes)}; "
         f"{part.average_bits:.3g} bits per quantized weight; graphs {byte_size(part.graph_bytes)}"
     )
+
+
+def assignment(part: Assignment, measured: Iterable[Fidelity] = ()) -> str:
+    """What a budget decided, and whether it lost what was predicted. measured: where it was run."""
+    predicted = _number("predicted KL ", part.predicted_kl, ".3g", " nats") or _number(
+        "predicted relative error of the output ", part.predicted_error, ".3g"
+    )
+    found = [_number("measured ", each.kl, ".3g", f" nats on {each.target}") for each in measured]
+    return _measured(None, f"{part.average_bits:.4g} bits per quantized weight for the budget {part.budget}", predicted, *found)
+
+
+def title(report: Report) -> str:
+    """The scheme, or where there are several how much they average."""
+    return f"{report.assignment.average_bits:.3g} bits" if report.assignment else report.scheme
 
 
 def parity(part: Parity) -> str:

@@ -58,7 +58,7 @@ def write(blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Sta
         weights.finish(stage.tensors_of(WEIGHTS))
     write_config(model, plan, stage, layout)
     write_carried(model, stage)
-    return Written(stage.tensors(), _layer_reports(plan, stage))
+    return Written(stage.tensors(), _layer_reports(plan, stage), plan.assignment)
 
 
 def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, weights: SafetensorsFile) -> None:

@@ -59,6 +59,8 @@ def write_manifest(stage: Stage, recipe: Recipe, inputs: Mapping[str, str], writ
         "layers": [layer.model_dump() for layer in written.layers],
         "sidecar": {name: tensor_record(tensor) for name, tensor in stage.sidecar.tensors.items()},
     }
+    if written.assignment is not None:
+        manifest["assignment"] = written.assignment.model_dump(exclude_none=True)
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
         manifest["created"] = datetime.fromtimestamp(int(epoch), UTC).isoformat()

@@ -1,0 +1,103 @@
+"""The allocate stage: which scheme every layer gets, so that the whole keeps a budget and loses as little as possible."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from qconvert.allocate.choices import Choice, choices, stored_bytes
+from qconvert.allocate.knapsack import solve
+from qconvert.allocate.sensitivity import Weighed, weigh
+from qconvert.errors import UsageError
+from qconvert.ir.budget import Budget
+from qconvert.ir.layer import Batch, Block
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.progress import Progress
+from qconvert.ir.report import GENERATING, Assignment
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import InputGroup
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.recipe import Recipe, Rule
+
+__all__ = ["allocate"]
+
+
+def allocate(
+    blocks: Iterable[Block],
+    model: Model,
+    plan: Plan,
+    groups: Sequence[InputGroup],
+    recipe: Recipe,
+    quantizer: Quantizer,
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> tuple[Recipe, Assignment]:
+    """The recipe that a recipe with a budget comes down to, with a rule for every layer, and what it is expected to lose.
+
+    blocks: with the statistics that `quantizer` wants, see `calibrate`.
+    plan: of the recipe before anything is decided; layers that a rule names are as it says.
+    batches: calibration samples.
+
+    Raises UsageError QC-BUDGET-004 to -006 where nothing can be decided, and what `calibrate` and the quantizer raise.
+    """
+    waiting = choices(plan, groups, recipe, model)
+    budget = Budget.parse(recipe.budget or "")
+    room = _room(plan, waiting, budget)
+    progress.stage("allocate", len({model.block_of(name) for name in plan.layers}))
+    weighed = weigh(blocks, model, plan, waiting, recipe, quantizer, batches, progress)
+    chosen = solve([each.options for each in weighed], room)
+    if chosen is None:
+        raise _too_small(plan, weighed, budget, recipe)
+    schemes = {
+        name: each.choice.schemes[option] for each, option in zip(weighed, chosen, strict=True) for name in each.choice.layers
+    }
+    lost = sum(each.options[option].loss for each, option in zip(weighed, chosen, strict=True))
+    taken = sum(each.options[option].cost for each, option in zip(weighed, chosen, strict=True))
+    assignment = Assignment(
+        budget=str(recipe.budget),
+        average_bits=8 * (taken + _fixed_bytes(plan, waiting)) / _weights(plan),
+        predicted_kl=lost if model.task in GENERATING else None,
+        predicted_error=None if model.task in GENERATING else lost**0.5,
+        schemes=dict(Counter(str(schemes.get(name, layer.scheme)) for name, layer in plan.layers.items()).most_common()),
+    )
+    return _decided(recipe, schemes), assignment
+
+
+def _decided(recipe: Recipe, schemes: dict[str, QuantScheme]) -> Recipe:
+    """With the scheme that most layers get as the recipe's, and a rule in front for each that gets another one."""
+    (default, _), *_ = Counter(schemes.values()).most_common()
+    rules = [Rule(pattern=glob.escape(name), scheme=scheme) for name, scheme in schemes.items() if scheme != default]
+    return recipe.decided(default, rules)
+
+
+def _room(plan: Plan, waiting: Sequence[Choice], budget: Budget) -> int:
+    """Bytes that the layers of `waiting` may take."""
+    floats = plan.weights_bytes - sum(layer.nbytes for layer in plan.layers.values())
+    return budget.quantized_bytes(_weights(plan), floats) - _fixed_bytes(plan, waiting)
+
+
+def _fixed_bytes(plan: Plan, waiting: Sequence[Choice]) -> int:
+    """Of the layers whose scheme a rule says."""
+    free = {name for choice in waiting for name in choice.layers}
+    return sum(stored_bytes(layer) for name, layer in plan.layers.items() if name not in free)
+
+
+def _weights(plan: Plan) -> int:
+    return sum(layer.out_features * layer.in_features for layer in plan.layers.values())
+
+
+def _too_small(plan: Plan, weighed: Sequence[Weighed], budget: Budget, recipe: Recipe) -> UsageError:
+    fixed = _fixed_bytes(plan, [each.choice for each in weighed])
+    ends = [fixed + sum(pick(option.cost for option in each.options) for each in weighed) for pick in (min, max)]
+    if budget.in_bytes:
+        floats = plan.weights_bytes - sum(layer.nbytes for layer in plan.layers.values())
+        least, most = (f"{(end + floats) / 1e6:.2f}MB" for end in ends)
+    else:
+        least, most = (f"{8 * end / _weights(plan):.3f}" for end in ends)
+    return UsageError(
+        "QC-BUDGET-006",
+        f"the budget {recipe.budget} can't be met: from {least}, all layers in their smallest scheme, to {most} is possible",
+        hint=f"take --budget {least} or more, or quantize with a --rule what is kept in float",
+    )

@@ -1,0 +1,110 @@
+"""What there is to choose from: layers that get one scheme together, and what each scheme costs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qconvert.errors import UsageError
+from qconvert.ir import affine, kernel, layout
+from qconvert.ir.model import Model
+from qconvert.ir.plan import LayerPlan, Plan
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import InputGroup
+from qconvert.recipe import Recipe
+
+# Weights only, with fast kernels on every target, and a layout whose bytes the kernels read as they are.
+SCHEMES = tuple(map(QuantScheme.parse, ("int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8-g128", "int8-g32")))
+# Their zero points have no place in a mixed folder for transformers, and no kernel on CUDA.
+ASYMMETRIC = tuple(map(QuantScheme.parse, ("int4-g128-asym", "int4-g64-asym", "int4-g32-asym", "int4-g16-asym")))
+# For widths that no group divides.
+FALLBACK = tuple(map(QuantScheme.parse, ("int4-channel", "int8-channel")))
+# The scheme at which losses are measured, where it is possible: in the middle of what is chosen.
+REFERENCE = QuantScheme.parse("int4-g32")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Layers that get the same scheme: those that read one input and have one shape, such as gate and up, or key and value.
+
+    Of one scheme they are one product in the graph. A large query beside a small key and value is not held to theirs: a bit
+    is worth more there, and costs less (SmolLM2 at 4.5 bits: 4 % of the loss).
+    """
+
+    layers: tuple[str, ...]
+    schemes: tuple[QuantScheme, ...]
+
+    @property
+    def reference(self) -> QuantScheme:
+        return REFERENCE if REFERENCE in self.schemes else self.schemes[0]
+
+
+def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Model) -> list[Choice]:
+    """Every planned layer that no rule names.
+
+    Raises UsageError QC-BUDGET-004 where there is none, QC-BUDGET-005 for layers that transformers loads only where all
+    have one scheme.
+    """
+    free = {name: layer for name, layer in plan.layers.items() if layer.kind != "embedding" and recipe.rule_for(name) is None}
+    if not free:
+        raise UsageError(
+            "QC-BUDGET-004", "the rules leave no layer whose scheme a budget could decide", hint="take fewer rules"
+        )
+    group_of = {name: index for index, group in enumerate(groups) for name in group.layers}
+    together: dict[tuple[object, int], list[str]] = {}
+    for name, layer in free.items():
+        together.setdefault((group_of.get(name, name), layer.out_features), []).append(name)
+    allowed = SCHEMES if recipe.layout == "transformers" or "cuda" in recipe.targets else (*SCHEMES, *ASYMMETRIC)
+    found = []
+    for names in together.values():
+        width = free[names[0]].in_features
+        dividing = tuple(scheme for scheme in allowed if width % scheme.group_size(width) == 0)
+        found.append(Choice(tuple(names), dividing or FALLBACK))
+    if recipe.layout == "transformers" and model.config is not None:
+        _check_layout(plan, found)
+    return found
+
+
+def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
+    """As soon as it is known: measuring takes its time."""
+    mixed = dict(plan.layers)
+    for index, choice in enumerate(found):
+        scheme = choice.schemes[index % len(choice.schemes)]
+        mixed |= {name: dataclasses.replace(mixed[name], scheme=scheme) for name in choice.layers}
+    reason = layout.transformers_refuses(mixed.values())
+    if reason is not None:
+        raise UsageError(
+            "QC-BUDGET-005",
+            f"a budget is met with several schemes, and transformers could not load such a folder: {reason}",
+            hint="add --layout onnx for a folder that serves ONNX Runtime alone, or change what is named here with a --rule",
+        )
+
+
+def cost(plan: LayerPlan, weight: Tensor) -> int:
+    """Bytes that a layer takes on disk, weight [out, in]: as stored, and what the kernels want beside that."""
+    scale, _ = affine.choose_qparams(weight, plan.scheme)
+    total = stored_bytes(plan)
+    if plan.scheme.scale_dtype == torch.float16 and not affine.fits_float16(affine.round_scale(scale, plan.scheme)):
+        total += (torch.float32.itemsize - torch.float16.itemsize) * scale.numel()
+    return total
+
+
+def stored_bytes(plan: LayerPlan) -> int:
+    """What a layer weighs in report.json, where its scales fit into their dtype."""
+    return _stored_bytes(dataclasses.replace(plan, name=""))
+
+
+@cache
+def _stored_bytes(plan: LayerPlan) -> int:
+    """The sidecar's part depends on shapes alone, so codes of zeros tell it."""
+    out, width = plan.out_features, plan.in_features
+    scale = torch.ones(plan.scheme.scale_shape(out, width))
+    zero_point = None if plan.scheme.symmetric else torch.zeros(scale.shape, dtype=torch.int8)
+    tensor = QuantizedTensor(torch.zeros(out, width, dtype=torch.int8), scale, zero_point, plan.scheme)
+    return plan.nbytes + sum(extra.nbytes for extra in kernel.sidecar_tensors(plan, tensor).values())
