@@ -36,28 +36,35 @@ def quantize(
 
     Raises InputError QC-WEIGHT-001 for weights that are not finite; PluginError for a quantizer that breaks its contract.
     """
-    schemes = {name: layer.scheme for name, layer in plan.layers.items()}
     for block in blocks:
-        for layer in block.layers:
-            require_finite(f"{layer.name}.weight", layer.weight)
-        folded = fold(block, quantizer, schemes, keep_unfolded)
-        tensors = {}
-        for layer in folded.block.layers:
-            if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
-                tensor = round_to_nearest(layer.weight, schemes[layer.name])
-            else:
-                tensor = contract.quantize(quantizer, layer, schemes[layer.name])
-            if layer.name in folded.input_scales:
-                tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
-            tensors[layer.name] = tensor
-        if tuning is not None and block.samples is not None:
-            tensors |= _tuned(folded, tensors, block.samples, tuning)
-        layers = tuple(
-            QuantizedLayer(layer.name, tensors[layer.name], _relative_error(layer, tensors[layer.name]))
-            for layer in folded.block.layers
-        )
-        yield QuantizedBlock(block.name, layers, folded.tensors)
+        yield quantize_block(block, plan, quantizer, keep_unfolded=keep_unfolded, tuning=tuning)
         progress.advance()
+
+
+def quantize_block(
+    block: Block, plan: Plan, quantizer: Quantizer, *, keep_unfolded: bool, tuning: Tuning | None = None
+) -> QuantizedBlock:
+    """`quantize` for one block."""
+    schemes = {name: layer.scheme for name, layer in plan.layers.items()}
+    for layer in block.layers:
+        require_finite(f"{layer.name}.weight", layer.weight)
+    folded = fold(block, quantizer, schemes, keep_unfolded)
+    tensors = {}
+    for layer in folded.block.layers:
+        if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
+            tensor = round_to_nearest(layer.weight, schemes[layer.name])
+        else:
+            tensor = contract.quantize(quantizer, layer, schemes[layer.name])
+        if layer.name in folded.input_scales:
+            tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
+        tensors[layer.name] = tensor
+    if tuning is not None and block.samples is not None:
+        tensors |= _tuned(folded, tensors, block.samples, tuning)
+    layers = tuple(
+        QuantizedLayer(layer.name, tensors[layer.name], _relative_error(layer, tensors[layer.name]))
+        for layer in folded.block.layers
+    )
+    return QuantizedBlock(block.name, layers, folded.tensors)
 
 
 def _tuned(

@@ -1,4 +1,4 @@
-"""The write stage: pulls quantized blocks, puts each on disk and journals it."""
+"""The write stage: takes quantized blocks as they come, puts each on disk and journals it."""
 
 from __future__ import annotations
 
@@ -33,32 +33,57 @@ def write(blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Sta
     Raises ResourceError (disk), PluginError QC-WRITE-001 and UsageError QC-WRITE-002 where the transformers layout can't
     hold what a quantizer returned. A resumed run gives the same bytes as one that was never interrupted.
     """
-    every = units(model, plan)
-    done = set(stage.done_blocks())
-    waiting = [unit for unit in every if unit.name not in done]
-    transformers = layout == "transformers" and model.config is not None
-    tensors = largest(model, every)
-    stage.require_space(sum(info.nbytes for info in tensors.values()))
-    weights = SafetensorsFile(stage.folder, tensors, stage.tensors_of(WEIGHTS))
-    with closing(weights):
+    with closing(Writer(model, plan, stage, layout)) as writer:
         for block in blocks:
-            # A unit without quantized layers may be skipped by the quantizing stage.
-            while waiting and waiting[0].name != block.name and not waiting[0].layers:
-                _write_unit(waiting.pop(0), QuantizedBlock("", ()), model, stage, weights)
-            if not waiting or waiting[0].name != block.name:
-                expected = f"block {waiting[0].name!r}" if waiting else "no more blocks"
-                raise _internal(f"got block {block.name!r} where {expected} should come")
-            if transformers:
-                _check_input_scales(block)
-            _write_unit(waiting.pop(0), block, model, stage, weights)
-        for unit in waiting:
+            writer.append(block)
+        return writer.finish()
+
+
+class Writer:
+    """`write` for who has no stream of blocks to pull from: `append` each, then `finish`; `close` in any case."""
+
+    def __init__(self, model: Model, plan: Plan, stage: Stage, layout: Layout) -> None:
+        self.model = model
+        self.plan = plan
+        self.stage = stage
+        self.layout = layout
+        every = units(model, plan)
+        done = set(stage.done_blocks())
+        self._waiting = [unit for unit in every if unit.name not in done]
+        tensors = largest(model, every)
+        stage.require_space(sum(info.nbytes for info in tensors.values()))
+        self._weights = SafetensorsFile(stage.folder, tensors, stage.tensors_of(WEIGHTS))
+
+    def append(self, block: QuantizedBlock) -> None:
+        """Put a block on disk, with all that comes before it."""
+        waiting = self._waiting
+        # A unit without quantized layers may be skipped by the quantizing stage.
+        while waiting and waiting[0].name != block.name and not waiting[0].layers:
+            self._write(waiting.pop(0), QuantizedBlock("", ()))
+        if not waiting or waiting[0].name != block.name:
+            expected = f"block {waiting[0].name!r}" if waiting else "no more blocks"
+            raise _internal(f"got block {block.name!r} where {expected} should come")
+        if self.layout == "transformers" and self.model.config is not None:
+            _check_input_scales(block)
+        self._write(waiting.pop(0), block)
+
+    def finish(self) -> Written:
+        """Once all blocks have been appended: what lies between them, and the other files."""
+        for unit in self._waiting:
             if unit.layers:
                 raise _internal(f"block {unit.name!r} never came")
-            _write_unit(unit, QuantizedBlock(unit.name, ()), model, stage, weights)
-        weights.finish(stage.tensors_of(WEIGHTS))
-    write_config(model, plan, stage, layout)
-    write_carried(model, stage)
-    return Written(stage.tensors(), _layer_reports(plan, stage), plan.assignment)
+            self._write(unit, QuantizedBlock(unit.name, ()))
+        self._weights.finish(self.stage.tensors_of(WEIGHTS))
+        self.close()
+        write_config(self.model, self.plan, self.stage, self.layout)
+        write_carried(self.model, self.stage)
+        return Written(self.stage.tensors(), _layer_reports(self.plan, self.stage), self.plan.assignment)
+
+    def close(self) -> None:
+        self._weights.close()
+
+    def _write(self, unit: Unit, block: QuantizedBlock) -> None:
+        _write_unit(unit, block, self.model, self.stage, self._weights)
 
 
 def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, weights: SafetensorsFile) -> None:
