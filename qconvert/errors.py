@@ -71,3 +71,18 @@ class TargetError(QConvertError):
     """A requested target could not be run on this machine."""
 
     exit_code = 7
+
+
+def unexpected(error: Exception) -> QConvertError:
+    """What to tell the user of an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+        return ResourceError(
+            "QC-MEMORY-001",
+            f"not enough memory: {error}",
+            hint="free some, or convert on a larger machine; qconvert plan tells the peak",
+        )
+    return QConvertError(
+        "QC-INTERNAL-001",
+        f"internal error: {type(error).__name__}: {error}",
+        hint="this is a bug of qconvert: set QCONVERT_DEBUG=1 to see the traceback, and report it",
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +17,10 @@ from qconvert.calibrate import calibrate, read_samples
 from qconvert.errors import InputError
 from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
+from qconvert.ir.artifact import Written
 from qconvert.ir.dequantized import Artifact
+from qconvert.ir.forward import ReadParameter
+from qconvert.ir.layer import Block
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -25,6 +30,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
 from qconvert.plan import plan as make_plan
+from qconvert.plugin.distribution import Distribution
 from qconvert.plugin.manager import PluginManager, plugin_manager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
@@ -33,11 +39,33 @@ from qconvert.report.files import write_report
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
-from qconvert.workdir import check_output, open_stage
+from qconvert.workdir import Stage, check_output, open_stage
 from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
 
 # What layers are planned with before a budget has decided: it fits every width.
 UNDECIDED = QuantScheme.parse("int4-channel")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A recipe, and all that is known before the weights are read.
+
+    inputs: name -> sha256 of every file that the model was read from.
+    plugin: where the quantizer came from.
+    """
+
+    recipe: Recipe
+    quantizer: Quantizer
+    model: Model
+    template: Template
+    plan: Plan
+    samples: Samples
+    inputs: Mapping[str, str]
+    plugin: Distribution
+
+    def open_stage(self) -> AbstractContextManager[Stage]:
+        digest = run_digest(self.recipe, self.inputs, self.plugin)
+        return open_stage(self.recipe.output, digest, force=self.recipe.force, inputs=self.model.input_paths)
 
 
 def convert(recipe: Recipe, progress: Progress = silent) -> Report:
@@ -46,48 +74,62 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
     plugins = plugin_manager()
-    quantizer, model = _load(recipe, plugins, progress)
-    with ThreadPoolExecutor(1) as background:  # hashing leaves the interpreter to the trace
-        digests = background.submit(file_digests, model.input_files)
-        template, plan = _outline(recipe, quantizer, model, progress)
+    quantizer = plugins.quantizer(recipe.worker, recipe.options)
+    model, template, inputs = open_model(recipe, plugins, progress)
+    plan = outline(recipe, quantizer, model, template)
     samples = read_samples(model, recipe, plan.calibrated)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
-    decided, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
-    inputs, distribution = digests.result(), plugins.distribution_of(quantizer)
-    digest = run_digest(decided, inputs, distribution)
-    with open_stage(recipe.output, digest, force=recipe.force, inputs=model.input_paths) as stage:
+    recipe, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
+    job = Job(recipe, quantizer, model, template, plan, samples, inputs, plugins.distribution_of(quantizer))
+    with job.open_stage() as stage:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
-        done = frozenset(stage.done_blocks())
-        blocks = calibrate(
-            model,
-            plan,
-            template.groups,
-            quantizer,
-            samples.calibration,
-            recipe.device,
-            done,
-            written=(lambda: Artifact(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None,
-            tuned=recipe.tuning is not None,
+        keep_unfolded = recipe.layout == "onnx"
+        quantized = quantize(
+            _calibrated(job, stage), plan, quantizer, progress, keep_unfolded=keep_unfolded, tuning=recipe.tuning
         )
-        onnx_only = recipe.layout == "onnx"
-        quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=onnx_only, tuning=recipe.tuning)
         written = write(quantized, model, plan, stage, recipe.layout)
-        progress.stage("export", None)
-        narrow = getattr(torch, recipe.cuda_dtype)
-        export(template, model, plan, written, stage, targets=recipe.targets, cuda_dtype=narrow, logits=recipe.logits)
-        write_manifest(stage, decided, inputs, written, distribution)
-        if recipe.verify:
-            report = verify_in_fresh_process(decided, stage.folder, stage.scratch, progress)
-        else:
-            report = verdict.make_report(decided, model, plan, samples, stage.folder, evidence=None)
-        if not verdict.is_right(report):
-            stage.discard()
-            raise verdict.wrong(report)
-        write_report(report, recipe, model.name, stage.folder)
+        report = finish(job, written, stage, progress)
         stage.publish()
     plugins.conversion_finished(recipe, report)
     verdict.refuse_unverified(report, recipe)
+    return report
+
+
+def _calibrated(job: Job, stage: Stage) -> Iterator[Block]:
+    """The blocks that the stage does not have yet; with `sequential` each on what it has of those before."""
+
+    def written() -> ReadParameter:
+        return Artifact(stage.folder, job.model, job.plan, stage.tensors()).read
+
+    return calibrate(
+        job.model,
+        job.plan,
+        job.template.groups,
+        job.quantizer,
+        job.samples.calibration,
+        job.recipe.device,
+        frozenset(stage.done_blocks()),
+        written=written if job.recipe.sequential else None,
+        tuned=job.recipe.tuning is not None,
+    )
+
+
+def finish(job: Job, written: Written, stage: Stage, progress: Progress) -> Report:
+    """From written weights to what can be published. Raises ParityError, and then the stage is gone."""
+    recipe, model, plan = job.recipe, job.model, job.plan
+    progress.stage("export", None)
+    narrow = getattr(torch, recipe.cuda_dtype)
+    export(job.template, model, plan, written, stage, targets=recipe.targets, cuda_dtype=narrow, logits=recipe.logits)
+    write_manifest(stage, recipe, job.inputs, written, job.plugin)
+    if recipe.verify:
+        report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)
+    else:
+        report = verdict.make_report(recipe, model, plan, job.samples, stage.folder, evidence=None)
+    if not verdict.is_right(report):
+        stage.discard()
+        raise verdict.wrong(report)
+    write_report(report, recipe, model.name, stage.folder)
     return report
 
 
@@ -97,8 +139,8 @@ def plan(recipe: Recipe) -> Plan:
 
     Raises what `convert` would raise before it quantizes anything.
     """
-    quantizer, model = _load(recipe, plugin_manager(), silent)
-    template, made = _outline(recipe, quantizer, model, silent)
+    quantizer, model, template = _load(recipe, silent)
+    made = outline(recipe, quantizer, model, template)
     if recipe.quantizer != AUTO:
         return made
     return _decide(recipe, quantizer, model, template, made, read_samples(model, recipe, True), silent)[1]
@@ -129,8 +171,8 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """The report on an artifact that `recipe` made, from its files and its float source alone."""
     progress.stage("check files", None)
     check_digests(folder)
-    quantizer, model = _load(recipe, plugin_manager(), progress)
-    template, plan = _outline(recipe, quantizer, model, progress)
+    quantizer, model, template = _load(recipe, progress)
+    plan = outline(recipe, quantizer, model, template)
     samples = read_samples(model, recipe, plan.calibrated)
     loadable = recipe.layout == "transformers" and model.config is not None
     evidence = verify_artifact(
@@ -139,19 +181,32 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     return verdict.make_report(recipe, model, plan, samples, folder, evidence)
 
 
-def _load(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model]:
+def open_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Model, Template, Mapping[str, str]]:
+    """The model of a recipe, its trace, and the sha256 of every file that it was read from."""
+    progress.stage("load", None)
+    model = load(recipe.model, plugins.load_model)
+    progress.stage("trace", None)
+    with ThreadPoolExecutor(1) as background:  # hashing leaves the interpreter to the trace
+        inputs = background.submit(file_digests, model.input_files)
+        template = trace(model)
+    return model, template, inputs.result()
+
+
+def _load(recipe: Recipe, progress: Progress) -> tuple[Quantizer, Model, Template]:
+    """`open_model` where nothing is to be written."""
+    plugins = plugin_manager()
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     progress.stage("load", None)
-    return quantizer, load(recipe.model, plugins.load_model)
-
-
-def _outline(recipe: Recipe, quantizer: Quantizer, model: Model, progress: Progress) -> tuple[Template, Plan]:
-    """All that is known before the weights are read, but for those on which the trace is checked."""
+    model = load(recipe.model, plugins.load_model)
     progress.stage("trace", None)
-    template = trace(model)
+    return quantizer, model, trace(model)
+
+
+def outline(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> Plan:
+    """What is to be done, as far as it is known before calibration: a budget has not decided on any scheme then."""
     if recipe.quantizer == AUTO:  # whether the layout takes what is decided is known then
         recipe = recipe.decided(UNDECIDED).model_copy(update={"layout": "onnx"})
-    return template, make_plan(model, template, recipe, quantizer)
+    return make_plan(model, template, recipe, quantizer)
 
 
 def _decide(

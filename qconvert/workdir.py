@@ -229,7 +229,7 @@ def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterab
     with _Lock(output):
         with disk_errors(output.parent):
             _recover(output)
-        _check_free(output, force)
+        check_free(output, force)
         with disk_errors(output.parent):
             _remove_old_stages(output, keep=_stage_root(output, digest))
             stage = Stage(output, _stage_root(output, digest))
@@ -243,7 +243,7 @@ def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterab
 def check_output(output: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Raise what `open_stage` would raise for an output that can't be taken, before any work is done for it."""
     _check_place(output.resolve(), inputs)
-    _check_free(output.resolve(), force)
+    check_free(output.resolve(), force)
 
 
 class _Lock:
@@ -294,7 +294,7 @@ def _check_place(output: Path, inputs: Iterable[Path]) -> None:
         )
 
 
-def _check_free(output: Path, force: bool) -> None:
+def check_free(output: Path, force: bool) -> None:
     """Raises UsageError if there is something at `output` that may not be replaced."""
     if not output.exists():
         return
@@ -364,6 +364,19 @@ def _make_durable(folder: Path) -> None:
     for path in (*sorted(folder.rglob("*")), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         fsync(path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file of a folder that is not staged: there is the old content, or the complete new one, at every moment.
+
+    Raises ResourceError QC-DISK-002 on a full disk, QC-DISK-003 where it can't be written.
+    """
+    new = path.with_name(f".{path.name}.qconvert-new")
+    with disk_errors(path):
+        new.write_bytes(content)
+        fsync(new)
+        new.replace(path)
+        fsync(path.parent)
 
 
 def fsync(path: Path) -> None:

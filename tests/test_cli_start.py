@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-HEAVY = {"torch", "transformers", "pydantic", "pluggy", "onnx", "onnxruntime", "rich", "yaml"}
+HEAVY = {"torch", "transformers", "pydantic", "pluggy", "onnx", "onnxruntime", "rich", "yaml", "matplotlib"}
 
 
 def heavy_modules_after(code: str) -> set[str]:
@@ -19,7 +19,8 @@ def heavy_modules_after(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["verify", "--help"], ["run", "--oops"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["plan", "--help"], ["verify", "--help"], ["compare", "--help"], ["run", "--oops"]],
 )
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
     assert heavy_modules_after(f"from qconvert.cli import main; main({arguments!r})") == set()
@@ -31,6 +32,10 @@ def test_importing_qconvert_and_its_version_imports_nothing_heavy() -> None:
 
 def test_a_recipe_needs_no_torch() -> None:
     assert "torch" not in heavy_modules_after("from qconvert import Recipe, Report, hookimpl")
+
+
+def test_a_run_needs_no_matplotlib() -> None:
+    assert "matplotlib" not in heavy_modules_after("import qconvert.pipeline, qconvert.cli.run, qconvert.cli.plan")
 
 
 def test_the_plugin_manager_needs_no_torch_until_a_quantizer_is_asked_for() -> None:
@@ -55,5 +60,6 @@ def test_help_answers_at_once_and_lists_every_command() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.3
-    assert [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()] == ["run", "plan", "verify"]
+    commands = [line.split()[0] for line in done.stdout.partition("Commands:\n")[2].splitlines()]
+    assert commands == ["run", "plan", "verify", "compare"]
     assert "qconvert [OPTIONS]" in done.stdout  # not "python -m" or "__main__.py"

@@ -2,5 +2,6 @@
 
 from qconvert.calibrate.data import read_samples
 from qconvert.calibrate.observe import calibrate
+from qconvert.calibrate.shared import Share, calibrate_together
 
-__all__ = ["calibrate", "read_samples"]
+__all__ = ["Share", "calibrate", "calibrate_together", "read_samples"]

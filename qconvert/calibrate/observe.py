@@ -53,13 +53,30 @@ def calibrate(
 
     Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, and what BlockRunner raises.
     """
+    for block in observe(model, plan, groups, quantizer.observers, batches, device, done, written, tuned):
+        require_seen(block)
+        yield block
+
+
+def observe(
+    model: Model,
+    plan: Plan,
+    groups: Sequence[InputGroup],
+    observers: Sequence[type[Observer]],
+    batches: Sequence[Batch],
+    device: str,
+    done: frozenset[str],
+    written: Callable[[], ReadParameter] | None = None,
+    tuned: bool = False,
+) -> Iterator[Block]:
+    """`calibrate` for these observers. Layers that no sample has reached have statistics of 0 rows, without values."""
     checked_device(device)  # also where nothing will run there: a misspelt one is never ignored
-    members = _groups_by_unit(model, plan, groups)
+    members = groups_by_unit(model, plan, groups)
     units = (*model.blocks, "")
     pending = [unit for unit in units if unit in members and unit not in done]
     if not pending:
         return
-    if not (quantizer.observers or tuned):
+    if not (observers or tuned):
         for unit in pending:
             yield Block(unit, tuple(_linear_group(model, plan, group, None) for group in members[unit]))
         return
@@ -72,7 +89,7 @@ def calibrate(
         if floats and unit:
             floats.advance(index)
         if unit in pending:
-            block = _observed_block(runner, index, plan, members[unit], quantizer)
+            block = _observed_block(runner, index, plan, members[unit], observers)
             targets = floats.hidden if floats else list(runner.hidden)
             yield replace(block, samples=TuningSamples(runner, index, inputs, targets)) if tuned and unit else block
         elif written is None or unit not in members:
@@ -82,10 +99,23 @@ def calibrate(
             runner.run_block(index, written())
 
 
-def _observed_block(runner: BlockRunner, index: int, plan: Plan, groups: Sequence[InputGroup], quantizer: Quantizer) -> Block:
+def require_seen(block: Block) -> None:
+    """Raises UsageError QC-CALIB-001 for layers that have statistics, but of no row."""
+    names = [layer.name for layer in block.layers if layer.stats is not None and not layer.stats.rows]
+    if names:
+        raise UsageError(
+            "QC-CALIB-001",
+            f"no calibration sample reached {', '.join(map(repr, names[:5]))} ({len(names)} layers in all saw 0 rows)",
+            hint=f"keep it in float with --rule '{names[0]}=float', or calibrate on more varied data",
+        )
+
+
+def _observed_block(
+    runner: BlockRunner, index: int, plan: Plan, groups: Sequence[InputGroup], observers: Sequence[type[Observer]]
+) -> Block:
     model = runner.model
     unit = (*model.blocks, "")[index]
-    watch = _Watch(model, plan, groups, quantizer)
+    watch = _Watch(model, plan, groups, observers)
     inputs = list(runner.hidden[:1])
     with runner.weights_of(unit), watch.hooked():
         for batch, sample in enumerate(runner.batches):
@@ -151,12 +181,12 @@ class _Watch:
         are padded as its source is.
     """
 
-    def __init__(self, model: Model, plan: Plan, groups: Sequence[InputGroup], quantizer: Quantizer) -> None:
+    def __init__(self, model: Model, plan: Plan, groups: Sequence[InputGroup], observers: Sequence[type[Observer]]) -> None:
         self.mask: Tensor | None = None
         self.model = model
         self.plan = plan
         self.groups = groups
-        self.observers: list[list[Observer]] = [[observer() for observer in quantizer.observers] for _ in groups]
+        self.observers: list[list[Observer]] = [[observer() for observer in observers] for _ in groups]
         self.rows = [0] * len(groups)
         self._seen: list[tuple[int, Tensor]] = []
 
@@ -207,19 +237,12 @@ class _Watch:
         return self.plan.layers[group.layers[0]].kind == "embedding"
 
     def finalize(self) -> list[CalibrationStats | None]:
-        """Per group; None for embeddings."""
-        observed = [not self._is_embedding(group) for group in self.groups]
-        unseen = [group.layers for group, rows, seen in zip(self.groups, self.rows, observed, strict=True) if seen and not rows]
-        if unseen:
-            names = [name for layers in unseen for name in layers]
-            raise UsageError(
-                "QC-CALIB-001",
-                f"no calibration sample reached {', '.join(map(repr, names[:5]))} ({len(names)} layers in all saw 0 rows)",
-                hint=f"keep it in float with --rule '{names[0]}=float', or calibrate on more varied data",
-            )
+        """Per group; None for embeddings, no values where no row was seen."""
         return [
-            CalibrationStats(rows, {observer.name: observer.finalize().cpu() for observer in observers}) if seen else None
-            for rows, observers, seen in zip(self.rows, self.observers, observed, strict=True)
+            None
+            if self._is_embedding(group)
+            else CalibrationStats(rows, {each.name: each.finalize().cpu() for each in observers} if rows else {})
+            for group, rows, observers in zip(self.groups, self.rows, self.observers, strict=True)
         ]
 
 
@@ -233,7 +256,7 @@ def _patches(module: nn.Module, images: Tensor) -> Tensor:
     return per_group.transpose(2, 3).flatten(0, 2)
 
 
-def _groups_by_unit(model: Model, plan: Plan, groups: Sequence[InputGroup]) -> dict[str, list[InputGroup]]:
+def groups_by_unit(model: Model, plan: Plan, groups: Sequence[InputGroup]) -> dict[str, list[InputGroup]]:
     """The planned layers of every unit, those with a common input together, with producers that can be folded into."""
     units: dict[str, list[InputGroup]] = defaultdict(list)
     grouped: set[str] = set()

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "qconvert.cli.run",
     "plan": "qconvert.cli.plan",
     "verify": "qconvert.cli.verify",
+    "compare": "qconvert.cli.compare",
 }
 
 

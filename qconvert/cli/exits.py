@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from qconvert.cli.stdout import emit
-from qconvert.errors import QConvertError, ResourceError
+from qconvert.errors import QConvertError, unexpected
 
 if TYPE_CHECKING:
+    from qconvert.ir.comparison import Comparison
     from qconvert.ir.report import Report
 
 GATE_MISSED = 1
@@ -26,6 +27,13 @@ INTERRUPTED = 130
 def verdict(report: Report) -> int:
     """0 for passed and for not verified (which the user asked for), 1 for a missed gate. Failed parity is an error."""
     return GATE_MISSED if report.passed is False else 0
+
+
+def worst(comparison: Comparison) -> int:
+    """The highest exit code that one of its recipes would have had by itself."""
+    return max(
+        entry.error.exit_code if entry.error else verdict(entry.report) if entry.report else 0 for entry in comparison.entries
+    )
 
 
 @contextmanager
@@ -44,21 +52,8 @@ def exit_codes(*, as_json: bool) -> Iterator[None]:
     except (click.exceptions.Exit, SystemExit):
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
-            _fail(
-                "QC-MEMORY-001",
-                f"not enough memory: {error}",
-                "free some, or convert on a larger machine; qconvert plan tells the peak",
-                ResourceError.exit_code,
-                as_json,
-            )
-        _fail(
-            "QC-INTERNAL-001",
-            f"internal error: {type(error).__name__}: {error}",
-            "this is a bug of qconvert: set QCONVERT_DEBUG=1 to see the traceback, and report it",
-            INTERNAL,
-            as_json,
-        )
+        found = unexpected(error)
+        _fail(found.code, found.message, found.hint, found.exit_code, as_json)
 
 
 def _fail(code: str, message: str, hint: str, exit_code: int, as_json: bool) -> None:

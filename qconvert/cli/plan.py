@@ -8,10 +8,8 @@ from typing import Any
 import click
 
 from qconvert.cli.recipe_flags import recipe_flags, recipe_of
-from qconvert.cli.stdout import emit
+from qconvert.cli.stdout import emit, emit_table
 from qconvert.ir.garbage import importing
-
-PIPE_WIDTH = 200  # columns for grep, sed and files, where folded names would be in the way
 
 
 @click.command()
@@ -23,8 +21,6 @@ def plan(as_json: bool, **flags: Any) -> None:
 
     stdout: the plan, with --json as a document. Takes the flags of run.
     """
-    from rich.console import Console
-
     from qconvert.cli.terminal import StderrConsole, working
     from qconvert.report.plan import document, table
 
@@ -36,10 +32,5 @@ def plan(as_json: bool, **flags: Any) -> None:
         made = pipeline.plan(recipe)
     if as_json:
         emit(json.dumps(document(made), indent=2))
-        return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
-    with console.capture() as capture:  # so that `| head` is met in one place, emit
-        console.print(table(made))
-    emit(capture.get().rstrip("\n"))
+    else:
+        emit_table(table(made))

@@ -1,4 +1,4 @@
-"""The flags of `run` and `plan`: a recipe file, and what overrides it."""
+"""The flags of `run`, `plan` and `compare`: a recipe file, and what overrides it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 TARGETS = click.Choice(["cpu", "cuda"])
 
-_DECORATORS = (
-    click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),
+_FILE = (click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),)
+_PLACES = (
     click.option(
         "--model", metavar="SOURCE", help="A Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads."
     ),
     click.option("--output", metavar="DIR", help="Folder to write; must not exist unless --force is given."),
+)
+_ALGORITHM = (
     click.option(
         "--preset",
         type=click.Choice(["fast", "balanced", "best", "int8"]),
@@ -41,6 +43,8 @@ _DECORATORS = (
         "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."
     ),
     click.option("--option", "options", metavar="K=V", multiple=True, help="Option of the quantizer."),
+)
+_REST = (
     click.option(
         "--rule",
         "rules",
@@ -65,44 +69,64 @@ _DECORATORS = (
 
 def recipe_flags(function: Function) -> Function:
     """Give a command every flag of a recipe."""
-    for decorator in reversed(_DECORATORS):
+    return _decorated(function, (*_FILE, *_PLACES, *_ALGORITHM, *_REST))
+
+
+def shared_flags(function: Function) -> Function:
+    """Give a command the flags of what several recipes have in common."""
+    return _decorated(function, (*_PLACES, *_REST))
+
+
+def _decorated(function: Function, decorators: tuple[Callable[[Function], Function], ...]) -> Function:
+    for decorator in reversed(decorators):
         function = decorator(function)
     return function
 
 
 def recipe_of(flags: Mapping[str, Any]) -> Recipe:
-    """The recipe file with the flags on top, given as click hands them over: None, () or False where one is unset.
+    """The recipe file with the flags on top.
+
+    Raises what `settings_of` and Recipe raise.
+    """
+    from qconvert.recipe import Recipe
+
+    return Recipe.from_settings(settings_of(flags))
+
+
+def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe file holds, the flags on top, given as click hands them over: None, () or False where one is unset.
 
     Rules go before the file's (the first match wins), a gate replaces the file's for the same metric, options are merged
     by name, a data source keeps the file's sample counts; all else is replaced.
 
-    Raises UsageError QC-USAGE-002 for a K=V that isn't, QC-USAGE-003 without model or output, and what Recipe raises.
+    Raises UsageError QC-USAGE-002 for a K=V that isn't, QC-USAGE-003 without model or output, and what Rule, Gate and
+    `read_recipe` raise.
     """
     from qconvert.ir.scheme import QuantScheme
-    from qconvert.recipe import Gate, Recipe, Rule, read_recipe
+    from qconvert.recipe import Gate, Rule, read_recipe
 
     settings = read_recipe(flags["recipe_file"]) if flags["recipe_file"] else {}
     for key in ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force"):
-        if flags[key]:
+        if flags.get(key):
             settings[key] = flags[key]
-    if flags["scheme"]:
+    if flags.get("scheme"):
         settings["scheme"] = QuantScheme.parse(flags["scheme"])
     if flags["no_verify"]:
         settings["verify"] = False
-    if flags["options"]:
-        settings["options"] = _part(settings, "options", dict) | dict(map(_option, flags["options"]))
+    if flags.get("options"):
+        settings["options"] = part_of(settings, "options", dict) | dict(map(_option, flags["options"]))
     if flags["rules"]:
-        settings["rules"] = [*map(Rule.parse, flags["rules"]), *_part(settings, "rules", list)]
+        settings["rules"] = [*map(Rule.parse, flags["rules"]), *part_of(settings, "rules", list)]
     if flags["gates"]:
         gates = [Gate.parse(text) for text in flags["gates"]]
         replaced = {gate.metric for gate in gates}
         kept = [
-            gate for gate in _part(settings, "gates", list) if not (isinstance(gate, dict) and gate.get("metric") in replaced)
+            gate for gate in part_of(settings, "gates", list) if not (isinstance(gate, dict) and gate.get("metric") in replaced)
         ]
         settings["gates"] = [*kept, *gates]
     for key in ("calibration", "evaluation"):
         if flags[key]:
-            settings[key] = _part(settings, key, dict) | {"source": flags[key]}
+            settings[key] = part_of(settings, key, dict) | {"source": flags[key]}
     flag = {"model": "--model SOURCE", "output": "--output DIR"}
     missing = [key for key in flag if key not in settings]
     if missing:
@@ -111,10 +135,10 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe:
             f"no {' and no '.join(missing)} given",
             hint=f"add {' '.join(flag[key] for key in missing)}, or name it in a recipe file",
         )
-    return Recipe.from_settings(settings)
+    return settings
 
 
-def _part(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:
+def part_of(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:
     """What the file holds under `key`, empty if nothing."""
     value = settings.get(key) or kind()
     if not isinstance(value, kind):
