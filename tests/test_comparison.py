@@ -71,6 +71,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("made", PICTURES.values(), ids=PICTURES.keys())
 def test_the_picture_is_a_png(made: Comparison) -> None:
     with Image.open(io.BytesIO(plot(made))) as image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -20,8 +20,8 @@ from qconvert.ir.comparison import Comparison, Entry
 from qconvert.ir.report import GENERATING
 from qconvert.report import wording
 
-# Where a label may stand, best first: points to the right and above, and which of its sides is there.
 Points = Mapping[str, tuple[float, float]]
+# Where a label may stand, best first: points to the right and above, and which of its sides is there.
 Place = tuple[float, float, Literal["left", "center", "right"], Literal["bottom", "center", "top"]]
 NEXT: tuple[tuple[float, Literal["left", "right"]], ...] = ((12, "left"), (-12, "right"))
 PLACES: tuple[Place, ...] = (
@@ -41,6 +41,7 @@ PLACES: tuple[Place, ...] = (
     ),
 )
 FAR = 20  # points; from there on a line leads to the label
+LEADER = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
 
 
 def plot(comparison: Comparison) -> bytes:
@@ -126,13 +127,15 @@ def _label(axes: Axes, comparison: Comparison, entries: Sequence[Entry]) -> None
         point = points[entry.name]
         boxes = []
         for place in PLACES:
-            label = _annotated(axes, entry.name, point, place, bold)
-            boxes.append(label.get_window_extent())
-            label.remove()
+            trial = _annotated(axes, entry.name, point, place, bold)
+            boxes.append(trial.get_window_extent())
+            trial.remove()
         chosen = min(
             range(len(PLACES)), key=lambda index: (not _inside(axes, boxes[index]), boxes[index].count_overlaps(taken), index)
         )
         _annotated(axes, entry.name, point, PLACES[chosen], bold)
+        if abs(PLACES[chosen][1]) > FAR:
+            _annotated(axes, "", point, PLACES[chosen], bold, LEADER)
         taken.append(boxes[chosen])
 
 
@@ -140,7 +143,9 @@ def _inside(axes: Axes, box: Bbox) -> bool:
     return bool(axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1))
 
 
-def _annotated(axes: Axes, text: str, point: tuple[float, float], place: Place, bold: bool) -> Annotation:
+def _annotated(
+    axes: Axes, text: str, point: tuple[float, float], place: Place, bold: bool, arrow: dict[str, Any] | None = None
+) -> Annotation:
     right, up, horizontal, vertical = place
     return axes.annotate(
         text,
@@ -152,7 +157,7 @@ def _annotated(axes: Axes, text: str, point: tuple[float, float], place: Place, 
         fontsize=9,
         fontweight="bold" if bold else "normal",
         path_effects=[withStroke(linewidth=3, foreground="white")],  # the front may run behind it
-        arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if abs(up) > FAR else None,
+        arrowprops=arrow,
         zorder=4,
     )
 
