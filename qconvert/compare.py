@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qconvert import pipeline, verdict
@@ -57,7 +57,9 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent) -> Compa
         for attempt in attempts:
             if attempt.plan and attempt.calibrates_alone:
                 with attempt.guarded():
-                    attempt.report = pipeline.convert(attempt.recipe, Named(attempt.name, progress))
+                    named = Named(attempt.name, progress)
+                    attempt.report = pipeline.convert(attempt.recipe, named)
+                    attempt.seconds = named.seconds("quantize")
         for conversion in conversions:
             conversion.publish(plugins)
     comparison = Comparison(model.name, model.task, tuple(attempt.entry for attempt in attempts))
@@ -95,9 +97,8 @@ class Attempt:
 
     @property
     def entry(self) -> Entry:
-        scheme = self.plan.scheme if self.plan else self.recipe.scheme or self.quantizer.default_scheme
-        seconds = self.seconds if self.report and not self.calibrates_alone else None
-        return Entry(self.name, self.recipe.quantizer, str(scheme), self.report, self.error, seconds)
+        scheme = self.recipe.budget or str(self.recipe.scheme or self.quantizer.default_scheme)
+        return Entry(self.name, self.recipe.quantizer, scheme, self.report, self.error, self.seconds if self.report else None)
 
 
 class Conversion:
@@ -149,8 +150,15 @@ class Named:
 
     name: str
     progress: Progress
+    begun: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, stage: str) -> float:
+        """From the last begin of a stage to that of the stage after it."""
+        start = self.begun[stage]
+        return min(later for later in self.begun.values() if later > start) - start
 
     def stage(self, name: str, total: int | None) -> None:
+        self.begun[name] = time.perf_counter()
         self.progress.stage(f"{self.name}: {name}", total)
 
     def advance(self, n: int = 1) -> None:
