@@ -182,7 +182,7 @@ def _open(
     for attempt, plan in together:
         own = samples if plan.calibrated else replace(samples, calibration=())
         plugin = plugins.distribution_of(attempt.quantizer)
-        job = pipeline.Job(attempt.recipe, attempt.quantizer, model, template, plan, own, inputs, plugin)
+        job = pipeline.Job(attempt.recipe, attempt.recipe, attempt.quantizer, model, template, plan, own, inputs, plugin)
         conversions.append(Conversion(attempt, job, stages.enter_context(job.open_stage())))
         stages.callback(conversions[-1].writer.close)
     return conversions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,8 +19,6 @@ from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
 from qconvert.ir.artifact import Written
 from qconvert.ir.dequantized import Artifact
-from qconvert.ir.forward import ReadParameter
-from qconvert.ir.layer import Block
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -50,10 +48,12 @@ UNDECIDED = QuantScheme.parse("int4-channel")
 class Job:
     """A recipe, and all that is known before the weights are read.
 
+    asked: the recipe as it was given; `recipe` is what a budget made of it.
     inputs: name -> sha256 of every file that the model was read from.
     plugin: where the quantizer came from.
     """
 
+    asked: Recipe
     recipe: Recipe
     quantizer: Quantizer
     model: Model
@@ -79,40 +79,29 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     plan = outline(recipe, quantizer, model, template)
     samples = read_samples(model, recipe, plan.calibrated)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
-    recipe, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
-    job = Job(recipe, quantizer, model, template, plan, samples, inputs, plugins.distribution_of(quantizer))
+    decided, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
+    job = Job(recipe, decided, quantizer, model, template, plan, samples, inputs, plugins.distribution_of(quantizer))
     with job.open_stage() as stage:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
-        keep_unfolded = recipe.layout == "onnx"
-        quantized = quantize(
-            _calibrated(job, stage), plan, quantizer, progress, keep_unfolded=keep_unfolded, tuning=recipe.tuning
+        blocks = calibrate(
+            model,
+            plan,
+            template.groups,
+            quantizer,
+            samples.calibration,
+            recipe.device,
+            frozenset(stage.done_blocks()),
+            written=(lambda: Artifact(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None,
+            tuned=recipe.tuning is not None,
         )
+        quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=recipe.layout == "onnx", tuning=recipe.tuning)
         written = write(quantized, model, plan, stage, recipe.layout)
         report = finish(job, written, stage, progress)
         stage.publish()
     plugins.conversion_finished(recipe, report)
     verdict.refuse_unverified(report, recipe)
     return report
-
-
-def _calibrated(job: Job, stage: Stage) -> Iterator[Block]:
-    """The blocks that the stage does not have yet; with `sequential` each on what it has of those before."""
-
-    def written() -> ReadParameter:
-        return Artifact(stage.folder, job.model, job.plan, stage.tensors()).read
-
-    return calibrate(
-        job.model,
-        job.plan,
-        job.template.groups,
-        job.quantizer,
-        job.samples.calibration,
-        job.recipe.device,
-        frozenset(stage.done_blocks()),
-        written=written if job.recipe.sequential else None,
-        tuned=job.recipe.tuning is not None,
-    )
 
 
 def finish(job: Job, written: Written, stage: Stage, progress: Progress) -> Report:
@@ -129,7 +118,7 @@ def finish(job: Job, written: Written, stage: Stage, progress: Progress) -> Repo
     if not verdict.is_right(report):
         stage.discard()
         raise verdict.wrong(report)
-    write_report(report, recipe, model.name, stage.folder)
+    write_report(report, job.asked, model.name, stage.folder)
     return report
 
 

