@@ -29,7 +29,7 @@ from qconvert.ir.runtime import file_session
 from qconvert.plugin.manager import BUILTINS, PluginManager
 from qconvert.recipe import Recipe
 
-QUANTIZERS = ("absmax", "zero-point", "per-channel", "hqq", "awq", "llm-int8")
+QUANTIZERS = ("absmax", "zero-point", "per-channel", "hqq", "awq", "gptq", "llm-int8", "smoothquant")
 
 
 @pytest.fixture(scope="module")

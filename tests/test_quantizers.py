@@ -1,4 +1,4 @@
-"""The built-in quantizers: what each accepts, that none is upset by odd weights, and what sets hqq, awq and llm-int8 apart."""
+"""The built-in quantizers: what each accepts, that none is upset by odd weights, and what sets those that need data apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup, Producer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import contract
-from qconvert.plugin.observer import AbsMax, Gram
+from qconvert.plugin.observer import AbsMax, Gram, SampledRows
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.absmax import AbsMaxQuantizer
 from qconvert.quantizers.awq import AWQQuantizer
@@ -23,11 +23,13 @@ from qconvert.quantizers.gptq import GPTQQuantizer
 from qconvert.quantizers.hqq import HQQQuantizer
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
+from qconvert.quantizers.row_quantization import quantized_rows
+from qconvert.quantizers.smooth_quant import SmoothQuantQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 
 BUILTINS: list[Quantizer] = [
     AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), HQQQuantizer(), AWQQuantizer(), GPTQQuantizer(),
-    LLMInt8Quantizer(),
+    LLMInt8Quantizer(), SmoothQuantQuantizer(),
 ]  # fmt: skip
 WEIGHT_ONLY = [
     f"int{bits}-{granularity}{asym}" for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
@@ -42,6 +44,7 @@ ACCEPTED = {
     "awq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "gptq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "llm-int8": {"int8-tensor-a8", "int8-channel-a8"},
+    "smoothquant": {scheme for scheme in SCHEMES if scheme.startswith("int8")},
 }
 PAIRS = [
     pytest.param(quantizer, scheme, id=f"{quantizer.name}-{scheme}")
@@ -60,7 +63,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def stats_of(rows: Tensor) -> CalibrationStats:
-    observers = (AbsMax(), Gram())
+    observers = (AbsMax(), Gram(), SampledRows())
     for observer in observers:
         observer.update(rows, torch.ones(len(rows)))
     return CalibrationStats(len(rows), {observer.name: observer.finalize() for observer in observers})
@@ -158,9 +161,11 @@ def test_three_of_them_round_to_nearest(quantizer: Quantizer) -> None:
         assert (tensor.outliers, tensor.input_scale) == (None, None)
 
 
-def test_which_of_them_need_data_and_which_have_outliers() -> None:
-    assert [quantizer.name for quantizer in BUILTINS if quantizer.observers] == ["awq", "gptq", "llm-int8"]
+def test_which_of_them_need_data_and_only_llm_int8_has_outliers_unless_the_options_say_so() -> None:
+    assert [quantizer.name for quantizer in BUILTINS if quantizer.observers] == ["awq", "gptq", "llm-int8", "smoothquant"]
     assert [quantizer.name for quantizer in BUILTINS if quantizer.has_outliers] == ["llm-int8"]
+    assert SmoothQuantQuantizer(max_outliers=4).has_outliers
+    assert not LLMInt8Quantizer(max_outliers=0).has_outliers
 
 
 # hqq
@@ -282,8 +287,9 @@ def rows_with_peaks(width: int, peaks: dict[int, float]) -> Tensor:
     return rows
 
 
-def outliers_of(peaks: dict[int, float], weight: Tensor | None = None, **options: float) -> QuantizedTensor:
+def outliers_of(peaks: dict[int, float], weight: Tensor | None = None, **options: float | None) -> QuantizedTensor:
     weight = normal(6, 48) if weight is None else weight
+    options = {"threshold": 6.0, **options}
     return LLMInt8Quantizer(**options).quantize(layer_of(weight, rows_with_peaks(48, peaks)), INT8)  # type: ignore[arg-type]
 
 
@@ -350,6 +356,143 @@ def test_outliers_pay_on_int8_activations() -> None:
     masked = rows.index_fill(1, torch.tensor([7]), 0)
     split = int8_rows(masked) @ plain.dequantize().T + rows[:, 7:8] @ tensor.dequantize()[:, 7:8].T
     assert (split - exact).norm() < 0.1 * (int8_rows(rows) @ plain.dequantize().T - exact).norm()
+
+
+def crowded_rows(*peaks: float, width: int = 48) -> Tensor:
+    """Inputs of magnitude 1 or so, but for some columns that are always large: in columns 5, 10, 15, ..."""
+    rows = normal(200, width, seed=3)
+    for number, peak in enumerate(peaks, 1):
+        rows[:, 5 * number] = peak
+    return rows
+
+
+def chosen_by_error(rows: Tensor, **options: int) -> list[int]:
+    return columns(LLMInt8Quantizer(**options).quantize(layer_of(normal(6, rows.shape[1]), rows), INT8))
+
+
+def rows_error(rows: Tensor, kept: list[int]) -> float:
+    return float((quantized_rows(rows, torch.tensor(kept, dtype=torch.int64)) - rows).square().sum())
+
+
+def test_rows_are_quantized_with_one_scale_each_and_outlier_columns_left_alone() -> None:
+    rows = torch.tensor([[100.0, 0.5, -1.0, 0.26], [0, 0, 0, 0], [7.0, 0, 0, 0]])
+    found = quantized_rows(rows, torch.tensor([0]))
+    assert torch.equal(found[:, 0], rows[:, 0])
+    assert torch.equal(found[1:], rows[1:])
+    assert torch.allclose(found[0, 1:], torch.tensor([64, -127, 33]) / 127.49)
+    assert quantized_rows(rows)[0, 3] == 0
+
+
+def test_without_a_threshold_the_columns_are_those_that_save_enough_error() -> None:
+    assert chosen_by_error(crowded_rows(60.0, -90.0)) == [5, 10]
+    assert chosen_by_error(crowded_rows()) == []
+
+
+def test_columns_chosen_by_error_lower_it() -> None:
+    rows = crowded_rows(60.0, -90.0, 30.0, 25.0)
+    kept = chosen_by_error(rows)
+    assert kept == [5, 10, 15, 20]
+    assert rows_error(rows, kept) < 0.01 * rows_error(rows, [])
+
+
+def test_a_column_that_does_not_stretch_the_rows_pays_for_nothing() -> None:
+    """Above any threshold, and yet all columns are alike."""
+    assert chosen_by_error(normal(200, 48, seed=3) * 100) == []
+
+
+def test_no_more_columns_than_allowed_and_the_largest_first() -> None:
+    rows = crowded_rows(*(100.0 - 10 * number for number in range(9)))
+    assert chosen_by_error(rows, max_outliers=8) == [5 * number for number in range(1, 9)]
+    assert chosen_by_error(rows, max_outliers=0) == []
+
+
+def test_linears_that_share_an_input_share_their_outlier_columns() -> None:
+    """Whatever their weights: different columns would mean rows that are quantized once more for each."""
+    rows, quantizer = crowded_rows(60.0, -90.0), LLMInt8Quantizer()
+    weights = (normal(6, 48), normal(16, 48, seed=1) * torch.logspace(-2, 2, 48), torch.zeros(3, 48))
+    assert {tuple(columns(quantizer.quantize(layer_of(weight, rows), INT8))) for weight in weights} == {(5, 10)}
+
+
+def test_inputs_of_nothing_but_zeros_have_no_outliers() -> None:
+    assert chosen_by_error(torch.zeros(8, 48)) == []
+
+
+# smoothquant
+
+
+def kernel_error(rows: Tensor, weight: Tensor, scale: Tensor | float, scheme: QuantScheme = INT8) -> float:
+    """Squared error of the output when the kernel quantizes rows / scale."""
+    seen = quantized_rows(rows / scale) if scheme.activation_bits else rows / scale
+    return float((seen @ round_to_nearest(weight * scale, scheme).dequantize().T - rows @ weight.T).square().sum())
+
+
+def smoothed(rows: Tensor, *weights: Tensor, producer: Producer | None = None, scheme: QuantScheme = INT8) -> Tensor | None:
+    group = group_of(rows, *weights, producer=producer)
+    return SmoothQuantQuantizer().prepare(group, (scheme,) * len(weights)).input_scale
+
+
+@pytest.mark.parametrize(
+    "scheme", [INT8, QuantScheme.parse("int8-tensor-a8"), QuantScheme.parse("int8-channel-asym-a8")], ids=str
+)
+def test_smoothing_rows_with_outlier_channels_beats_none(scheme: QuantScheme) -> None:
+    rows, weights = crowded_rows(60.0, -90.0), (normal(16, 48), normal(24, 48, seed=1))
+    scale = smoothed(rows, *weights, scheme=scheme)
+    assert scale is not None
+    for weight in weights:
+        assert kernel_error(rows, weight, scale, scheme) < 0.3 * kernel_error(rows, weight, 1.0, scheme)
+
+
+def test_the_smoothing_exponent_is_that_with_the_least_error_in_the_kernel() -> None:
+    rows, weight = crowded_rows(60.0, -90.0), normal(16, 48) * torch.logspace(0, 1, 48)
+    found = smoothed(rows, weight)
+    assert found is not None
+    inputs, weights = rows.abs().amax(0), weight.abs().amax(0)
+    scales = [inputs ** (step / 20) / weights ** (1 - step / 20) for step in range(21)]
+    errors = [kernel_error(rows, weight, scale) for scale in scales]
+    assert kernel_error(rows, weight, found) == pytest.approx(min(errors), rel=0.02)
+
+
+def test_channels_with_large_inputs_get_large_smoothing_scales() -> None:
+    scale = smoothed(crowded_rows(60.0, -90.0), normal(16, 48))
+    assert scale is not None
+    large = torch.isin(torch.arange(48), torch.tensor([5, 10]))
+    assert scale[large].min() > 2 * scale[~large].max()
+
+
+def test_no_smoothing_where_nothing_helps() -> None:
+    weight = torch.randint(-127, 128, (16, 48), generator=generator()).float().index_fill(1, torch.tensor([0]), 127)
+    rows = torch.randint(-127, 128, (64, 48), generator=generator(1)).float()
+    assert smoothed(rows, weight, scheme=QuantScheme.parse("int8-channel")) is None  # every code is exact
+    assert smoothed(torch.zeros(8, 48), normal(6, 48)) is None
+    assert smoothed(rows, torch.zeros(6, 48)) is None
+
+
+def test_smoothing_gives_copies_of_one_producer_channel_one_scale() -> None:
+    producer = Producer("linear", "v_proj", tuple(range(24)) * 2)
+    scale = smoothed(crowded_rows(60.0, -90.0), normal(16, 48), producer=producer)
+    assert scale is not None
+    assert torch.equal(scale[:24], scale[24:])
+    assert len(scale.unique()) > 1
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_smoothing_scales_are_finite_and_positive_whatever_the_weights(kind: str) -> None:
+    prepared = contract.prepare(SmoothQuantQuantizer(), group_of(crowded_rows(60.0), WEIGHTS[kind]), (INT8,))
+    assert prepared.input_scale is None or len(prepared.input_scale) == 48
+
+
+def test_smoothing_is_the_same_every_time() -> None:
+    first, second = (smoothed(crowded_rows(60.0), normal(6, 48)) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+
+
+def test_smoothquant_keeps_outliers_only_on_request_and_with_int8_activations() -> None:
+    layer = layer_of(normal(6, 48), crowded_rows(60.0, -90.0))
+    assert SmoothQuantQuantizer().quantize(layer, INT8).outliers is None
+    assert columns(SmoothQuantQuantizer(max_outliers=4).quantize(layer, INT8)) == [5, 10]
+    assert SmoothQuantQuantizer(max_outliers=4).quantize(layer, QuantScheme.parse("int8-channel")).outliers is None
 
 
 # awq

@@ -134,6 +134,22 @@ def test_a_report_of_nothing_but_its_size_is_short() -> None:
     assert [line.split()[0] for line in lines[1:]] == ["size", "samples", "layers"]
 
 
+WITH_OUTLIERS = but(
+    layers=(
+        LayerReport(name="a", scheme="int8-channel-a8", relative_error=0.01, bytes=1, outlier_share=0.03),
+        LayerReport(name="b", scheme="int8-channel-a8", relative_error=0.01, bytes=1),
+    )
+)
+
+
+def test_the_share_of_outlier_columns_is_shown_where_there_are_some() -> None:
+    words = "1.50% of a layer's input columns kept in float beside the codes, on average; 1 of 2 layers have some"
+    for text in (on_terminal(table(WITH_OUTLIERS)), card(WITH_OUTLIERS, RECIPE, "m")):
+        assert words in re.sub(r"\s+", " ", text)
+    for text in (on_terminal(table(REPORT)), card(REPORT, RECIPE, "m")):
+        assert "outlier" not in text
+
+
 def test_names_from_a_checkpoint_are_escaped() -> None:
     """Fault 6: names are opaque; a terminal must not obey them, nor rich read them as markup."""
     text = on_terminal(table(but(kept_float=(KeptFloat(name="a\x1b[31m\0[red]é", reason="r"),))))
@@ -159,6 +175,12 @@ def test_the_document_leaves_out_metrics_that_the_task_has_no_use_for() -> None:
         {"target": "cpu", "status": "passed", "kl": 0.0123456, "top1": 0.941, "perplexity": 18.234, "perplexity_float": 17.92}
     ]
     assert Report.model_validate({key: value for key, value in document.items() if key != "schema"}) == REPORT
+
+
+def test_only_layers_with_outlier_columns_have_a_share_of_them() -> None:
+    first, second = WITH_OUTLIERS.document()["layers"]
+    assert first["outlier_share"] == 0.03
+    assert second == {"name": "b", "scheme": "int8-channel-a8", "relative_error": 0.01, "bytes": 1}
 
 
 def test_an_output_folder_gets_the_document_and_the_card(tmp_path: Path) -> None:

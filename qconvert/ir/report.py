@@ -118,12 +118,16 @@ class GateResult(_Part):
 
 
 class LayerReport(_Part):
-    """relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers."""
+    """relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers.
+
+    outlier_share: of the layer's input columns, those kept in float beside the codes; None where there are none.
+    """
 
     name: str
     scheme: str
     relative_error: float
     bytes: int
+    outlier_share: float | None = None
 
 
 class KeptFloat(_Part):
@@ -165,7 +169,7 @@ class Report(_Part):
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""
         document = self.model_dump(mode="json")
-        for part, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ())):
+        for part, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ()), ("layers", ())):
             document[part] = [
                 {key: value for key, value in entry.items() if value is not None or key in always} for entry in document[part]
             ]

@@ -24,13 +24,19 @@ class Quantizer(ABC):
     name: what the user types, kebab-case.
     default_scheme: used where the recipe names none.
     observers: statistics that it needs of each linear's input; () means no calibration data is needed.
-    has_outliers: whether its tensors may keep float columns beside the codes, which transformers must be told about.
     """
 
     name: ClassVar[str]
     default_scheme: ClassVar[QuantScheme]
     observers: ClassVar[tuple[type[Observer], ...]] = ()
-    has_outliers: ClassVar[bool] = False
+
+    @property
+    def has_outliers(self) -> bool:
+        """Whether its tensors may keep float columns beside the codes, which transformers must be told about.
+
+        A class attribute does where that is no matter of options.
+        """
+        return False
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Why this quantizer can't produce `scheme`, as half a sentence for the user; None if it can."""

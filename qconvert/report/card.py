@@ -168,6 +168,8 @@ def _evidence(report: Report) -> str:
         ("layer that lost most", "", layer.scheme, _lost(layer.name, layer.relative_error))
         for layer in wording.worst(report.layers)[:1]
     ]
+    if outliers := wording.outliers(report.layers):
+        rows.append(("outlier columns", "", "", outliers))
     rows += [
         ("kept in float", "", str(len(names)), f"{reason}: {wording.some(names)}")
         for reason, names in wording.reasons(report.kept_float)

@@ -46,6 +46,8 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
     )
     if report.assignment is not None:
         yield "budget", Text(wording.assignment(report.assignment, report.fidelity))
+    if outliers := wording.outliers(report.layers):
+        yield "outliers", Text(outliers)
     if report.layers:
         yield "worst", _worst(wording.worst(report.layers))
     if report.kept_float:

@@ -127,6 +127,18 @@ def schemes(layers: Iterable[LayerReport]) -> str:
     return ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
 
 
+def outliers(layers: Iterable[LayerReport]) -> str:
+    """The share of float columns, and how many layers have some; "" where none has."""
+    shares = [layer.outlier_share or 0 for layer in layers]
+    some_have = sum(share > 0 for share in shares)
+    if not some_have:
+        return ""
+    return (
+        f"{sum(shares) / len(shares):.2%} of a layer's input columns kept in float beside the codes, on average; "
+        f"{some_have} of {len(shares)} layers have some"
+    )
+
+
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
     """Modules kept in float, by reason, in the order of first appearance."""
     grouped: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from qconvert.ir.finite import require_finite
 from qconvert.ir.layout import SUFFIXES, encode
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.quantized import QuantizedBlock
+from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.reader import tensor_record
 from qconvert.ir.report import LayerReport
 from qconvert.recipe import Layout
@@ -109,6 +109,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
             relative_error=layer.relative_error,
             bytes=sum(stored[f"{name}.{suffix}"].nbytes for suffix in unit.layers[name].disk_tensors)
             + sum(tensor.nbytes for _, tensor in extra[name]),
+            outlier_share=_outlier_share(layer.tensor),
         )
         for name, layer in layers.items()
     ]
@@ -124,6 +125,10 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
             "layers": [report.model_dump() for report in reports],
         }
     )
+
+
+def _outlier_share(tensor: QuantizedTensor) -> float | None:
+    return None if tensor.outliers is None else len(tensor.outliers.columns) / tensor.q.shape[1]
 
 
 def _append_layers(unit: Unit, block: QuantizedBlock, weights: SafetensorsFile) -> dict[str, StoredTensor]:

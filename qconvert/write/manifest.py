@@ -56,7 +56,7 @@ def write_manifest(stage: Stage, recipe: Recipe, inputs: Mapping[str, str], writ
         "inputs": dict(inputs),
         "outputs": file_digests(outputs),
         "versions": {name: version(name) for name in PACKAGES} | {plugin.name: plugin.version},
-        "layers": [layer.model_dump() for layer in written.layers],
+        "layers": [layer.model_dump(exclude_none=True) for layer in written.layers],
         "sidecar": {name: tensor_record(tensor) for name, tensor in stage.sidecar.tensors.items()},
     }
     if written.assignment is not None:

@@ -1,0 +1,135 @@
+"""SmoothQuant: move the outliers of activations into the weights, so that int8 rows resolve what lies beside them.
+
+    s_j = max |x_j|^a / max |w_j|^(1-a)         W diag(s) is quantized, x / s comes in
+
+over calibration data and all linears that share the input x. The exponent a is searched on a grid for the least error of
+what the kernels compute from sampled rows, no scale at all included:
+
+    || x W^T - rows(x / s) dequantize(quantize(W diag(s)))^T ||^2       rows: one int8 scale per row
+
+On request, columns that are still outliers after that stay in float, as in LLM.int8().
+
+Source: G. Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4;
+there the exponent is one for the whole model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qconvert.ir.layer import Layer, LinearGroup
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin import hookimpl
+from qconvert.plugin.observer import AbsMax, SampledRows
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.quantizers.outlier_search import columns_that_pay, with_outliers
+from qconvert.quantizers.row_quantization import quantized_rows
+
+
+@hookimpl
+def register_quantizers() -> list[type[Quantizer]]:
+    return [SmoothQuantQuantizer]
+
+
+@dataclass(frozen=True)
+class SmoothQuantQuantizer(Quantizer):
+    """int8 weights and activations, input channels scaled so that both lose little.
+
+    grid: the search tries exponents that are multiples of 1 / grid, from 0 to 1.
+    max_outliers: at most this many columns per linear stay in float where they still pay; 0 turns that off.
+    """
+
+    grid: int = 20
+    max_outliers: int = 0
+
+    name = "smoothquant"
+    default_scheme = QuantScheme.parse("int8-channel-a8")
+    observers = (AbsMax, SampledRows)
+
+    def __post_init__(self) -> None:
+        if self.grid < 1 or self.max_outliers < 0:
+            raise ValueError("grid must be at least 1, max_outliers at least 0")
+
+    @property
+    def has_outliers(self) -> bool:
+        return self.max_outliers > 0
+
+    def refuses(self, scheme: QuantScheme) -> str | None:
+        if scheme.bits == 8:
+            return None
+        return "SmoothQuant makes weights harder to quantize, for int8 activations' sake; take int8, or awq for int4"
+
+    def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        if group.stats is None:
+            return group
+        rows = group.stats.values[SampledRows.name]
+        channels = _producer_channels(group, rows.shape[1])
+        inputs = _largest(group.stats.values[AbsMax.name], channels)
+        weights = _largest(torch.stack([layer.weight.abs().amax(0) for layer in group.layers]).amax(0), channels)
+        if not (inputs.any() and weights.any()):
+            return group
+        wanted = [rows @ layer.weight.T for layer in group.layers]
+
+        @cache
+        def attempt(step: int | None) -> tuple[float, Tensor | None]:
+            scale = None if step is None else _scale(inputs, weights, step / self.grid)[channels]
+            return _output_error(group.layers, schemes, rows, wanted, scale), scale
+
+        # The error is smooth in the exponent, so every third is tried first, and then what lies around the best.
+        coarse = min(range(0, self.grid + 1, 3), key=lambda step: attempt(step)[0])
+        around = range(max(coarse - 2, 0), min(coarse + 2, self.grid) + 1)
+        _, best = attempt(min((None, *around), key=lambda step: attempt(step)[0]))
+        return dataclasses.replace(group, input_scale=best)
+
+    def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        tensor = round_to_nearest(layer.weight, scheme)
+        if layer.stats is None or layer.kind == "conv2d" or not scheme.activation_bits:
+            return tensor
+        return with_outliers(tensor, layer.weight, columns_that_pay(layer.stats, self.max_outliers))
+
+
+def _producer_channels(group: LinearGroup, width: int) -> Tensor:
+    """For each input channel [in], which producer channel it is a copy of: copies get one scale."""
+    copies = group.producer.channels if group.producer else None
+    return torch.arange(width) if copies is None else torch.tensor(copies)
+
+
+def _largest(magnitude: Tensor, channels: Tensor) -> Tensor:
+    """Per producer channel, the largest magnitude [in] of its copies."""
+    return torch.zeros(int(channels.max()) + 1).scatter_reduce(0, channels, magnitude, "amax")
+
+
+def _scale(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
+    """inputs^a / weights^(1-a), centred on 1 and kept within what float16 tensors can take."""
+    scale = _positive(inputs).pow(exponent) / _positive(weights).pow(1 - exponent)
+    return (scale / scale.max().sqrt() / scale.min().sqrt()).clamp(1e-3, 1e3)
+
+
+def _positive(magnitude: Tensor) -> Tensor:
+    """Channels that hold nothing count like the smallest that holds something."""
+    return magnitude.clamp(min=magnitude[magnitude > 0].min())
+
+
+def _output_error(
+    layers: tuple[Layer, ...],
+    schemes: tuple[QuantScheme, ...],
+    rows: Tensor,
+    wanted: Sequence[Tensor],
+    scale: Tensor | None,
+) -> float:
+    """Squared error over the outputs `wanted` [n, out] of `rows` [n, in], with `scale` [in] put into the weights."""
+    smoothed = rows if scale is None else rows / scale
+    seen = quantized_rows(smoothed)
+    total = 0.0
+    for layer, scheme, output in zip(layers, schemes, wanted, strict=True):
+        weight = round_to_nearest(layer.weight if scale is None else layer.weight * scale, scheme).dequantize()
+        total += float(((seen if scheme.activation_bits else smoothed) @ weight.T).sub_(output).square_().sum())
+    return total if math.isfinite(total) else math.inf  # products of huge weights may overflow
