@@ -30,6 +30,7 @@ from qconvert.quantizers.absmax import AbsMaxQuantizer
 from qconvert.quantizers.awq import AWQQuantizer
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
+from qconvert.quantizers.smoothquant import SmoothQuantQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
@@ -293,6 +294,14 @@ def test_005_zero_points_beside_a_second_scheme_which_transformers_would_load_wr
     assert "--layout onnx" in error.hint
     planned(llama, scheme=default, rules={"*.down_proj": other}, layout="onnx")
     planned(llama, scheme="int4-g32", rules={"*.down_proj": "int8"})  # symmetric schemes mix freely
+
+
+def test_005_outlier_columns_beside_a_second_scheme_where_the_options_allow_outliers(llama: Model) -> None:
+    rules = {"*.down_proj": "int8-channel"}
+    error = refusal(llama, SmoothQuantQuantizer(max_outliers=4), rules=rules)
+    assert error.code == "QC-PLAN-005"
+    assert "has outlier columns" in error.message
+    planned(llama, SmoothQuantQuantizer(), rules=rules)
 
 
 def test_005_a_conv1d_has_no_place_in_the_transformers_layout(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from qconvert.quantizers.hqq import HQQQuantizer
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.quantizers.row_quantization import quantized_rows
-from qconvert.quantizers.smooth_quant import SmoothQuantQuantizer
+from qconvert.quantizers.smoothquant import SmoothQuantQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 
 BUILTINS: list[Quantizer] = [

@@ -220,6 +220,12 @@ class TestSidecar:
         assert written.layers[0].bytes == 48 * 64 + 48 * 4 + 2 * 8 + 48 * 2 * 4 + 64
         assert written.layers[0].name == "blocks.0.a"
         assert written.layers[0].relative_error == 0.25
+        assert written.layers[0].outlier_share == 2 / 64
+
+    def test_layers_without_outliers_have_no_share_of_them(self, tmp_path: Path) -> None:
+        model = net()
+        written = publish(model, plan_of(model, all_linears("int8-channel-a8")), tmp_path / "out")
+        assert {layer.outlier_share for layer in written.layers} == {None}
 
     def test_an_input_scale_reads_back(self, tmp_path: Path) -> None:
         model = net()

@@ -40,7 +40,7 @@ BUILTINS = (
     "qconvert.quantizers.awq",
     "qconvert.quantizers.gptq",
     "qconvert.quantizers.llm_int8",
-    "qconvert.quantizers.smooth_quant",
+    "qconvert.quantizers.smoothquant",
 )
 
 # What a foreign plugin may raise and must not stop us with; sys.exit() at import time is one of the things that happen.
