@@ -114,6 +114,12 @@ def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
     )
 
 
+def test_a_budget_goes_with_auto(pipeline: FakePipeline) -> None:
+    assert run("--quantizer", "auto", "--budget", "90MB").exit_code == 0
+    assert pipeline.given == Recipe(model="M", output=Path("OUT"), quantizer="auto", budget="90MB")
+    assert run("--quantizer", "awq", "--budget", "90MB").exit_code == 2
+
+
 def test_without_flags_the_recipe_keeps_its_defaults(pipeline: FakePipeline) -> None:
     run()
     assert pipeline.given == Recipe(model="M", output=Path("OUT"))

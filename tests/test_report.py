@@ -16,7 +16,19 @@ from rich.console import Console, RenderableType
 from qconvert.ir import cuda
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.plan import LayerPlan, Plan
-from qconvert.ir.report import Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Samples, Size, Task
+from qconvert.ir.report import (
+    Assignment,
+    Fidelity,
+    GateResult,
+    KeptFloat,
+    Latency,
+    LayerReport,
+    Parity,
+    Report,
+    Samples,
+    Size,
+    Task,
+)
 from qconvert.ir.scheme import QuantScheme
 from qconvert.recipe import Recipe
 from qconvert.report import plan as plan_view
@@ -126,6 +138,32 @@ def test_the_five_worst_layers_are_listed_worst_first() -> None:
 )
 def test_the_verdict_comes_first(report: Report, headline: str) -> None:
     assert on_terminal(table(report)).startswith(f"{headline} - awq")
+
+
+ASSIGNMENT = Assignment(budget="4.5", average_bits=4.4987, predicted_kl=0.0105, schemes={"int4-g64": 20, "int8-g32": 10})
+
+
+def test_what_a_budget_decided_is_shown_with_predicted_and_measured_kl() -> None:
+    decided = but(assignment=ASSIGNMENT)
+    text = re.sub(r"\s+", " ", on_terminal(table(decided)))
+    words = "4.499 bits per quantized weight for the budget 4.5, predicted KL 0.0105 nats, measured 0.0123 nats on cpu"
+    assert " - awq, 4.5 bits, causal-lm" in text
+    assert f"budget {words}" in text
+    asked = RECIPE.model_copy(update={"quantizer": "auto", "budget": "4.5", "scheme": None})
+    page = card(decided, asked, "smollm2")
+    assert page.startswith("# smollm2, 4.5 bits\n")
+    assert f"| budget |  | 4.5 | {words} |" in page
+    assert "--quantizer auto --budget 4.5 " in page
+
+
+def test_the_document_holds_an_assignment_only_where_there_is_one() -> None:
+    assert "assignment" not in REPORT.document()
+    assert but(assignment=ASSIGNMENT).document()["assignment"] == {
+        "budget": "4.5",
+        "average_bits": 4.4987,
+        "predicted_kl": 0.0105,
+        "schemes": {"int4-g64": 20, "int8-g32": 10},
+    }
 
 
 def test_a_report_of_nothing_but_its_size_is_short() -> None:
@@ -349,6 +387,15 @@ def test_the_plan_says_what_it_costs_and_what_stays() -> None:
     assert "calibration data: needed" in text
     assert "1 kept in float, embeddings stay in float: model.embed" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_plan_under_a_budget_says_what_is_expected() -> None:
+    decided = dataclasses.replace(plan(), assignment=ASSIGNMENT)
+    assert "budget: 4.499 bits per quantized weight for the budget 4.5, predicted KL 0.0105 nats" in on_terminal(
+        plan_view.table(decided)
+    )
+    assert plan_view.document(decided)["assignment"]["schemes"] == {"int4-g64": 20, "int8-g32": 10}
+    assert "assignment" not in plan_view.document(plan())
 
 
 def test_the_plans_document_lists_every_layer() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qconvert.allocate.choices import Choice, choices, stored_bytes
+from qconvert.allocate.choices import Choice, choice_bytes, choices, stored_bytes
 from qconvert.allocate.knapsack import solve
-from qconvert.allocate.sensitivity import Weighed, weigh
+from qconvert.allocate.sensitivity import weigh
 from qconvert.errors import UsageError
 from qconvert.ir.budget import Budget
 from qconvert.ir.layer import Batch, Block
@@ -45,18 +46,21 @@ def allocate(
     waiting = choices(plan, groups, recipe, model)
     budget = Budget.parse(recipe.budget or "")
     room = _room(plan, waiting, budget)
+    by_shape = [[choice_bytes(plan, choice, scheme) for scheme in choice.schemes] for choice in waiting]
+    if sum(map(min, by_shape)) > room:  # which is known before anything is measured
+        raise _too_small(plan, waiting, by_shape, budget)
     progress.stage("allocate", len({model.block_of(name) for name in plan.layers}))
     weighed = weigh(blocks, model, plan, waiting, recipe, quantizer, batches, progress)
     chosen = solve([each.options for each in weighed], room)
     if chosen is None:
-        raise _too_small(plan, weighed, budget, recipe)
+        raise _too_small(plan, waiting, [[option.cost for option in each.options] for each in weighed], budget)
     schemes = {
         name: each.choice.schemes[option] for each, option in zip(weighed, chosen, strict=True) for name in each.choice.layers
     }
     lost = sum(each.options[option].loss for each, option in zip(weighed, chosen, strict=True))
     taken = sum(each.options[option].cost for each, option in zip(weighed, chosen, strict=True))
     assignment = Assignment(
-        budget=str(recipe.budget),
+        budget=str(budget),
         average_bits=8 * (taken + _fixed_bytes(plan, waiting)) / _weights(plan),
         predicted_kl=lost if model.task in GENERATING else None,
         predicted_error=None if model.task in GENERATING else lost**0.5,
@@ -88,16 +92,17 @@ def _weights(plan: Plan) -> int:
     return sum(layer.out_features * layer.in_features for layer in plan.layers.values())
 
 
-def _too_small(plan: Plan, weighed: Sequence[Weighed], budget: Budget, recipe: Recipe) -> UsageError:
-    fixed = _fixed_bytes(plan, [each.choice for each in weighed])
-    ends = [fixed + sum(pick(option.cost for option in each.options) for each in weighed) for pick in (min, max)]
+def _too_small(plan: Plan, waiting: Sequence[Choice], costs: Sequence[Sequence[int]], budget: Budget) -> UsageError:
+    """costs: per choice what each scheme takes."""
+    fixed = _fixed_bytes(plan, waiting)
+    ends = [fixed + sum(map(pick, costs)) for pick in (min, max)]
     if budget.in_bytes:
         floats = plan.weights_bytes - sum(layer.nbytes for layer in plan.layers.values())
-        least, most = (f"{(end + floats) / 1e6:.2f}MB" for end in ends)
-    else:
-        least, most = (f"{8 * end / _weights(plan):.3f}" for end in ends)
+        least, most = (f"{end + floats}B" for end in ends)
+    else:  # rounded up, so that the least is enough
+        least, most = (f"{math.ceil(8000 * end / _weights(plan)) / 1000:.3f}" for end in ends)
     return UsageError(
         "QC-BUDGET-006",
-        f"the budget {recipe.budget} can't be met: from {least}, all layers in their smallest scheme, to {most} is possible",
-        hint=f"take --budget {least} or more, or quantize with a --rule what is kept in float",
+        f"the budget {budget} can't be met: from {least}, all layers in their smallest scheme, to {most} is possible",
+        hint=f"take --budget {least} or more; a --rule quantizes what is kept in float",
     )

@@ -100,6 +100,11 @@ def stored_bytes(plan: LayerPlan) -> int:
     return _stored_bytes(dataclasses.replace(plan, name=""))
 
 
+def choice_bytes(plan: Plan, choice: Choice, scheme: QuantScheme) -> int:
+    """`stored_bytes` of all layers of a choice."""
+    return sum(stored_bytes(dataclasses.replace(plan.layers[name], scheme=scheme)) for name in choice.layers)
+
+
 @cache
 def _stored_bytes(plan: LayerPlan) -> int:
     """The sidecar's part depends on shapes alone, so codes of zeros tell it."""

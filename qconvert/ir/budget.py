@@ -17,10 +17,12 @@ _BUDGET = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>bits|B|kB|MB|GB)?\s
 class Budget:
     """Average bits per quantized weight, scales included, or bytes of tensor data in all.
 
+    text: as it was written.
     amount: exact, because 4.1 bits as a binary fraction would be a byte too few or too many.
     in_bytes: whether it counts bytes, of quantized and float tensors together.
     """
 
+    text: str
     amount: Fraction
     in_bytes: bool
 
@@ -35,7 +37,10 @@ class Budget:
                 hint="write average bits per quantized weight, such as 4.5, or the size of all weights: 90MB (B, kB, MB, GB)",
             )
         unit = match["unit"] or "bits"
-        return Budget(Fraction(match["number"]) * UNITS.get(unit, 1), unit != "bits")
+        return Budget(text.strip(), Fraction(match["number"]) * UNITS.get(unit, 1), unit != "bits")
+
+    def __str__(self) -> str:
+        return self.text
 
     def quantized_bytes(self, weights: int, other_bytes: int) -> int:
         """The most that `weights` quantized weights may take beside `other_bytes` of float tensors."""

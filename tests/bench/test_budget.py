@@ -29,11 +29,9 @@ def test_a_budget_beside_one_scheme(models: Path, data: Path, tmp_path: Path) ->
     for name, report in reports.items():
         predicted = "" if report.assignment is None else f" (predicted {report.assignment.predicted_kl:.4f})"
         taken = f", {seconds[name]:.0f} s in all" if name in seconds else ""
-        print(
-            f"\n{name:14}{report.size.average_bits:.3f} bits, {size(tmp_path / name) / 1e6:.1f} MB, KL {lost[name]:.4f}"
-            f"{predicted}, {lost[name] / lost[uniform.name]:.2f} x{taken}",
-            end="",
-        )
+        bits, bytes_ = report.size.average_bits, size(tmp_path / name) / 1e6
+        measured = f"KL {lost[name]:.4f}{predicted}, {lost[name] / lost[uniform.name]:.2f} x"
+        print(f"\n{name:14}{bits:.3f} bits, {bytes_:.1f} MB, {measured}{taken}", end="")
     print()
     assert reports[f"auto {SAME}"].size.average_bits <= reports[uniform.name].size.average_bits
     assert lost[f"auto {SAME}"] <= GAIN_AT_THE_SAME_SIZE * lost[uniform.name]
