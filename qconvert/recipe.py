@@ -73,8 +73,8 @@ Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "spee
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"quantizer": "hqq", "scheme": "int4-g32-asym"},
     "balanced": {"quantizer": "awq", "scheme": "int4-g32-asym"},
-    "best": {"quantizer": "gptq", "scheme": "int4-g32-asym", "sequential": True, "tuning": {"steps": 50}},
-    "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8"},
+    "best": {"quantizer": "gptq", "scheme": "int4-g32-asym", "sequential": True, "tuning": {"steps": 20}},
+    "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8", "options": {"max_outliers": 16}},
 }
 
 # The name that stands for "decide the schemes", and the quantizer that then does the work.
@@ -144,7 +144,7 @@ class DataSpec(_Part):
 class Tuning(_Part):
     """How long the scales and roundings of each repeated block are moved towards the float block's output."""
 
-    steps: int = Field(50, ge=1, description="steps of signed gradient descent, at most")
+    steps: int = Field(20, ge=1, description="steps of signed gradient descent, at most")
     seconds: float | None = Field(
         None, gt=0, description="time for each block, at most; what is reached in it depends on the machine"
     )
@@ -207,7 +207,7 @@ class Recipe(_Part):
                 f"preset {settings['preset']} uses the quantizer {preset['quantizer']}, not {settings['quantizer']}: "
                 "give one of preset and quantizer"
             )
-        return {**preset, **settings}
+        return {**preset, **settings, "options": {**preset.get("options", {}), **(settings.get("options") or {})}}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:

@@ -21,8 +21,8 @@ class Entry:
     scheme: of the layers that no rule names.
     report: None where there is no artifact.
     error: why there is none, or none that could be run.
-    quantize_seconds: what quantizing and writing took, without the calibration that all share; None where it calibrated on
-        its own, or failed.
+    quantize_seconds: what quantizing and writing took, without the calibration that all share, but with the one of a recipe
+        that calibrates on its own; None where it failed.
     """
 
     name: str
