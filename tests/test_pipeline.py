@@ -27,7 +27,7 @@ from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.ir.runtime import file_session
 from qconvert.plugin.manager import BUILTINS, PluginManager
-from qconvert.recipe import Recipe
+from qconvert.recipe import PRESETS, Recipe
 
 QUANTIZERS = ("absmax", "zero-point", "per-channel", "hqq", "awq", "gptq", "llm-int8", "smoothquant")
 
@@ -261,6 +261,40 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(
     assert list(resumed) == list(uninterrupted)
     assert [name for name in resumed if resumed[name] != uninterrupted[name]] == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sequential_and_tuned_run_goes_on_where_it_was_interrupted(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block that is left sees what was written of the first one, whoever wrote it."""
+    settings = {"quantizer": "gptq", "scheme": "int4-g16-asym", "sequential": True, "tuning": {"steps": 5}, "verify": False}
+    pipeline.convert(recipe(sources / "llama", tmp_path / "whole", **settings))
+    real = pipeline.quantize
+
+    def first_block_only(*args: Any, **options: Any) -> Iterator[Any]:
+        yield next(real(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize", first_block_only)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
+    monkeypatch.setattr(pipeline, "quantize", real)
+    pipeline.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
+    whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "resumed")
+    assert [name for name in whole if whole[name] != resumed[name]] == []
+    pipeline.convert(recipe(sources / "llama", tmp_path / "plain", **{**settings, "sequential": False}))
+    assert contents(tmp_path / "plain")[WEIGHTS] != whole[WEIGHTS]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_passes_and_loads_in_transformers(preset: str, sources: Path, tmp_path: Path) -> None:
+    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", preset=preset))
+    assert report.passed
+    assert {part.target: part.status for part in report.parity}["transformers"] == "passed"
+    assert f"--preset {preset}" in (tmp_path / "out" / CARD).read_text(encoding="utf-8")
 
 
 # --- verdicts ---

@@ -8,7 +8,7 @@ import pytest
 
 from qconvert.errors import UsageError
 from qconvert.ir.scheme import QuantScheme
-from qconvert.recipe import DataSpec, Gate, Recipe, Rule, read_recipe
+from qconvert.recipe import PRESETS, DataSpec, Gate, Recipe, Rule, read_recipe
 
 MINIMAL = {"model": "M", "output": "O"}
 
@@ -37,6 +37,30 @@ def test_yaml_and_json_mean_the_same(tmp_path: Path) -> None:
     assert recipe.rules == (Rule(pattern="lm_head", scheme=None), Rule(pattern="*", scheme=QuantScheme.parse("int8")))
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert '"scheme":"int4-g32-asym"' in recipe.model_dump_json()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_what_it_stands_for_written_out(preset: str) -> None:
+    short = Recipe.from_settings(MINIMAL | {"preset": preset})
+    long = Recipe.from_settings(MINIMAL | PRESETS[preset])
+    assert short.model_copy(update={"preset": None}) == long
+    assert Recipe.model_validate_json(short.model_dump_json()) == short
+
+
+def test_what_is_set_beside_a_preset_goes_before_it() -> None:
+    settings = MINIMAL | {"preset": "int8", "scheme": "int8-tensor-a8", "options": {"grid": 5}}
+    recipe = Recipe.from_settings(settings)
+    assert str(recipe.scheme) == "int8-tensor-a8"
+    assert recipe.options == {"max_outliers": 16, "grid": 5}
+    assert Recipe.from_settings(MINIMAL | {"preset": "best", "tuning": None}).tuning is None
+
+
+def test_a_preset_and_another_quantizer_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match="preset best uses the quantizer gptq, not awq") as raised:
+        Recipe.from_settings(MINIMAL | {"preset": "best", "quantizer": "awq"})
+    assert code(raised) == "QC-RECIPE-001"
+    with pytest.raises(UsageError, match="preset: Input should be 'fast', 'balanced', 'best' or 'int8'"):
+        Recipe.from_settings(MINIMAL | {"preset": "worst"})
 
 
 def test_a_recipe_has_a_json_schema() -> None:

@@ -41,7 +41,7 @@ def main() -> None:
     """Turns a trained checkpoint into small, fast, portable artifacts, and proves that they work.
 
     \b
-    qconvert run --model DIR --output OUT --quantizer awq --scheme int4-g32
+    qconvert run --model DIR --output OUT --preset balanced
 
     \b
     Exit codes: 0 done, 1 a gate was missed, 2 usage, 3 input rejected, 4 a plugin failed, 5 parity failed,
