@@ -22,7 +22,7 @@ from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.quantizer import round_to_nearest
 
-ROWS = 512  # output channels that the error is measured on; one exponent for a whole group needs no more
+ROWS = 256  # output channels that the error is measured on; one exponent for a whole group needs no more
 
 
 def best_input_scale(group: LinearGroup, schemes: Sequence[QuantScheme], grid: int) -> Tensor | None:
