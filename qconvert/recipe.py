@@ -71,7 +71,7 @@ Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "spee
 
 # What a preset sets where the recipe doesn't; chosen by measurement (docs/quantizers.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"quantizer": "hqq", "scheme": "int4-g32-asym"},
+    "fast": {"quantizer": "per-channel", "scheme": "int4-g32-asym", "options": {"clip": "mse"}},
     "balanced": {"quantizer": "awq", "scheme": "int4-g32-asym"},
     "best": {"quantizer": "gptq", "scheme": "int4-g32-asym", "sequential": True, "tuning": {"steps": 20}},
     "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8", "options": {"max_outliers": 16}},

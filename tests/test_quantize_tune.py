@@ -23,6 +23,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.quantize import quantize
 from qconvert.quantize.tune import tune
+from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.recipe import Tuning
 from qconvert.trace import trace
 
@@ -99,6 +100,30 @@ def test_what_was_folded_stays_folded() -> None:
     assert plain.tensors
     assert plain.tensors.keys() == tuned.tensors.keys()
     assert error(block, tuned, 0) < error(block, plain, 0)
+
+
+def test_outlier_columns_stay_and_count() -> None:
+    _, model = llama()
+    plan = planned(model, "int8-channel-a8")
+    quantizer = LLMInt8Quantizer(threshold=1e-6, max_outliers=4)
+    block = next(calibrate(model, plan, groups_of(type(model.module)), quantizer, BATCHES, tuned=True))
+    plain, tuned = (
+        next(quantize([block], plan, quantizer, silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
+    )
+    for before, after in zip(plain.layers, tuned.layers, strict=True):
+        assert after.tensor.outliers is before.tensor.outliers
+        assert after.tensor.outliers is not None
+        assert len(after.tensor.outliers.columns) == 4
+    assert error(block, tuned, 0) <= error(block, plain, 0)
+
+
+def test_a_block_with_nothing_to_tune_is_left_alone() -> None:
+    _, model = llama()
+    plan = planned(model, "int8-channel")
+    (block, *_) = blocks_of(model, plan)
+    bare = dataclasses.replace(block, groups=())
+    found = next(quantize([bare], plan, Scaling(), silent, keep_unfolded=False, tuning=STEPS))
+    assert found.layers == ()
 
 
 def test_the_same_steps_give_the_same_codes() -> None:

@@ -72,7 +72,7 @@ def _tuned(
 ) -> dict[str, QuantizedTensor]:
     """The linears of a block, tuned; convolutions and embeddings keep their codes."""
     layers = {layer.name: layer for layer in folded.block.layers if layer.kind in ("linear", "conv1d")}
-    return tune(layers, {name: tensors[name] for name in layers}, samples, folded.tensors, tuning)
+    return tune(layers, {name: tensors[name] for name in layers}, samples, folded.tensors, tuning) if layers else {}
 
 
 def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:

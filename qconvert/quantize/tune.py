@@ -98,13 +98,15 @@ class _Variables:
         """The dequantized weight [out, in] that gradients flow to."""
         scale = self._scale()
         weight = ((self._codes(scale) - self.zero_point) * scale.unsqueeze(-1)).reshape(self.start.q.shape)
+        if self.start.outliers is not None:
+            weight = weight.index_copy(1, self.start.outliers.columns, self.start.outliers.weight)
         return weight if self.start.input_scale is None else weight / self.start.input_scale
 
     @torch.no_grad()
     def move(self, rate: float) -> None:
-        """Step against the sign of the gradients."""
-        assert self.rounding.grad is not None
-        assert self.range.grad is not None
+        """Step against the sign of the gradients; a layer that the batch did not reach stays."""
+        if self.rounding.grad is None or self.range.grad is None:
+            return
         self.rounding.sub_(self.rounding.grad.sign(), alpha=rate).clamp_(-0.5, 0.5)
         self.range.sub_(self.range.grad.sign(), alpha=rate * SCALE_STEP)
         self.rounding.grad = self.range.grad = None

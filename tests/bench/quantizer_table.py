@@ -20,8 +20,8 @@ BEGIN, END = "quantizer_table.py MODELS DATA -->\n", "<!-- end of table -->"
 ASYM, SYM, INT8 = "int4-g32-asym", "int4-g32", "int8-channel-a8"
 RECIPES: dict[str, dict[str, Any]] = {
     "rounding": {"quantizer": "per-channel", "scheme": ASYM},
-    "rounding, clip=mse": {"quantizer": "per-channel", "scheme": ASYM, "options": {"clip": "mse"}},
-    "hqq (`fast`)": {"quantizer": "hqq", "scheme": ASYM},
+    "rounding, clip=mse (`fast`)": {"preset": "fast"},
+    "hqq": {"quantizer": "hqq", "scheme": ASYM},
     "awq (`balanced`)": {"quantizer": "awq", "scheme": ASYM},
     "gptq": {"quantizer": "gptq", "scheme": ASYM},
     "gptq, sequential, tuned (`best`)": {"preset": "best"},
