@@ -97,3 +97,14 @@ def test_symmetric_awq_loses_a_quarter_less_than_rounding(settings: dict[str, An
     loss, _ = convert(settings, tmp_path / "awq", quantizer="awq", scheme="int4-g32")
     print(f" = {loss.kl / rounding.kl:.2f} x rounding to nearest")
     assert loss.kl <= 0.75 * rounding.kl
+
+
+def test_int8_activations_are_nearly_without_loss(settings: dict[str, Any], tmp_path: Path) -> None:
+    """With all that is large in int8: the head, with float activations, is why the layout is onnx."""
+    choice = {"quantizer": "smoothquant", "scheme": "int8-channel-a8", "options": {"max_outliers": 32}, "layout": "onnx"}
+    loss, report = convert(settings, tmp_path, **choice, rules=[{"pattern": "lm_head", "scheme": "int8-channel"}])
+    folder = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    share = folder / report["size"]["source_bytes"]
+    print(f" = {share:.3f} x the bytes, prefill {report['latency'][0]['speedup']:.2f} x float")
+    assert loss.kl <= 0.012
+    assert share <= 0.30
