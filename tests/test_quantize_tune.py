@@ -22,7 +22,7 @@ from qconvert.ir.quantized import QuantizedBlock
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.quantize import quantize
-from qconvert.quantize.tune import tune
+from qconvert.quantize.tune import HELD_OUT, tune
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.recipe import Tuning
 from qconvert.trace import trace
@@ -35,6 +35,12 @@ def planned(model: Model, scheme: str) -> Plan:
     plan = plan_of(model)
     layers = {name: dataclasses.replace(layer, scheme=QuantScheme.parse(scheme)) for name, layer in plan.layers.items()}
     return dataclasses.replace(plan, layers=layers)
+
+
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    """The tiny models have random ones: how much tuning helps depends on them."""
+    torch.manual_seed(0)
 
 
 @cache
@@ -70,9 +76,9 @@ def test_tuned_blocks_are_nearer_to_the_float_block_on_samples_that_were_held_ou
     plain, tuned = (
         next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
     )
-    assert error(block, tuned, len(BATCHES) - 1) < error(block, plain, len(BATCHES) - 1)
-    taught = range(len(BATCHES) - 1)
-    assert sum(error(block, tuned, batch) for batch in taught) < sum(error(block, plain, batch) for batch in taught)
+    judges = len(BATCHES) // HELD_OUT
+    for batches in (range(len(BATCHES) - judges, len(BATCHES)), range(len(BATCHES) - judges)):
+        assert sum(error(block, tuned, batch) for batch in batches) < sum(error(block, plain, batch) for batch in batches)
 
 
 def test_tuned_tensors_keep_the_contract_and_the_errors_are_those_of_what_is_written() -> None:
