@@ -11,15 +11,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerTensor, QuantScheme
 from qconvert.plugin import hookimpl
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
-from qconvert.quantizers.clip_search import best_clip
+from qconvert.quantizers.clip_search import round_clipped
 from qconvert.quantizers.scale_search import best_input_scale
 
 
@@ -61,5 +59,4 @@ class AWQQuantizer(Quantizer):
         if layer.stats is None:
             return round_to_nearest(layer.weight, scheme)
         energy = layer.stats.values["gram"].diagonal().clamp(min=0)
-        ratios = torch.linspace(1.0, self.min_clip, 7).tolist()
-        return round_to_nearest(layer.weight, scheme, best_clip(layer.weight, scheme, ratios, energy))
+        return round_clipped(layer.weight, scheme, energy, self.min_clip)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qconvert.ir import affine
+from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerGroup, PerTensor, QuantScheme
 from qconvert.plugin.quantizer import round_to_nearest
 
@@ -25,6 +26,12 @@ def least_squares_clip(weight: Tensor, scheme: QuantScheme) -> Tensor:
     around = [1.0, *(2 ** (step / 32) for step in range(-4, 5) if step)]
     best = best_clip(weight, scheme, coarse)
     return best_clip(weight, scheme, [best * ratio for ratio in around])
+
+
+def round_clipped(weight: Tensor, scheme: QuantScheme, energy: Tensor, min_clip: float) -> QuantizedTensor:
+    """weight [out, in] to the nearest codes of ranges shrunk by 1 to `min_clip`, whatever loses least where energy [in] is."""
+    ratios = torch.linspace(1.0, min_clip, 7).tolist()
+    return round_to_nearest(weight, scheme, best_clip(weight, scheme, ratios, energy))
 
 
 def best_clip(weight: Tensor, scheme: QuantScheme, ratios: Sequence[Tensor | float], energy: Tensor | None = None) -> Tensor:

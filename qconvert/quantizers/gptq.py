@@ -28,7 +28,7 @@ from qconvert.ir.scheme import PerTensor, QuantScheme
 from qconvert.plugin import hookimpl
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
-from qconvert.quantizers.clip_search import best_clip
+from qconvert.quantizers.clip_search import round_clipped
 from qconvert.quantizers.scale_search import best_input_scale
 
 COLUMNS = 64  # columns per block of updates
@@ -81,8 +81,7 @@ class GPTQQuantizer(Quantizer):
             return round_to_nearest(layer.weight, scheme)
         gram = layer.stats.values["gram"]
         energy = gram.diagonal().clamp(min=0)
-        ratios = torch.linspace(1.0, self.min_clip, 7).tolist()
-        nearest = round_to_nearest(layer.weight, scheme, best_clip(layer.weight, scheme, ratios, energy))
+        nearest = round_clipped(layer.weight, scheme, energy, self.min_clip)
         if not bool((energy > 0).any()):
             return nearest
         order = energy.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(energy))
