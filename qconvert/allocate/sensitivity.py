@@ -24,6 +24,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import in_own_shape
 from qconvert.plugin import contract
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
@@ -127,11 +128,7 @@ class _Made:
 
     def parameters(self, model: Model, choice: Choice) -> dict[str, Tensor]:
         """Full name -> the quantized weight in the shape of the module's own."""
-        found = {}
-        for name in choice.layers:
-            weight = self.weights[name].T if self.layers[name].kind == "conv1d" else self.weights[name]
-            found[f"{name}.weight"] = weight.reshape(model.module.get_parameter(f"{name}.weight").shape)
-        return found
+        return {f"{name}.weight": in_own_shape(model.module.get_submodule(name), self.weights[name]) for name in choice.layers}
 
     def cost(self, plan: Plan, choice: Choice, scheme: QuantScheme) -> int:
         """Bytes on disk."""

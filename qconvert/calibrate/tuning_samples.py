@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from itertools import accumulate
 
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from qconvert.calibrate.importance import importance_of, padding_mask
 from qconvert.ir.forward import BlockRunner
+from qconvert.ir.template import in_own_shape
 
 
 class FloatOutputs:
@@ -49,11 +49,10 @@ class TuningSamples:
         with self._runner.differentiable(self._index, read) as call:
 
             def forward(batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-                parameters = {}
-                for name, weight in weights.items():
-                    module = model.module.get_submodule(name)
-                    shaped = weight.T if isinstance(module, Conv1D) else weight.reshape(module.get_parameter("weight").shape)
-                    parameters[f"{name}.weight"] = shaped.to(device)
+                parameters = {
+                    f"{name}.weight": in_own_shape(model.module.get_submodule(name), weight).to(device)
+                    for name, weight in weights.items()
+                }
                 return call(batch, self._inputs[batch], parameters)
 
             yield forward

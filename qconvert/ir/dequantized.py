@@ -12,6 +12,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.reader import read_layer, read_tensor
+from qconvert.ir.template import in_own_shape
 
 
 class Artifact:
@@ -40,7 +41,7 @@ class Artifact:
         """A parameter in the module's shape, dequantized with outliers and input scale put in."""
         name = self._layer_name(parameter)
         if name is not None:
-            return self._in_shape(name, self.layer(name).dequantize())
+            return in_own_shape(self.model.module.get_submodule(name), self.layer(name).dequantize())
         return read_tensor(self.folder, self.tensors[self.model.stored_name(parameter)])
 
     def read_plain(self, parameter: str) -> Tensor:
@@ -49,13 +50,9 @@ class Artifact:
         if name is not None:
             tensor = self.layer(name)
             plain = QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme)
-            return self._in_shape(name, plain.dequantize())
+            return in_own_shape(self.model.module.get_submodule(name), plain.dequantize())
         return self.read(parameter)
 
     def _layer_name(self, parameter: str) -> str | None:
         layer = self.plan.layer_of(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
         return None if layer is None else layer.name
-
-    def _in_shape(self, name: str, weight: Tensor) -> Tensor:
-        parameter = self.model.module.get_submodule(name).get_parameter("weight")
-        return weight.T if self.plan.layers[name].kind == "conv1d" else weight.reshape(parameter.shape)

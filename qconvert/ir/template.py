@@ -63,3 +63,8 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         case nn.Embedding() if type(module).forward is nn.Embedding.forward and module.max_norm is None:
             return "embedding"
     return None
+
+
+def in_own_shape(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight [out, in] in the shape of the module's parameter: Conv1D [in, out], kernels not flattened."""
+    return weight.T if isinstance(module, Conv1D) else weight.reshape(module.get_parameter("weight").shape)
