@@ -1,8 +1,8 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
-int8 activations  row form: every row is divided by its largest magnitude and quantized with the constant scale
-                  1 / ROW_STEPS, once for all linears that read it; then MatMulIntegerToFloat, and the magnitude put back
+int8 activations  row form: every row is quantized with a step of its own, its largest magnitude by ROW_STEPS, once for
+                  all linears that read it; then MatMulIntegerToFloat on the codes, and the step put back
 outliers          the row form on what is left when the outlier columns are masked out, plus their float product
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
                   int8 activations (of a head that shares the bytes, in row form): gathered codes, cast and scaled
@@ -32,6 +32,7 @@ class CpuLowering(Lowering):
     ) -> None:
         super().__init__(builder, outlier_columns, block_of)
         self._rows: dict[Value, tuple[Value, Value]] = {}
+        self._row_zero_points: dict[object, Value] = {}
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
@@ -101,14 +102,15 @@ class CpuLowering(Lowering):
     def _row_form(self, plan: LayerPlan, module: str, x: Value, bias: Value | None) -> Value:
         builder, name = self.builder, plan.name
         columns = self.outlier_columns.get(name, ())
-        quantized, largest = self._quantized_rows(self._without(x, columns, plan), name)
+        quantized, step = self._quantized_rows(self._without(x, columns, plan), plan)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
         scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
-        inputs: list[Value | None] = [quantized, weight, self._unit(), scale, self._unit_zero_point()]
+        one = builder.constant("qconvert/one", np.array(1, np.float32))
+        inputs: list[Value | None] = [quantized, weight, one, scale, self._zero_point()]
         if not plan.scheme.symmetric:
             inputs.append(builder.external(f"{name}.weight_zero_point", (plan.out_features,)))
         product = builder.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", MICROSOFT)
-        output = builder.op("Mul", [product, largest], f"{name}/RestoreRows")
+        output = builder.op("Mul", [product, step], f"{name}/RestoreRows")
         if columns:
             output = builder.op("Add", [output, self._outlier_product(x, columns, plan)], f"{name}/AddOutliers")
         if bias is not None:
@@ -121,21 +123,31 @@ class CpuLowering(Lowering):
         producer.metadata_props[INPUT_KEY] = x.name
         return output
 
-    def _quantized_rows(self, x: Value, name: str) -> tuple[Value, Value]:
-        """(uint8 rows, largest magnitude of each row), made once per input."""
+    def _quantized_rows(self, x: Value, plan: LayerPlan) -> tuple[Value, Value]:
+        """(uint8 rows, step of each row [..., 1]), made once per input."""
         if x not in self._rows:
-            builder = self.builder
+            builder, name = self.builder, plan.name
             magnitude = builder.op("Abs", [x], f"{name}/Abs")
             axes = builder.constant("qconvert/last_axis", np.array([-1], np.int64))
             largest = builder.op("ReduceMax", [magnitude, axes], f"{name}/RowMax", keepdims=1)
-            # A row of zeros becomes 0 / 0 and some code or other; its product, a finite number, is then multiplied by 0.
-            rows = builder.op("Div", [x, largest], f"{name}/NormalizeRows")
-            quantized = builder.op("QuantizeLinear", [rows, self._unit(), self._unit_zero_point()], f"{name}/QuantizeRows")
-            self._rows[x] = quantized, largest
+            unit = builder.constant("qconvert/row_scale", np.array(1 / kernel.ROW_STEPS, np.float32))
+            step = builder.op("Mul", [largest, unit], f"{name}/RowStep")
+            # One block per row: faster than Div and QuantizeLinear with one scale, which pass over the input twice. A row of
+            # zeros becomes 0 / 0 and some code or other; its product, a finite number, is then multiplied by 0.
+            inputs = [x, step, self._zero_points_of(x, step, name)]
+            quantized = builder.op("QuantizeLinear", inputs, f"{name}/QuantizeRows", axis=-1, block_size=plan.in_features)
+            self._rows[x] = quantized, step
         return self._rows[x]
 
-    def _unit(self) -> Value:
-        return self.builder.constant("qconvert/row_scale", np.array(1 / kernel.ROW_STEPS, np.float32))
+    def _zero_points_of(self, x: Value, step: Value, name: str) -> Value:
+        """One zero point per row, in the shape of `step`; made once for all inputs that are known to have as many rows."""
+        rows: object = x if x.shape is None or None in (dims := x.shape.dims[:-1]) else dims
+        if rows not in self._row_zero_points:
+            # Any step by the largest float is 0, and its code the zero point: one node, where Shape and Expand are two.
+            largest = self.builder.constant("qconvert/largest", np.array(np.finfo(np.float32).max))
+            inputs = [step, largest, self._zero_point()]
+            self._row_zero_points[rows] = self.builder.op("QuantizeLinear", inputs, f"{name}/RowZeroPoints")
+        return self._row_zero_points[rows]
 
-    def _unit_zero_point(self) -> Value:
+    def _zero_point(self) -> Value:
         return self.builder.constant("qconvert/row_zero_point", np.array(128, np.uint8))

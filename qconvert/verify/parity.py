@@ -160,14 +160,13 @@ def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None) ->
     if tensor.outliers is not None:
         kept = x.clone()
         kept[..., tensor.outliers.columns] = 0
-    largest = kept.abs().amax(-1, keepdim=True)
-    unit = torch.tensor(1 / kernel.ROW_STEPS, dtype=torch.float32)
-    codes = torch.round(kept / largest / unit).nan_to_num()  # a row of zeros; it is multiplied by 0 below
+    step = kept.abs().amax(-1, keepdim=True) * torch.tensor(1 / kernel.ROW_STEPS, dtype=torch.float32)
+    codes = torch.round(kept / step).nan_to_num()  # a row of zeros; it is multiplied by 0 below
     weight = tensor.q.double()
     if tensor.zero_point is not None:
         weight = weight - tensor.zero_point.double()
     product = codes.double() @ weight.T  # exact: integers below 2^53
-    y = product * unit.double() * tensor.scale.expand(len(weight), -1)[:, 0].double() * largest.double()
+    y = product * tensor.scale.expand(len(weight), -1)[:, 0].double() * step.double()
     if tensor.outliers is not None:
         y = y + (x[..., tensor.outliers.columns] @ tensor.outliers.weight.T).double()
     return (y if bias is None else y + bias.double()).float()
