@@ -85,7 +85,8 @@ def _lower_for_cpu(
     plan: Plan,
     outlier_columns: dict[str, tuple[int, ...]],
 ) -> None:
-    lowering = CpuLowering(builder, outlier_columns, model.block_of)
+    decodes = model.task in ("causal-lm", "seq2seq-lm")
+    lowering = CpuLowering(builder, outlier_columns, model.block_of, decodes=decodes)
     shapes = model.parameter_shapes
     lowered: dict[str, Value] = {}
     for node in [node for node in graph if node.domain == DOMAIN]:
