@@ -20,7 +20,7 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
 from qconvert.ir.template import Template
-from qconvert.plugin.manager import PluginManager, plugin_manager
+from qconvert.plugin.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize_block
 from qconvert.recipe import AUTO, Recipe
@@ -40,7 +40,7 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent) -> Compa
     quantizer that is not known, an output that exists, the model, the data, the disk. Outputs are published when all
     recipes are through, so that the same command resumes what was interrupted.
     """
-    plugins = plugin_manager()
+    plugins = pipeline.plugins_of(next(iter(recipes.values())))
     attempts = [Attempt(name, recipe, plugins.quantizer(recipe.worker, recipe.options)) for name, recipe in recipes.items()]
     folder = attempts[0].recipe.output.parent
     _check_outputs(attempts, folder)

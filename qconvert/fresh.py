@@ -20,8 +20,10 @@ from typing import Any
 from qconvert import errors
 from qconvert.errors import QConvertError, ResourceError
 from qconvert.ir.garbage import importing
+from qconvert.ir.process import end_with_parent
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
+from qconvert.plugin import watch
 from qconvert.recipe import Recipe
 
 
@@ -38,6 +40,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        pass_fds=watch.descriptors(),
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -89,6 +92,7 @@ class _ToParent:
 
 def main() -> None:
     """Answer one request."""
+    end_with_parent()
     # The parent has shown every warning already, and takes stdout for progress.
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")

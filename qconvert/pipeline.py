@@ -28,6 +28,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
 from qconvert.plan import plan as make_plan
+from qconvert.plugin import watch
 from qconvert.plugin.distribution import Distribution
 from qconvert.plugin.manager import PluginManager, plugin_manager
 from qconvert.plugin.quantizer import Quantizer
@@ -73,7 +74,7 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
 
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
-    plugins = plugin_manager()
+    plugins = plugins_of(recipe)
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model, template, inputs = open_model(recipe, plugins, progress)
     plan = outline(recipe, quantizer, model, template)
@@ -170,6 +171,12 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     return verdict.make_report(recipe, model, plan, samples, folder, evidence)
 
 
+def plugins_of(recipe: Recipe) -> PluginManager:
+    """All plugins that a recipe may use. Their calls are limited to its time from now on."""
+    watch.limit_calls(recipe.plugin_timeout)
+    return plugin_manager(recipe.plugins)
+
+
 def open_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Model, Template, Mapping[str, str]]:
     """The model of a recipe, its trace, and the sha256 of every file that it was read from."""
     progress.stage("load", None)
@@ -183,7 +190,7 @@ def open_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tu
 
 def _load(recipe: Recipe, progress: Progress) -> tuple[Quantizer, Model, Template]:
     """`open_model` where nothing is to be written."""
-    plugins = plugin_manager()
+    plugins = plugins_of(recipe)
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)

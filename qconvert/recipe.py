@@ -166,6 +166,8 @@ class Recipe(_Part):
         None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
     )
     options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
+    plugins: tuple[Path, ...] = Field((), description="Python files with plugins that are tried without being installed")
+    plugin_timeout: float = Field(600, gt=0, description="seconds that one call of a plugin may take")
     rules: tuple[Rule, ...] = Field((), description="layers that get another scheme, or stay in float; the first match wins")
     calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
     evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")
@@ -258,7 +260,10 @@ class Recipe(_Part):
 
 
 # What all recipes of a comparison have in common: they are calibrated, and judged, on the same data.
-SHARED = ("model", "output", "calibration", "evaluation", "seed", "device", "verify", "allow_unverified", "force")
+SHARED = (
+    *("model", "output", "calibration", "evaluation", "seed", "device", "verify", "allow_unverified", "force"),
+    *("plugins", "plugin_timeout"),
+)
 # Of a recipe's folder; compare.json and compare.png lie beside it.
 NAME = re.compile(r"(?!compare\.)[a-z0-9][a-z0-9._+-]{0,99}", re.IGNORECASE)
 

@@ -3,11 +3,14 @@ transformers, pydantic or plugins."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import click
 
+from qconvert.cli import watched
 from qconvert.cli.exits import exit_codes
 
 COMMANDS = {
@@ -15,6 +18,7 @@ COMMANDS = {
     "plan": "qconvert.cli.plan",
     "verify": "qconvert.cli.verify",
     "compare": "qconvert.cli.compare",
+    "plugins": "qconvert.cli.plugins",
 }
 
 
@@ -29,6 +33,13 @@ class Commands(click.Group):
             return None
         command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
         return command
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
+        if args is None and watched.is_needed(sys.argv[1:]):
+            with exit_codes(as_json="--json" in sys.argv):
+                sys.exit(watched.run(sys.argv[1:]))
+        watched.become_watched()
+        return super().main(args, *others, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         # Errors in flags come before --json is parsed, hence the look at the arguments themselves.

@@ -23,6 +23,8 @@ _PLACES = (
         "--model", metavar="SOURCE", help="A Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads."
     ),
     click.option("--output", metavar="DIR", help="Folder to write; must not exist unless --force is given."),
+    click.option("--plugin", "plugins", metavar="FILE", multiple=True, help="Python file with a plugin; may be repeated."),
+    click.option("--plugin-timeout", type=float, metavar="SECONDS", help="What one call of a plugin may take. Default: 600."),
 )
 _ALGORITHM = (
     click.option(
@@ -109,6 +111,10 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force"):
         if flags.get(key):
             settings[key] = flags[key]
+    if flags["plugins"]:
+        settings["plugins"] = [*part_of(settings, "plugins", list), *flags["plugins"]]
+    if flags["plugin_timeout"] is not None:
+        settings["plugin_timeout"] = flags["plugin_timeout"]
     if flags.get("scheme"):
         settings["scheme"] = QuantScheme.parse(flags["scheme"])
     if flags["no_verify"]:

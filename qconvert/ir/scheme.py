@@ -85,6 +85,11 @@ class QuantScheme:
         return f"int{self.bits}-{granularity}{asym}{f'-a{self.activation_bits}' if self.activation_bits else ''}"
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether anything runs it fast: int8 activations need int8 weights, with a scale per tensor or channel."""
+        return not self.activation_bits or (self.bits == 8 and not isinstance(self.granularity, PerGroup))
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code. Symmetric int8 leaves out -128 so that the range is balanced;
         symmetric int4 uses all 16 codes, because its scale follows the signed maximum (ir/affine.py)."""

@@ -14,10 +14,11 @@ from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import KeptFloat
-from qconvert.ir.scheme import PerGroup, QuantScheme
+from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template, layer_kind
 from qconvert.plan.cuda import check_cuda, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
+from qconvert.plugin import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 
@@ -123,13 +124,13 @@ def _check_schemes(default: QuantScheme, layers: Iterable[LayerPlan], recipe: Re
 
 
 def _check_scheme(scheme: QuantScheme, quantizer: Quantizer) -> None:
-    if scheme.activation_bits and (scheme.bits == 4 or isinstance(scheme.granularity, PerGroup)):
+    if not scheme.has_kernel:
         raise UsageError(
             "QC-PLAN-001",
             f"{scheme}: int8 activations have fast kernels only with int8 weights per tensor or channel",
             hint="take int8-channel-a8, or leave out -a8",
         )
-    reason = quantizer.refuses(scheme)
+    reason = contract.refuses(quantizer, scheme)
     if reason is not None:
         raise UsageError(
             "QC-PLAN-002",

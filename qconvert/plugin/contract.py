@@ -17,8 +17,18 @@ from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin import watch
 from qconvert.plugin.distribution import distribution_of
 from qconvert.plugin.quantizer import Quantizer
+
+
+def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
+    """`quantizer.refuses(scheme)`. Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no text or None."""
+    with _guarded(quantizer, "refuse", str(scheme), ()):
+        reason = quantizer.refuses(scheme)
+    if reason is not None and not isinstance(reason, str):
+        raise _broken(quantizer, str(scheme), f"refuses returned {type(reason).__name__}, neither a text nor None")
+    return reason
 
 
 def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
@@ -139,7 +149,8 @@ def _guarded(
     inputs += [tensor for stats in statistics.values() for tensor in stats.values.values()]
     before = [_checksum(tensor) for tensor in inputs]
     try:
-        yield
+        with watch.calling(distribution_of(quantizer), f"{method} {where!a}"):
+            yield
     except QConvertError:
         raise
     except (Exception, SystemExit) as error:  # a plugin that calls sys.exit() must not look like our own exit

@@ -1,14 +1,19 @@
-"""Which installed distribution a plugin came from: the name and version that messages and the manifest give."""
+"""Where a plugin comes from: the name and version that messages and the manifest give."""
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from functools import cache
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from qconvert.plugin.quantizer import Quantizer
 
 GROUP = "qconvert"
+FILES = "qconvert_files"  # the package that plugins read from a file, `--plugin FILE`, are modules of
 
 
 class Distribution(NamedTuple):
@@ -21,20 +26,32 @@ class Distribution(NamedTuple):
         return f"{self.name} {self.version}"
 
 
+@cache
 def builtin() -> Distribution:
     """qconvert itself."""
     return Distribution("qconvert", version("qconvert"))
 
 
+def of_file(path: Path) -> Distribution:
+    """A plugin that is no distribution: the file's name, and what it holds in place of a version."""
+    return Distribution(path.name, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}")
+
+
 def distribution_of(quantizer: Quantizer) -> Distribution:
     """The distribution whose entry point names the package that the quantizer's class is defined in.
 
-    A class from anywhere else (a test, a notebook) is named by its module, with "no version".
+    A class from a file is named by that, one from anywhere else (a test, a notebook) by its module, with "no version".
     """
-    module = type(quantizer).__module__
+    return _distribution_of(type(quantizer).__module__)
+
+
+@cache
+def _distribution_of(module: str) -> Distribution:
     package = module.partition(".")[0]
     if package == "qconvert":
         return builtin()
+    if package == FILES:
+        return of_file(Path(str(sys.modules[module].__file__)))
     for entry_point in entry_points(group=GROUP):
         if entry_point.dist is not None and entry_point.module.partition(".")[0] == package:
             return Distribution(entry_point.dist.name, entry_point.dist.version)

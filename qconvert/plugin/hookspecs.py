@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 hookspec = HookspecMarker("qconvert")
 
+# The version of all that plugins rely on: these hooks, and what docs/plugins.md lists. A plugin says with `QCONVERT_API = 1`
+# in its module what it was written for; without that, 1 is assumed.
+API_VERSION = 1
+
 
 @hookspec
 def register_quantizers() -> list[type[Quantizer]]:  # type: ignore[empty-body]

@@ -1,8 +1,7 @@
-"""Finds plugins, asks them, and says which one failed.
+"""Asks plugins, and says which one failed.
 
-Built-ins register through the hooks that third parties use, from an explicit tuple of module names. Third parties
-come from the entry-point group "qconvert", in a loop of our own: pluggy's stops at the first plugin that fails to
-import and doesn't say whose it is. Every hook is called plugin by plugin, for the same reason.
+Built-ins register through the hooks that third parties use, from an explicit tuple of module names. Every hook is called
+plugin by plugin, so that what one of them raises has a name and stops no other.
 """
 
 from __future__ import annotations
@@ -10,19 +9,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from qconvert.errors import PluginError, QConvertError, UsageError
-from qconvert.plugin import hookspecs
-from qconvert.plugin.distribution import GROUP, Distribution, builtin, distribution_of
+from qconvert.plugin import hookspecs, watch
+from qconvert.plugin.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
+from qconvert.plugin.distribution import Distribution, builtin, distribution_of
+from qconvert.recipe import AUTO
 
 if TYPE_CHECKING:
     from qconvert.ir.model import Model
@@ -43,38 +42,10 @@ BUILTINS = (
     "qconvert.quantizers.smoothquant",
 )
 
-# What a foreign plugin may raise and must not stop us with; sys.exit() at import time is one of the things that happen.
-FAILURES = (Exception, SystemExit)
 
-
-@dataclass(frozen=True, slots=True)
-class BrokenPlugin:
-    """A plugin that could not be used.
-
-    value: the entry point, "qconvert_kmeans:plugin".
-    reason: one line, "ImportError: No module named 'x'".
-    traceback: its last lines.
-    """
-
-    distribution: Distribution
-    value: str
-    reason: str
-    traceback: str
-
-    def __str__(self) -> str:
-        return f"{self.distribution} ({self.value}): {self.reason}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Plugin:
-    implementation: Any  # a module, or any object with hook implementations
-    distribution: Distribution
-    value: str
-
-
-def plugin_manager() -> PluginManager:
-    """All plugins of this environment."""
-    return PluginManager(BUILTINS)
+def plugin_manager(files: Sequence[Path] = ()) -> PluginManager:
+    """All plugins of this environment, and those of `files`."""
+    return PluginManager(BUILTINS, files)
 
 
 class PluginManager:
@@ -83,15 +54,23 @@ class PluginManager:
     broken: plugins that could not be used, each logged once as a warning; the rest works.
     """
 
-    def __init__(self, builtins: Sequence[str]) -> None:
+    def __init__(self, builtins: Sequence[str], files: Sequence[Path] = ()) -> None:
+        """Raises UsageError QC-PLUGIN-009 for a file that does not exist."""
         self.broken: list[BrokenPlugin] = []
-        self._plugins: list[_Plugin] = []
+        self.plugins: list[Plugin] = []
         self._hooks = pluggy.PluginManager("qconvert")
         self._hooks.add_hookspecs(hookspecs)
         for name in builtins:
-            self._register(_Plugin(import_module(name), builtin(), name))
-        for entry_point in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):
-            self._load(entry_point)
+            self._register(Plugin(import_module(name), builtin(), name))
+        # All are imported before anything is said: where one crashes the process, this begins again without it.
+        for found in tuple(discovered(files)):
+            if isinstance(found, BrokenPlugin):
+                self._set_aside(found)
+                continue
+            try:
+                self._register(found)
+            except FAILURES as error:
+                self._set_aside(broken(found.distribution, found.value, error, found.implementation))
 
     def quantizer(self, name: str, options: Mapping[str, object]) -> Quantizer:
         """The quantizer that registered as `name`, with the user's options.
@@ -99,9 +78,9 @@ class PluginManager:
         Raises UsageError QC-PLUGIN-002 if none did, QC-PLUGIN-004 for wrong options; PluginError QC-PLUGIN-001 if none
         did but a broken plugin may have been meant to, QC-PLUGIN-003 if two did, QC-PLUGIN-005 if it can't be built.
         """
-        found = self._quantizers.get(name, [])
+        found = self.quantizers.get(name, [])
         if not found:
-            raise self._unknown(name)
+            raise self.unknown(name)
         if len(found) > 1:
             owners = " and ".join(f"{plugin.distribution} ({plugin.value})" for _, plugin in found)
             raise PluginError(
@@ -119,7 +98,7 @@ class PluginManager:
         """
         from qconvert.ir.model import Model
 
-        for plugin in reversed(self._plugins):
+        for plugin in reversed(self.plugins):
             try:
                 model = self._ask(plugin, "load_model", source=source)
             except QConvertError:
@@ -127,7 +106,7 @@ class PluginManager:
             except FAILURES as error:
                 raise PluginError(
                     "QC-PLUGIN-006",
-                    f"plugin {plugin.distribution} failed to load {source!r}: {_reason(error)}",
+                    f"plugin {plugin.distribution} failed to load {source!r}: {reason(error)}",
                     hint="report it to the plugin's author, or uninstall the plugin",
                 ) from error
             if isinstance(model, Model):
@@ -142,65 +121,76 @@ class PluginManager:
 
     def conversion_finished(self, recipe: Recipe, report: Report) -> None:
         """Tell every plugin. One that fails is a warning: the output is published and stays."""
-        for plugin in reversed(self._plugins):
+        for plugin in reversed(self.plugins):
             try:
                 self._ask(plugin, "conversion_finished", recipe=recipe, report=report)
             except FAILURES as error:
-                logger.warning("plugin %s failed after the conversion: %s", plugin.distribution, _reason(error))
+                logger.warning("plugin %s failed after the conversion: %s", plugin.distribution, reason(error))
 
     def distribution_of(self, quantizer: Quantizer) -> Distribution:
         """Name and version of the distribution that a quantizer came from, for the manifest."""
         return distribution_of(quantizer)
 
     @cached_property
-    def _quantizers(self) -> dict[str, list[tuple[type[Quantizer], _Plugin]]]:
-        """name -> who registered it. More than one is an error only for the user who asks for that name."""
-        registered: dict[str, list[tuple[type[Quantizer], _Plugin]]] = {}
-        for plugin in self._plugins:
+    def quantizers(self) -> dict[str, list[tuple[type[Quantizer], Plugin]]]:
+        """name -> who registered it. More than one is an error only for the user who asks for that name.
+
+        The names of built-ins are theirs: a plugin that takes one is set aside.
+        """
+        registered: dict[str, list[tuple[type[Quantizer], Plugin]]] = {}
+        for plugin in tuple(self.plugins):
             try:
                 kinds = [kind for result in self._ask(plugin, "register_quantizers") for kind in _quantizer_types(result)]
+                if plugin.distribution != builtin():
+                    _refuse_taken(kinds, {name for name, found in registered.items() if found[0][1].distribution == builtin()})
             except FAILURES as error:
-                self._set_aside(plugin.distribution, plugin.value, error)
+                self._set_aside(broken(plugin.distribution, plugin.value, error, plugin.implementation))
+                self.plugins.remove(plugin)
                 continue
             for kind in kinds:
                 registered.setdefault(kind.name, []).append((kind, plugin))
         return registered
 
-    def _ask(self, plugin: _Plugin, hook: str, **arguments: object) -> Any:
+    def _ask(self, plugin: Plugin, hook: str, **arguments: object) -> Any:
         """Call one hook of one plugin only, so that what it raises has a name."""
-        others = [other.implementation for other in self._plugins if other is not plugin]
-        return self._hooks.subset_hook_caller(hook, others)(**arguments)
+        if hook not in hook_functions(plugin.implementation):
+            return None if hook == "load_model" else []
+        others = [other.implementation for other in self.plugins if other is not plugin]
+        with watch.calling(plugin.distribution, hook):
+            return self._hooks.subset_hook_caller(hook, others)(**arguments)
 
-    def _load(self, entry_point: EntryPoint) -> None:
-        dist = entry_point.dist
-        distribution = Distribution(dist.name, dist.version) if dist else Distribution(entry_point.name, "(no version)")
-        try:
-            self._register(_Plugin(entry_point.load(), distribution, entry_point.value))
-        except FAILURES as error:
-            self._set_aside(distribution, entry_point.value, error)
-
-    def _register(self, plugin: _Plugin) -> None:
-        """Register all hooks of a plugin or none. Raises what pluggy does: wrong arguments, unknown hooks."""
+    def _register(self, plugin: Plugin) -> None:
+        """Register all hooks of a plugin or none. Raises what pluggy does (wrong arguments), LookupError for unknown hooks,
+        none at all, and an unknown API version."""
         implementation = plugin.implementation
+        version = getattr(implementation, "QCONVERT_API", hookspecs.API_VERSION)
+        if version != hookspecs.API_VERSION:
+            raise LookupError(
+                f"it is written for version {version!r} of the plugin API, and this is version {hookspecs.API_VERSION}: "
+                f"install a {'newer' if isinstance(version, int) and version > hookspecs.API_VERSION else 'matching'} qconvert"
+            )
+        functions = hook_functions(implementation)
+        if not functions:
+            raise LookupError("it implements no hook: decorate its functions with @qconvert.hookimpl")
+        known = [name for name in dir(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
+        for name in functions.keys() - set(known):  # a misspelt hook would otherwise never be called, in silence
+            close = difflib.get_close_matches(name, known, n=1)
+            raise LookupError(f"unknown hook '{name}'; {f'did you mean {close[0]!r}?' if close else f'known are {known}'}")
         try:
             self._hooks.register(implementation, f"{plugin.distribution.name}:{plugin.value}")
-            self._hooks.check_pending()  # a misspelt hook name would otherwise never be called, in silence
-            if not self._hooks.get_hookcallers(implementation):
-                raise LookupError("it implements no hook: decorate its functions with @qconvert.hookimpl")
         except FAILURES:
             if self._hooks.is_registered(implementation):
                 self._hooks.unregister(implementation)
             raise
-        self._plugins.append(plugin)
+        self.plugins.append(plugin)
 
-    def _set_aside(self, distribution: Distribution, value: str, error: BaseException) -> None:
-        tail = "".join(traceback.format_exception(error, limit=-3))
-        broken = BrokenPlugin(distribution, value, _reason(error), tail)
-        self.broken.append(broken)
-        logger.warning("plugin %s is left out", broken)
+    def _set_aside(self, found: BrokenPlugin) -> None:
+        self.broken.append(found)
+        logger.warning("plugin %s is left out", found)
 
-    def _unknown(self, name: str) -> QConvertError:
-        known = sorted(self._quantizers)
+    def unknown(self, name: str) -> QConvertError:
+        """What to tell a user who asks for a plugin that is not there: QC-PLUGIN-001 or QC-PLUGIN-002."""
+        known = sorted(self.quantizers)
         close = difflib.get_close_matches(name, known, n=1)
         listing = f"known are {', '.join(known)}"
         if self.broken:
@@ -237,7 +227,14 @@ def _quantizer_types(result: object) -> Iterator[type[Quantizer]]:
         yield kind
 
 
-def _build(kind: type[Quantizer], plugin: _Plugin, options: Mapping[str, object]) -> Quantizer:
+def _refuse_taken(kinds: Sequence[type[Quantizer]], taken: set[str]) -> None:
+    """Raises ValueError for a name that third parties can't have."""
+    for kind in kinds:
+        if kind.name in taken or kind.name == AUTO:
+            raise ValueError(f"its quantizer '{kind.name}' has a name of qconvert's own; give it another")
+
+
+def _build(kind: type[Quantizer], plugin: Plugin, options: Mapping[str, object]) -> Quantizer:
     """The quantizer with its options validated against the dataclass fields."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -259,14 +256,10 @@ def _build(kind: type[Quantizer], plugin: _Plugin, options: Mapping[str, object]
     except FAILURES as error:
         raise PluginError(
             "QC-PLUGIN-005",
-            f"quantizer '{kind.name}' of {plugin.distribution} could not be set up: {_reason(error)}",
+            f"quantizer '{kind.name}' of {plugin.distribution} could not be set up: {reason(error)}",
             hint="report it to the plugin's author",
         ) from error
 
 
 def _type_name(annotation: object) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

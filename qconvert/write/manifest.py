@@ -19,8 +19,10 @@ from qconvert.plugin.distribution import Distribution
 from qconvert.recipe import Gate, Recipe
 from qconvert.workdir import Stage, disk_errors
 
-# The distributions whose version can change the output.
+# Fields of a recipe that change no byte of the weights.
+AFTERWARDS = ("verify", "gates", "allow_unverified", "plugin_timeout")
 FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name
+# The distributions whose version can change the output.
 PACKAGES = ("compressed-tensors", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "qconvert", "torch", "transformers")
 
 
@@ -75,7 +77,7 @@ def run_digest(recipe: Recipe, inputs: Mapping[str, str], plugin: Distribution) 
     What is only done with the bytes afterwards (verification, gates) is left out: changing it must not quantize again.
     """
     settings = portable_recipe(recipe, recipe.output.resolve())
-    settings = {key: value for key, value in settings.items() if key not in ("verify", "gates", "allow_unverified")}
+    settings = {key: value for key, value in settings.items() if key not in AFTERWARDS}
     versions = {name: version(name) for name in PACKAGES} | {plugin.name: plugin.version}
     return hashlib.sha256(json.dumps([settings, dict(inputs), versions], sort_keys=True).encode()).hexdigest()
 
@@ -90,6 +92,7 @@ def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | Non
     for part in ("calibration", "evaluation"):
         if settings[part]["source"] is not None:
             settings[part]["source"] = _resolved(settings[part]["source"], folder)
+    settings["plugins"] = [_resolved(path, folder) for path in settings["plugins"]]
     if targets:
         settings["targets"] = list(targets)
     if evaluation is not None:
@@ -112,9 +115,9 @@ def portable_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
 
     def relative(value: Any, *, path: bool = False) -> Any:
         if isinstance(value, dict):
-            return {key: relative(item, path=key in ("model", "source")) for key, item in value.items()}
+            return {key: relative(item, path=key in ("model", "source", "plugins")) for key, item in value.items()}
         if isinstance(value, list):
-            return [relative(item) for item in value]
+            return [relative(item, path=path) for item in value]
         if path and isinstance(value, str) and value.startswith(FACTORY) and ".py:" in value:
             file, _, factory = value.removeprefix(FACTORY).rpartition(":")
             return f"{FACTORY}{os.path.relpath(file, output)}:{factory}"

@@ -1,0 +1,146 @@
+"""The catalogue: what every plugin brings, as `qconvert plugins list` and `show` tell it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qconvert.errors import QConvertError
+from qconvert.plugin import contract, hookspecs
+from qconvert.plugin.discovery import BrokenPlugin, Plugin, hook_functions
+from qconvert.plugin.manager import PluginManager
+from qconvert.plugin.options import Option, options_of, options_schema, summary
+from qconvert.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qconvert.plugin.quantizer import Quantizer
+
+KINDS = {"load_model": "loader", "conversion_finished": "finisher"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One quantizer, loader or finisher.
+
+    name: of a quantizer, else the plugin's module.
+    value: the entry point, the module of a built-in, or the file.
+    api: the version of the plugin API that it is written for.
+    doc, source: what it says of itself in a line; its module's whole docstring, where the source is cited.
+    default_scheme, schemes, calibrated, options: of a quantizer; schemes names those that it takes, "gN" for any group size.
+    expected_failures: check of the conformance suite -> why it is known to fail.
+    """
+
+    name: str
+    kind: str
+    distribution: str
+    version: str
+    value: str
+    api: int
+    doc: str = ""
+    source: str = ""
+    default_scheme: str | None = None
+    schemes: tuple[str, ...] = ()
+    calibrated: bool | None = None
+    options: tuple[Option, ...] = ()
+    expected_failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+
+def entries(plugins: PluginManager) -> tuple[Entry, ...]:
+    """Quantizers by name, then loaders and finishers. What is broken is in `plugins.broken` afterwards."""
+    quantizers = [_quantizer(kind, plugin) for _, found in sorted(plugins.quantizers.items()) for kind, plugin in found]
+    others = [
+        Entry(plugin.value, word, *plugin.distribution, plugin.value, _api(plugin), *_docs(plugin.implementation))
+        for plugin in plugins.plugins
+        for hook, word in KINDS.items()
+        if hook in hook_functions(plugin.implementation)
+    ]
+    return (*quantizers, *others)
+
+
+def document(plugins: PluginManager) -> dict[str, Any]:
+    """`qconvert plugins list --json` (schema 1)."""
+    found = [entry.document() for entry in entries(plugins)]  # first: asking may find that one is broken
+    return {
+        "schema": 1,
+        "api": hookspecs.API_VERSION,
+        "plugins": found,
+        "broken": [broken_document(broken) for broken in plugins.broken],
+    }
+
+
+def broken_document(broken: BrokenPlugin) -> dict[str, str]:
+    return {
+        "distribution": broken.distribution.name,
+        "version": broken.distribution.version,
+        "value": broken.value,
+        "reason": broken.reason,
+        "location": broken.location,
+    }
+
+
+def recipe_schema(plugins: PluginManager) -> dict[str, Any]:
+    """The JSON schema of a recipe, with the options of every quantizer that is there."""
+    schema = Recipe.model_json_schema()
+    schema["allOf"] = [
+        {
+            "if": {"properties": {"quantizer": {"const": name}}, "required": ["quantizer"]},
+            "then": {"properties": {"options": options_schema(found[0][0])}},
+        }
+        for name, found in sorted(plugins.quantizers.items())
+    ]
+    return schema
+
+
+def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
+    module = inspect.getmodule(kind)
+    return Entry(
+        kind.name,
+        "quantizer",
+        *plugin.distribution,
+        plugin.value,
+        _api(plugin),
+        summary(kind),
+        inspect.cleandoc(module.__doc__ or "") if module else "",
+        str(kind.default_scheme),
+        tuple(_schemes(kind)),
+        bool(kind.observers),
+        options_of(kind),
+        dict(getattr(kind, "expected_failed_checks", {})),
+    )
+
+
+def _schemes(kind: type[Quantizer]) -> Iterator[str]:
+    """Those that it takes with its default options; a quantizer that can't be made without options tells its default."""
+    from qconvert.ir.scheme import QuantScheme
+
+    try:
+        quantizer = kind()
+    except Exception:  # an option without a default, or one that its own check refuses
+        yield str(kind.default_scheme)
+        return
+    for bits in (4, 8):
+        for granularity in ("tensor", "channel", "gN"):
+            for suffix in ("", "-asym", "-a8", "-asym-a8"):
+                text = f"int{bits}-{granularity}{suffix}"
+                scheme = QuantScheme.parse(text.replace("gN", "g32"))
+                try:
+                    if scheme.has_kernel and contract.refuses(quantizer, scheme) is None:
+                        yield text
+                except QConvertError:  # what is wrong with it is for `plugins check` to say
+                    return
+
+
+def _docs(implementation: object) -> tuple[str, str]:
+    text = inspect.cleandoc(getattr(implementation, "__doc__", None) or "")
+    return " ".join(text.partition("\n\n")[0].split()), text
+
+
+def _api(plugin: Plugin) -> int:
+    return int(getattr(plugin.implementation, "QCONVERT_API", hookspecs.API_VERSION))

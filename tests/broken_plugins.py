@@ -1,0 +1,78 @@
+"""Twelve plugins, each with one fault, as distributions that a process finds on its path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+GOOD = """
+from dataclasses import dataclass
+from qconvert import hookimpl
+from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+
+@hookimpl
+def register_quantizers():
+    return [Trial]
+
+@dataclass(frozen=True)
+class Trial(Quantizer):
+    name = "NAME"
+    default_scheme = QuantScheme.parse("int8-channel")
+
+    def quantize(self, layer, scheme):
+        tensor = round_to_nearest(layer.weight, scheme)
+        FAULT
+        return tensor
+"""
+
+
+def _quantizing(name: str, fault: str) -> str:
+    return GOOD.replace("NAME", name).replace("FAULT", fault)
+
+
+HOOK = "from qconvert import hookimpl\n@hookimpl\n"
+# Plugins that can't be used: name -> (source, what is said of it, the line that is named or 0).
+UNUSABLE = {
+    "absent": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'", 1),
+    "syntax": ("x = 1\ndef broken(:", "SyntaxError: ", 2),
+    "misspelt": (
+        f"{HOOK}def register_quantizer(): ...",
+        "unknown hook 'register_quantizer'; did you mean 'register_quantizers'?",
+        2,
+    ),
+    "argument": (f"{HOOK}def load_model(sauce): ...", "sauce", 2),
+    "future": (f"QCONVERT_API = 2\n{HOOK}def load_model(source): ...", "version 2 of the plugin API, and this is version 1", 0),
+    "taken": (_quantizing("absmax", "pass"), "its quantizer 'absmax' has a name of qconvert's own", 0),
+    "dies": ("import os\nos.abort()", "its import crashed with SIGABRT", 0),
+}
+# Plugins that fail when they are used: name -> (source, error code, what is said of it).
+FAILING = {
+    "hangs": (_quantizing("hangs", "import time; time.sleep(1000)"), "QC-PLUGIN-011", "was ended after 3 seconds: quantize '"),
+    "segfaults": (
+        _quantizing("segfaults", "import ctypes; ctypes.string_at(0)"),
+        "QC-PLUGIN-010",
+        "crashed with SIGSEGV: quantize '",
+    ),
+    "shapes": (
+        _quantizing("shapes", "import dataclasses; tensor = dataclasses.replace(tensor, q=tensor.q.T)"),
+        "QC-PLUGIN-008",
+        "q is torch.int8 [",
+    ),
+    "mutates": (_quantizing("mutates", "layer.weight.mul_(2)"), "QC-PLUGIN-008", "quantize changed its input in place"),
+    "eats": (
+        _quantizing("eats", "import torch; self.__dict__['kept'] = torch.empty(1 << 50, dtype=torch.uint8)"),
+        "QC-PLUGIN-007",
+        "can't allocate memory",
+    ),
+}
+# One that prints, which is no fault that stops it, but must not reach stdout.
+PRINTING = _quantizing("prints", "print('hello'); import os; os.write(2, b'')")
+
+
+def install(folder: Path, name: str, source: str) -> None:
+    """A distribution qconvert-NAME 0.3 with the module qconvert_NAME."""
+    (folder / f"qconvert_{name}.py").write_text(source)
+    info = folder / f"qconvert_{name}-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: qconvert-{name}\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text(f"[qconvert]\n{name} = qconvert_{name}\n")
