@@ -99,7 +99,12 @@ def test_watching_changes_no_byte(plugins: Path) -> None:
     install(plugins, "prints", PRINTING)
     files = {}
     for debug in ("", "1"):  # the command itself, unwatched
-        assert run(plugins, "--quantizer", "prints", "--force", "--no-verify", **({"QCONVERT_DEBUG": debug} if debug else {})).returncode == 0
+        assert (
+            run(
+                plugins, "--quantizer", "prints", "--force", "--no-verify", **({"QCONVERT_DEBUG": debug} if debug else {})
+            ).returncode
+            == 0
+        )
         out = plugins.parent / "out"
         files[debug] = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in ("report.json", "README.md")}
     assert files[""] == files["1"]
