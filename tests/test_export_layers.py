@@ -177,7 +177,7 @@ def test_outlier_columns_are_float_and_neither_stretch_the_rows_nor_count_twice(
 @pytest.mark.parametrize("text", ["int4-g16", "int8-channel-asym", "int8-channel-a8"])
 def test_an_input_scale_that_could_not_be_folded_is_one_mul_for_all_that_share_it(text: str, tmp_path: Path) -> None:
     scheme = QuantScheme.parse(text)
-    model, template = pair(nn.Linear(64, 8), nn.Linear(64, 8), torch.zeros(2, 64))
+    model, template = pair(nn.Linear(64, 8), nn.Linear(64, 8), whole_numbers((2, 64), -9, 9))
     input_scale = 2.0 ** (torch.arange(64) % 5 - 2)
     x = lossless_rows((5, 64), scheme, seed=9) * input_scale
     tensors, expected = {}, {}

@@ -51,10 +51,9 @@ class CpuLowering(Lowering):
             return self._conv2d(plan, node, x, bias)
         if node.op_type == "Embedding":
             return self._embedding(plan, x)
-        x = self._scaled_input(plan, x)
         if plan.scheme.activation_bits:
             return self._row_form(plan, node.attributes["module"].as_string(), x, bias)
-        return self._matmul_nbits(plan, x, bias)
+        return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
 
     def stored_float(self, name: str) -> Value:
         return self.builder.float32(self.builder.external(name))
@@ -108,8 +107,9 @@ class CpuLowering(Lowering):
             codes = builder.op("Sub", [codes, gathered("weight_zero_point", "ZeroPoints")], f"{name}/Centre")
         return builder.op("Mul", [codes, gathered("weight_scale", "Scales")], f"{name}/Dequantize")
 
-    def _row_form(self, plan: LayerPlan, module: str, x: Value, bias: Value | None) -> Value:
+    def _row_form(self, plan: LayerPlan, module: str, unscaled: Value, bias: Value | None) -> Value:
         builder, name = self.builder, plan.name
+        x = self._scaled_input(plan, unscaled)
         columns = self.outlier_columns.get(name, ())
         quantized, step = self._quantized_rows(self._without(x, columns, plan), plan)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
@@ -126,10 +126,10 @@ class CpuLowering(Lowering):
             output = builder.op("Add", [output, bias], f"{name}/AddBias")
         producer = output.producer()
         assert producer is not None
-        assert x.name is not None
-        # The verifier finds the cluster by these, to run it alone and to replace it.
+        assert unscaled.name is not None
+        # The verifier finds the cluster by these, to run it alone and to replace it; it puts in the input scale itself.
         producer.metadata_props[LAYER_KEY] = module
-        producer.metadata_props[INPUT_KEY] = x.name
+        producer.metadata_props[INPUT_KEY] = unscaled.name
         return output
 
     def _quantized_rows(self, x: Value, plan: LayerPlan) -> tuple[Value, Value]:

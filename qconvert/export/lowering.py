@@ -43,9 +43,7 @@ class Lowering(ABC):
             return x
         key = x, ("input_factor", self.block_of(plan.name))
         if key not in self._inputs:
-            scaled = self.builder.op("Mul", [x, self.stored_float(name)], f"{plan.name}/ScaleInput")
-            scaled.name = f"{plan.name}/scaled_input"  # the row form refers to its input by name
-            self._inputs[key] = scaled
+            self._inputs[key] = self.builder.op("Mul", [x, self.stored_float(name)], f"{plan.name}/ScaleInput")
         return self._inputs[key]
 
     def _without(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
