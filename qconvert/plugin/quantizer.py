@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -24,11 +26,13 @@ class Quantizer(ABC):
     name: what the user types, kebab-case.
     default_scheme: used where the recipe names none.
     observers: statistics that it needs of each linear's input; () means no calibration data is needed.
+    expected_failed_checks: name of a check of qconvert.testing -> why this quantizer fails it, for its users to read.
     """
 
     name: ClassVar[str]
     default_scheme: ClassVar[QuantScheme]
     observers: ClassVar[tuple[type[Observer], ...]] = ()
+    expected_failed_checks: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def has_outliers(self) -> bool:

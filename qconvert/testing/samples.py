@@ -1,0 +1,176 @@
+"""What quantizers are tried on: tiny linears with inputs, and the two calls that qconvert makes.
+
+All numbers come from generators with fixed seeds; the global random state is neither read nor changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qconvert.errors import QConvertError
+from qconvert.ir.layer import CalibrationStats, Layer, LayerKind, LinearGroup
+from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.scheme import PerGroup, QuantScheme
+from qconvert.plugin import contract
+from qconvert.plugin.observer import Observer
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.scaling import scaled
+from qconvert.testing.failure import CheckFailure, place
+
+# One of each kind that differs in arithmetic or storage; all of them can be planned.
+SCHEMES = tuple(
+    QuantScheme.parse(text)
+    for text in (
+        "int4-g32", "int4-g32-asym", "int4-channel", "int4-channel-asym", "int8-g32", "int8-channel", "int8-channel-asym",
+        "int8-tensor", "int8-tensor-asym", "int8-channel-a8", "int8-channel-asym-a8", "int8-tensor-a8", "int8-tensor-asym-a8",
+    )
+)  # fmt: skip
+
+
+def can_be_planned(scheme: QuantScheme) -> bool:
+    """Whether there are kernels: int8 activations have them with int8 weights per tensor or channel only."""
+    return not (scheme.activation_bits and (scheme.bits == 4 or isinstance(scheme.granularity, PerGroup)))
+
+
+def schemes_of(quantizer: Quantizer) -> tuple[QuantScheme, ...]:
+    """The quantizer's default scheme, then those of SCHEMES that it does not refuse."""
+    accepted = (scheme for scheme in SCHEMES if quantizer.refuses(scheme) is None)
+    return tuple(dict.fromkeys((quantizer.default_scheme, *accepted)))
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal float32 numbers, the same for every call with this seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Linears that share an input.
+
+    weights: each [out, in]. rows: [n, in], what the observers see.
+    """
+
+    name: str
+    weights: tuple[Tensor, ...]
+    rows: Tensor
+    kind: LayerKind = "linear"
+
+    def group(self, quantizer: Quantizer) -> LinearGroup:
+        """Copies of the weights, with the statistics that the quantizer's own observers make of the rows."""
+        stats = statistics(quantizer.observers, self.rows)
+        layers = tuple(
+            Layer(f"{self.name}.{index}", self.kind, weight.clone(), torch.linspace(-1, 1, len(weight)), stats)
+            for index, weight in enumerate(self.weights)
+        )
+        return LinearGroup(layers, stats=stats)
+
+    def fits(self, scheme: QuantScheme) -> bool:
+        width = self.weights[0].shape[1]
+        return width % scheme.group_size(width) == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """layer: as `quantize` got it, its weight scaled. weight: [out, in] as it was. tensor: with the input scale, if any."""
+
+    layer: Layer
+    weight: Tensor
+    tensor: QuantizedTensor
+
+    @property
+    def place(self) -> str:
+        return place(self.layer, self.tensor.scheme)
+
+
+def statistics(observers: tuple[type[Observer], ...], rows: Tensor) -> CalibrationStats | None:
+    """What the observers make of rows [n, in] that all count alike; None without observers."""
+    if not observers:
+        return None
+    values = {}
+    for kind in observers:
+        observer = kind()
+        observer.update(rows.clone(), torch.ones(len(rows)))
+        values[kind.name] = observer.finalize()
+    return CalibrationStats(len(rows), values)
+
+
+def quantized(quantizer: Quantizer, sample: Sample, scheme: QuantScheme) -> tuple[Outcome, ...]:
+    """The layers of a sample as qconvert quantizes them where an input scale can't be folded: `prepare`, the scale put into
+    weights and statistics, `quantize`; both calls held to their contract.
+
+    Raises CheckFailure for what the contract refuses and for what the quantizer raises.
+    """
+    group = sample.group(quantizer)
+    layer = group.layers[0]
+    try:
+        scale = None
+        if sample.kind not in ("conv2d", "embedding"):  # their inputs have no factor per column
+            scale = contract.prepare(quantizer, group, (scheme,) * len(group.layers)).input_scale
+        ready = group if scale is None else scaled(group, scale, quantizer.observers)
+        outcomes = []
+        for layer, weight in zip(ready.layers, sample.weights, strict=True):
+            tensor = contract.quantize(quantizer, layer, scheme)
+            if scale is not None:
+                tensor = dataclasses.replace(tensor, input_scale=scale)
+            outcomes.append(Outcome(layer, weight, tensor))
+    except QConvertError as error:
+        raise CheckFailure(f"{place(layer, scheme)}: {error.message}") from error
+    return tuple(outcomes)
+
+
+def every_outcome(quantizer: Quantizer, sample: Sample) -> Iterator[Outcome]:
+    """`quantized` with every scheme of the quantizer that fits the sample."""
+    for scheme in schemes_of(quantizer):
+        if sample.fits(scheme):
+            yield from quantized(quantizer, sample, scheme)
+
+
+def returned(quantizer: Quantizer, sample: Sample) -> Iterator[tuple[Layer, QuantScheme, QuantizedTensor]]:
+    """What `quantize` returns for each layer and scheme, held to nothing: the checks of the record do that one by one."""
+    for scheme in schemes_of(quantizer):
+        if sample.fits(scheme):
+            for layer in sample.group(quantizer).layers:
+                yield layer, scheme, quantizer.quantize(layer, scheme)
+
+
+def difference(one: QuantizedTensor, other: QuantizedTensor) -> str | None:
+    """Where two results differ, "q in 3 of 3072 places, first at [0, 7]"; None if they are the same bytes."""
+    for name in ("q", "scale", "zero_point", "input_scale", "outliers.columns", "outliers.weight"):
+        a, b = _field(one, name), _field(other, name)
+        if a is None or b is None:
+            if a is not b:
+                return f"only one has {name}"
+        elif a.shape != b.shape:
+            return f"{name} is {list(a.shape)} and {list(b.shape)}"
+        elif not torch.equal(a, b):
+            places = (a != b).nonzero()
+            return f"{name} differs in {len(places)} of {a.numel()} places, first at {places[0].tolist()}"
+    return None
+
+
+def _field(tensor: QuantizedTensor, name: str) -> Tensor | None:
+    record, _, attribute = name.rpartition(".")
+    owner = tensor.outliers if record else tensor
+    found: Tensor | None = getattr(owner, attribute, None)
+    return found
+
+
+@cache
+def typical() -> Sample:
+    """Two linears of width 64; their inputs are correlated, and two columns are 30 times as large as the others."""
+    rows = normal(192, 64, seed=1) @ (torch.eye(64) + 0.3 * normal(64, 64, seed=2) / 8)
+    rows[:, [5, 40]] *= 30
+    return Sample("typical", (normal(48, 64, seed=3) * 0.1, normal(16, 64, seed=4) * 0.1), rows)
+
+
+def with_weight(name: str, weight: Tensor, kind: LayerKind = "linear") -> Sample:
+    """One linear of weight [out, in] with correlated inputs."""
+    width = weight.shape[1]
+    rows = normal(96, width, seed=5) @ (torch.eye(width) + 0.3 * normal(width, width, seed=6) / width**0.5)
+    return Sample(name, (weight,), rows, kind)
