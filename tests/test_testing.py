@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -19,7 +20,6 @@ from qconvert.plugin.manager import BUILTINS
 from qconvert.plugin.observer import AbsMax, Gram, Observer
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.testing import Check, CheckFailure, CheckResult, check_quantizer, checks, parametrize_with_checks
-from qconvert.testing.samples import schemes_of
 
 QUANTIZERS: list[Quantizer] = [kind() for module in BUILTINS for kind in import_module(module).register_quantizers()]
 CHECKS = {check.name: check for check in checks()}
@@ -160,11 +160,11 @@ def gram(layer: Layer) -> Tensor:
     return layer.stats.values["gram"].diagonal()
 
 
-def zero_rows(layer: Layer) -> Tensor:
-    return (layer.weight == 0).all(1)
+def with_ones_for_zero_rows(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+    return replace(tensor, q=tensor.q.masked_fill((layer.weight == 0).all(1, keepdim=True), 1))
 
 
-MUTANTS: dict[str, Quantizer | Callable[[], Quantizer]] = {
+MUTANTS: dict[str, Quantizer] = {
     "is-frozen-dataclass": NoDataclass(),
     "options-have-defaults": WithoutDefault(bits=4),
     "name-is-kebab-case": mutant(name="Nearest of all"),
@@ -196,9 +196,9 @@ MUTANTS: dict[str, Quantizer | Callable[[], Quantizer]] = {
     "leaves-torch-settings": doing(lambda layer: torch.set_grad_enabled(False)),
     "results-have-no-gradients": returning(lambda tensor, *_: replace(tensor, scale=tensor.scale.requires_grad_())),
     "zero-weight": returning(lambda tensor, layer, _: tensor if layer.weight.any() else replace(tensor, q=tensor.q + 1)),
-    "zero-row": returning(lambda tensor, layer, _: replace(tensor, q=tensor.q.index_fill(0, zero_rows(layer).nonzero()[:, 0], 1))),
+    "zero-row": returning(with_ones_for_zero_rows),
     "zero-group": giving_up(lambda layer: not layer.weight[:, :32].any()),
-    "constant-weight": giving_up(lambda layer: len(layer.weight.unique()) == 1),
+    "constant-weight": giving_up(lambda layer: bool((layer.weight == layer.weight[0, 0]).all())),
     "one-signed-weight": returning(lambda t, layer, _: replace(t, q=t.q // 2) if bool((layer.weight > 0).all()) else t),
     "single-row": giving_up(lambda layer: len(layer.weight) == 1),
     "single-column": giving_up(lambda layer: layer.weight.squeeze().ndim == 1),
@@ -250,7 +250,99 @@ def test_every_check_has_a_mutant() -> None:
 def test_a_seeded_bug_is_caught_by_the_check_that_is_named_for_it(name: str) -> None:
     check = CHECKS[name]
     with pytest.raises(CheckFailure) as raised:
-        check(MUTANTS[name])  # type: ignore[arg-type]
+        check(MUTANTS[name])
     text = str(raised.value)
     assert text.startswith(f"{MUTANTS[name].name}, {name}: ")
     assert text.endswith(f"the rule: {check.doc}")
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "what"),
+    [
+        ("codes-in-range", "layer 'typical.0' [48, 64], scheme int8-channel", "q holds -128..126, outside -127..127"),
+        ("deterministic", "layer 'typical.0' [48, 64], scheme int8-channel", "the second time, q differs in"),
+        ("single-column", "layer 'single-column.0' [6, 1], scheme int8-channel", "ZeroDivisionError: no such thing"),
+        ("leaves-statistics", "layer 'typical.0', scheme int8-channel", "quantize changed 64 of 4096 numbers of gram"),
+        ("memory-within-bound", "layer 'large.0' [4096, 256], scheme int8-channel", "at most 25,165,824 are allowed"),
+        ("observers-merge-as-one", "observer 'mutant'", "off by 0.29 of the largest number, 3.8e-06 is rounding"),
+    ],
+)
+def test_a_failure_says_what_where_and_why(name: str, where: str, what: str) -> None:
+    with pytest.raises(CheckFailure) as raised:
+        CHECKS[name](MUTANTS[name])
+    found, _, why = str(raised.value).partition("\n  the rule: ")
+    assert where in found
+    assert what in found
+    assert why == CHECKS[name].doc
+
+
+# --- the suite itself ---
+
+
+def results(quantizer: Quantizer) -> dict[str, CheckResult]:
+    return {result.name: result for result in check_quantizer(quantizer)}
+
+
+def test_checks_have_names_of_their_own_and_a_rule_in_one_line() -> None:
+    assert len(CHECKS) == len(checks())
+    for check in checks():
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", check.name)
+        assert check.doc.endswith(".")
+        assert "\n" not in check.doc
+
+
+def test_without_pytest_there_is_a_result_for_every_check_as_it_comes() -> None:
+    seen: list[CheckResult] = []
+    found = check_quantizer(Nearest(), seen.append)
+    assert found == seen
+    assert [(result.name, result.status, result.message) for result in found] == [(name, "passed", "") for name in CHECKS]
+
+
+REASON = "it says what it does while it does it"
+
+
+def test_a_failure_that_is_expected_has_its_reason() -> None:
+    def talking(self: Nearest, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        print(layer.name)
+        return Nearest.quantize(self, layer, scheme)
+
+    silent, declared = mutant(quantize=talking), mutant(quantize=talking, expected_failed_checks={"prints-nothing": REASON})
+    assert results(silent)["prints-nothing"].status == "failed"
+    assert results(declared)["prints-nothing"] == CheckResult("prints-nothing", "expected", REASON)
+
+
+def test_a_reason_for_a_check_that_passes_is_a_failure() -> None:
+    result = results(mutant(expected_failed_checks={"prints-nothing": REASON}))["prints-nothing"]
+    assert result == CheckResult("prints-nothing", "failed", f"it passes, though it is expected to fail: {REASON}")
+
+
+def test_a_reason_for_no_check_is_a_failure() -> None:
+    quantizer = mutant(expected_failed_checks={"prints-little": REASON})
+    assert results(quantizer)["prints-little"].status == "failed"
+    with pytest.raises(ValueError, match="expected_failed_checks of nearest names no check: prints-little"):
+        parametrize_with_checks([quantizer])
+
+
+def test_pytest_expects_what_the_quantizer_declares_and_no_more() -> None:
+    parameters = parametrize_with_checks([mutant(expected_failed_checks={"prints-nothing": REASON})]).args[1]
+    assert [parameter.id for parameter in parameters] == [f"nearest-{name}" for name in CHECKS]
+    marked = {parameter.id: parameter.marks for parameter in parameters if parameter.marks}
+    assert list(marked) == ["nearest-prints-nothing"]
+    (mark,) = marked["nearest-prints-nothing"]
+    assert (mark.name, mark.kwargs) == ("xfail", {"reason": REASON, "strict": True, "raises": CheckFailure})
+
+
+def test_what_a_quantizer_raises_fails_the_check_with_its_type() -> None:
+    def exits(self: Nearest, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        raise SystemExit(3)
+
+    for name in ("codes-in-range", "deterministic", "leaves-weight"):
+        with pytest.raises(CheckFailure, match="SystemExit: 3"):
+            CHECKS[name](mutant(quantize=exits))
+
+
+def test_the_suite_leaves_the_random_state_and_the_threads_as_they_are() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    check_quantizer(Nearest())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads

@@ -21,7 +21,7 @@ from qconvert.plugin import contract
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.plugin.scaling import scaled
-from qconvert.testing.failure import CheckFailure, place
+from qconvert.testing.failure import FAILURES, CheckFailure, place
 
 # One of each kind that differs in arithmetic or storage; all of them can be planned.
 SCHEMES = tuple(
@@ -136,7 +136,11 @@ def returned(quantizer: Quantizer, sample: Sample) -> Iterator[tuple[Layer, Quan
     for scheme in schemes_of(quantizer):
         if sample.fits(scheme):
             for layer in sample.group(quantizer).layers:
-                yield layer, scheme, quantizer.quantize(layer, scheme)
+                try:
+                    tensor = quantizer.quantize(layer, scheme)
+                except FAILURES as error:
+                    raise CheckFailure(f"{place(layer, scheme)}: {type(error).__name__}: {error}") from error
+                yield layer, scheme, tensor
 
 
 def difference(one: QuantizedTensor, other: QuantizedTensor) -> str | None:

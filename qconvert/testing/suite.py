@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.testing import declaration, export, observers, purity, quality, record, robustness
-from qconvert.testing.failure import CheckFailure
+from qconvert.testing.failure import FAILURES, CheckFailure
 
 if TYPE_CHECKING:
     import pytest
 
 PREFIX = "check_"
 SUBJECTS = (declaration, record, purity, robustness, quality, observers, export)
-FAILURES = (Exception, SystemExit)  # whatever a plugin may raise
 
 
 @dataclass(frozen=True)
