@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qconvert.cli.stdout import emit, emit_table
+from qconvert.errors import PluginError
 from qconvert.ir.garbage import importing
+
+if TYPE_CHECKING:
+    from qconvert.testing import CheckResult
 
 FILES = click.option(
     "--plugin", "files", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Python file with a plugin."
@@ -99,3 +106,73 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+@plugins.command()
+@click.argument("name", metavar="NAME|FILE")
+@click.option(
+    "--plugin-timeout", type=float, metavar="SECONDS", default=60.0, help="What one call of it may take.", show_default=True
+)
+@JSON
+def check(name: str, plugin_timeout: float, as_json: bool) -> None:
+    """Run the conformance suite on a quantizer, on all of a distribution, or on those of a Python file.
+
+    stderr: a line per check. stdout: the verdict, and what failed, or with --json a document. Exit code 4 if one
+    fails that is not expected to.
+    """
+    from qconvert.cli.terminal import StderrConsole
+
+    console = StderrConsole()
+    results: dict[str, list[CheckResult]] = {}
+    with _quiet():
+        from qconvert.plugin import watch
+        from qconvert.plugin.manager import plugin_manager
+        from qconvert.testing import check_quantizer
+
+        watch.limit_calls(plugin_timeout)
+        found = plugin_manager((Path(name),) if name.endswith(".py") else ())
+        wanted = {name, Path(name).name}
+        kinds = [
+            kind
+            for kind_name, owners in found.quantizers.items()
+            for kind, plugin in owners
+            if wanted & {kind_name, plugin.value, plugin.distribution.name}
+        ]
+        if not kinds:
+            raise found.unknown(name)
+        for kind in kinds:
+            results[kind.name] = check_quantizer(
+                found.quantizer(kind.name, {}), lambda result: console.print(_line(result), highlight=False, markup=False)
+            )
+    if as_json:
+        emit(json.dumps({key: [asdict(result) for result in value] for key, value in results.items()}, indent=2))
+    else:
+        emit("\n".join(f"{key}: {_verdict(value)}" for key, value in results.items()))
+    if any(result.status == "failed" for value in results.values() for result in value):
+        sys.exit(PluginError.exit_code)
+
+
+def _line(result: CheckResult) -> str:
+    return f"{result.status:9}{result.name}{f': {result.message}' if result.message else ''}"
+
+
+def _verdict(results: list[CheckResult]) -> str:
+    counts = {status: sum(result.status == status for result in results) for status in ("passed", "expected", "failed")}
+    words = f"{counts['passed']} of {len(results)} checks passed"
+    if counts["expected"]:
+        words += f", {counts['expected']} fail as expected"
+    return words + "".join(f"\n{_line(result)}" for result in results if result.status == "failed")
+
+
+@plugins.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def new(folder: Path) -> None:
+    """Make the repository of a new quantizer plugin: module, tests, project file, CI file and README, which all pass.
+
+    The quantizer gets the folder's name: qconvert-kmeans brings kmeans. stdout: the folder.
+    """
+    with _quiet():
+        from qconvert.plugin.scaffold import new_plugin
+
+        new_plugin(folder)
+    emit(str(folder))
