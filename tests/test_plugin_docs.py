@@ -52,7 +52,7 @@ def test_every_hook_has_a_document_a_test_and_a_user(hook: str) -> None:
 
 
 def test_the_first_quantizer_of_the_guide_is_short_and_works(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code, suite = blocks("python")
     body = code.partition("@dataclass")[2].splitlines()
     assert len(body) <= 30
     (tmp_path / "power_of_two.py").write_text(code)
@@ -70,6 +70,9 @@ def test_the_first_quantizer_of_the_guide_is_short_and_works(tmp_path: Path) -> 
     report = json.loads(qconvert(run.replace("DIR", model).replace("OUT", "out"), tmp_path).stdout)
     assert report["quantizer"] == "power-of-two"
     assert {each["target"]: each["status"] for each in report["parity"]}["cpu"] == "passed"
+    (tmp_path / "test_power_of_two.py").write_text(suite)
+    checked = subprocess.run([sys.executable, "-m", "pytest", "-q", tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
     manifest = json.loads((tmp_path / "out" / "qconvert.json").read_text())
     assert manifest["recipe"]["options"] == {"down": True}
     assert {"model.safetensors", "model.onnx", "model.cuda.onnx"} <= {path.name for path in (tmp_path / "out").iterdir()}
