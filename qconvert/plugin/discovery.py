@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qconvert.errors import UsageError
@@ -115,6 +116,7 @@ def _module(path: Path) -> object:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path.name} is no Python file: its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(FILES, ModuleType(FILES))  # pickle imports that first
     sys.modules[name] = module  # dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
