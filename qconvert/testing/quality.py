@@ -28,7 +28,7 @@ NORMS = (2.0, 1.0, 0.7)
 
 
 def check_error_within_bound(quantizer: Quantizer) -> None:
-    """On normal weights the error is at most half a step of a range that covers them, root mean square."""
+    """On normal weights the error is at most that of half a step of a range that covers them, root mean square."""
     for outcome in every_outcome(quantizer, typical()):
         require_covering_error(outcome)
 

@@ -1,7 +1,7 @@
 """Checks with weights and inputs that real models hold, and that formulas forget.
 
-A weight survives if its result is finite and within `covering_error`: what rounding in a range that covers every weight loses
-at most.
+A weight survives if its result is finite and no error is larger than that of half a step in every place, see
+`require_covering_error`.
 """
 
 from __future__ import annotations
@@ -19,44 +19,47 @@ from qconvert.testing.failure import CheckFailure
 from qconvert.testing.samples import Outcome, Sample, every_outcome, normal, with_weight
 
 OUT, WIDTH = 6, 64
-ALL = slice(None)
 
 
-def covering_error(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Error that a quantizer may have in each place of weight [out, in], root mean square: half a step, in float64.
-
-    The step is that of a range that covers the group's weights (affine.choose_qparams); rounding in it is off by at most half
-    a step, and on average by step / sqrt(12). So there is a factor of 1.7 for those that clip or make one weight pay for
-    another. A group of zeros has no error.
-    """
+def half_steps(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """Largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half a step, 0 in groups of
+    zeros; [out, in] float64."""
     scale, _ = affine.choose_qparams(weight, scheme)
     groups = affine.grouped(weight, scheme)
     half = torch.where((groups != 0).any(-1), scale.double().abs() / 2, 0.0)
     return half.unsqueeze(-1).expand(groups.shape).reshape(weight.shape)
 
 
-def require_covering_error(outcome: Outcome, columns: slice | Tensor = ALL) -> None:
-    """Raises CheckFailure unless the result is finite and its error within `covering_error`, in the space of its codes.
+def require_covering_error(outcome: Outcome) -> None:
+    """Raises CheckFailure unless the result is finite, its root mean square error at most that of half a step in every place.
 
-    columns: the inputs whose weights are to be that near.
+    With statistics it is the error of the output that counts, as quantizers may trade errors of weights for it; errors of half
+    a step that have nothing to do with each other would add up to sum_j E[x_j^2] (step_j / 2)^2. Without, it is that of the
+    weights. Rounding to nearest is off by step / sqrt(12) on average, so there is a factor of 1.7 for those that clip.
     """
     tensor, weight = outcome.tensor, outcome.layer.weight
     dequantized = affine.dequantize(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme)
     lost = int((~torch.isfinite(dequantized)).sum())
     if lost:
         raise CheckFailure(f"{outcome.place}: {lost} of {weight.numel()} weights are not finite after dequantization")
-    error = math.sqrt(float((dequantized.double() - weight.double())[:, columns].square().mean()))
-    allowed = math.sqrt(float(covering_error(weight, tensor.scheme)[:, columns].square().mean()))
-    if error > allowed:
+    error, half = dequantized.double() - weight.double(), half_steps(weight, tensor.scheme)
+    if outcome.layer.stats is None:
+        what, found, allowed = "weights", error.square().mean(), half.square().mean()
+    else:
+        rows = outcome.rows.double()
+        what, found = "output", (rows @ error.T).square().mean()
+        allowed = (rows.square().mean(0) @ half.square().T).mean()
+    if found > allowed:
         raise CheckFailure(
-            f"{outcome.place}: root mean square error {error:.3g}, at most {allowed:.3g} (half a step) is allowed"
+            f"{outcome.place}: root mean square error of the {what} {math.sqrt(found):.3g}, "
+            f"at most {math.sqrt(allowed):.3g} (half a step) is allowed"
         )
 
 
 def check_zero_weight(quantizer: Quantizer) -> None:
     """A weight of zeros comes back as zeros."""
     for outcome in every_outcome(quantizer, with_weight("zero", torch.zeros(OUT, WIDTH))):
-        _require_zeros(outcome, ALL)
+        _require_zeros(outcome, slice(None))
 
 
 def check_zero_row(quantizer: Quantizer) -> None:
@@ -140,17 +143,16 @@ def check_zero_inputs(quantizer: Quantizer) -> None:
 
 
 def check_dead_inputs(quantizer: Quantizer) -> None:
-    """Every third input column was always zero; the weights of the others are kept, whatever becomes of theirs."""
+    """Every third input column was always zero."""
     rows = normal(96, WIDTH, seed=33)
     rows[:, ::3] = 0
-    alive = rows.any(0)
-    for outcome in every_outcome(quantizer, Sample("dead-inputs", (normal(OUT, WIDTH, seed=34),), rows)):
-        require_covering_error(outcome, alive)
+    _require_survival(quantizer, Sample("dead-inputs", (normal(OUT, WIDTH, seed=34),), rows))
 
 
 def check_single_input(quantizer: Quantizer) -> None:
     """One calibration row: its Gram matrix has rank 1."""
-    _require_survival(quantizer, Sample("single-input", (normal(OUT, WIDTH, seed=35),), normal(1, WIDTH, seed=36)))
+    # One number per output is all that there is to measure: 24 of them, so that chance does not decide.
+    _require_survival(quantizer, Sample("single-input", (normal(24, WIDTH, seed=35),), normal(1, WIDTH, seed=36)))
 
 
 def check_huge_inputs(quantizer: Quantizer) -> None:

@@ -77,9 +77,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """layer: as `quantize` got it, its weight scaled. weight: [out, in] as it was. tensor: with the input scale, if any."""
+    """What became of one layer.
+
+    layer: as `quantize` got it, its weight scaled. rows: [n, in], what it then reads.
+    weight: [out, in] as it was. tensor: with the input scale, if any.
+    """
 
     layer: Layer
+    rows: Tensor
     weight: Tensor
     tensor: QuantizedTensor
 
@@ -118,7 +123,8 @@ def quantized(quantizer: Quantizer, sample: Sample, scheme: QuantScheme) -> tupl
             tensor = contract.quantize(quantizer, layer, scheme)
             if scale is not None:
                 tensor = dataclasses.replace(tensor, input_scale=scale)
-            outcomes.append(Outcome(layer, weight, tensor))
+            rows = sample.rows if scale is None else sample.rows / scale
+            outcomes.append(Outcome(layer, rows, weight, tensor))
     except QConvertError as error:
         raise CheckFailure(f"{place(layer, scheme)}: {error.message}") from error
     return tuple(outcomes)
