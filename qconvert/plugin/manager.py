@@ -94,10 +94,8 @@ class PluginManager:
     def load_model(self, source: str) -> Model | None:
         """What the first plugin that knows `source` makes of it, None if none does.
 
-        Raises PluginError QC-PLUGIN-006 if a plugin raises or returns no Model; its own QConvertErrors pass.
+        Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no complete Model; its own QConvertErrors pass.
         """
-        from qconvert.ir.model import Model
-
         for plugin in reversed(self.plugins):
             try:
                 model = self._ask(plugin, "load_model", source=source)
@@ -109,23 +107,33 @@ class PluginManager:
                     f"plugin {plugin.distribution} failed to load {source!r}: {reason(error)}",
                     hint="report it to the plugin's author, or uninstall the plugin",
                 ) from error
-            if isinstance(model, Model):
-                return model
-            if model is not None:
+            if model is None:
+                continue
+            from qconvert.plugin import loaded
+
+            for problem in loaded.problems(model):
                 raise PluginError(
                     "QC-PLUGIN-006",
-                    f"plugin {plugin.distribution} returned {type(model).__name__} for {source!r}, not a Model",
+                    f"plugin {plugin.distribution} broke its contract at {source!r}: {problem}",
                     hint="report it to the plugin's author, or uninstall the plugin",
                 )
+            found: Model = model
+            return found
         return None
 
     def conversion_finished(self, recipe: Recipe, report: Report) -> None:
-        """Tell every plugin. One that fails is a warning: the output is published and stays."""
+        """Tell every plugin. One that fails, or changes the output, is a warning: the output is published and stays."""
         for plugin in reversed(self.plugins):
+            before = _files(recipe.output)
             try:
                 self._ask(plugin, "conversion_finished", recipe=recipe, report=report)
             except FAILURES as error:
                 logger.warning("plugin %s failed after the conversion: %s", plugin.distribution, reason(error))
+            changed = sorted({name for name, _ in before.items() ^ _files(recipe.output).items()})
+            if changed:
+                logger.warning(
+                    "plugin %s changed the published output, which it must not: %s", plugin.distribution, ", ".join(changed)
+                )
 
     def distribution_of(self, quantizer: Quantizer) -> Distribution:
         """Name and version of the distribution that a quantizer came from, for the manifest."""
@@ -206,6 +214,12 @@ class PluginManager:
             if close
             else f"install the plugin that brings it, or choose another: {listing}",
         )
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells whether a folder was written to: name -> size and time of every file."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def _quantizer_types(result: object) -> Iterator[type[Quantizer]]:
