@@ -65,6 +65,19 @@ def test_error_with_outlier_columns_is_a_third_less_than_of_rounding_to_nearest(
     assert relative_error(weight, scale) < 0.67 * relative_error(weight, 1.0)
 
 
+def test_columns_beside_outliers_lose_a_tenth_of_what_rounding_to_nearest_loses_at_most() -> None:
+    weight = with_outliers()
+    scale = prepared(weight)
+    assert scale is not None
+    beside = weight.abs().amax(0) < 10
+
+    def error(scale: torch.Tensor | float) -> float:
+        return float((round_to_nearest(weight * scale, SCHEME).dequantize() / scale - weight)[:, beside].square().mean())
+
+    assert int(beside.sum()) == 124
+    assert error(scale) < 0.1 * error(1.0)
+
+
 def test_scales_are_around_one_and_undo_the_outliers() -> None:
     scale = prepared(with_outliers())
     assert scale is not None
