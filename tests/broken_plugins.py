@@ -1,4 +1,4 @@
-"""Twelve plugins, each with one fault, as distributions that a process finds on its path."""
+"""Plugins, each with one fault, as distributions that a process finds on its path."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ UNUSABLE = {
     "argument": (f"{HOOK}def load_model(sauce): ...", "sauce", 2),
     "future": (f"QCONVERT_API = 2\n{HOOK}def load_model(source): ...", "version 2 of the plugin API, and this is version 1", 0),
     "taken": (_quantizing("absmax", "pass"), "its quantizer 'absmax' has a name of qconvert's own", 0),
+    "vanishes": (
+        f"{HOOK}def register_quantizers():\n    import os; os._exit(0)",
+        "its register_quantizers exited with code 0",
+        0,
+    ),
     "dies": ("import os\nos.abort()", "its import crashed with SIGABRT", 0),
 }
 # Plugins that fail when they are used: name -> (source, error code, what is said of it).
@@ -53,6 +58,7 @@ FAILING = {
         "QC-PLUGIN-010",
         "crashed with SIGSEGV: quantize '",
     ),
+    "exits": (_quantizing("exits", "import os; os._exit(0)"), "QC-PLUGIN-010", "exited with code 0: quantize '"),
     "shapes": (
         _quantizing("shapes", "import dataclasses; tensor = dataclasses.replace(tensor, q=tensor.q.T)"),
         "QC-PLUGIN-008",

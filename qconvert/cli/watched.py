@@ -26,7 +26,10 @@ from qconvert.ir.process import end_with_parent
 
 # Of plugin/watch.py and plugin/discovery.py; importing those takes longer than this process needs to start.
 WATCH, SET_ASIDE = "QCONVERT_WATCH", "QCONVERT_SET_ASIDE"
+# Calls of every plugin there is, whatever the command: one that dies in them is left out.
+WITHOUT_IT = ("import", "register_quantizers")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK_SECONDS = 1.0
 SHOW_CURSOR = "\x1b[?25h"  # ECMA-48 DECTCEM: progress bars hide it
 
 
@@ -72,15 +75,15 @@ def run(arguments: Sequence[str]) -> int:
     set_aside: list[tuple[str, str, str, str]] = []
     while True:
         ending = _watch(arguments, set_aside)
-        if ending.code >= 0:
+        if ending.code >= 0 and not ending.call:
             return ending.code
         _restore_terminal()
         if ending.signals:
             return 128 + ending.signals[0]
         verb, _, value = str(ending.call.get("call", "")).partition(" ")
-        if verb != "import":
+        if verb not in WITHOUT_IT:
             raise _error(ending)
-        set_aside.append((ending.call["plugin"], ending.call["version"], value, f"its import {ending.how}"))
+        set_aside.append((ending.call["plugin"], ending.call["version"], value, f"its {verb} {ending.how}"))
 
 
 def _watch(arguments: Sequence[str], set_aside: list[tuple[str, str, str, str]]) -> Ending:
@@ -91,22 +94,25 @@ def _watch(arguments: Sequence[str], set_aside: list[tuple[str, str, str, str]])
     child = subprocess.Popen(command, env=environment, pass_fds=(writing,), process_group=0)
     os.close(writing)
     with _forwarded(child) as signals, os.fdopen(reading, "rb", buffering=0) as pipe:
-        call, timed_out = _follow(pipe.fileno())
+        call, timed_out = _follow(pipe.fileno(), child)
         if timed_out:
             os.killpg(child.pid, signal.SIGKILL)
         return Ending(child.wait(), call, timed_out, signals)
 
 
-def _follow(pipe: int) -> tuple[dict[str, Any], bool]:
+def _follow(pipe: int, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bool]:
     """The call that the command's process is in when it ends, {} for none, or that has taken too long."""
     call: dict[str, Any] = {}
     deadline, rest = float("inf"), b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            left = None if deadline == float("inf") else max(deadline - time.monotonic(), 0)
-            if not selector.select(left):
-                return call, True
+            if not selector.select(min(max(deadline - time.monotonic(), 0), LOOK_SECONDS)):
+                if child.poll() is not None:  # and what it started holds the pipe
+                    return call, False
+                if time.monotonic() >= deadline:
+                    return call, True
+                continue
             data = os.read(pipe, 65536)
             if not data:
                 return call, False

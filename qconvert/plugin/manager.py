@@ -164,7 +164,7 @@ class PluginManager:
         if hook not in hook_functions(plugin.implementation):
             return None if hook == "load_model" else []
         others = [other.implementation for other in self.plugins if other is not plugin]
-        with watch.calling(plugin.distribution, hook):
+        with watch.calling(plugin.distribution, f"{hook} {plugin.value}"):
             return self._hooks.subset_hook_caller(hook, others)(**arguments)
 
     def _register(self, plugin: Plugin) -> None:
