@@ -155,12 +155,13 @@ def _restore_terminal() -> None:
 
 def _error(ending: Ending) -> QConvertError:
     if ending.call:
-        code = "QC-PLUGIN-011" if ending.timed_out else "QC-PLUGIN-010"
-        hint = "what was quantized so far is kept: run the same command again to resume"
+        call = str(ending.call["call"])
+        after = call.startswith("conversion_finished")
+        kept = "the output is published" if after else "what was quantized is kept: the same command again resumes"
         return PluginError(
-            code,
-            f"plugin {ending.call['plugin']} {ending.call['version']} {ending.how}: {ending.call['call']}",
-            hint=f"{hint}, with a larger --plugin-timeout" if ending.timed_out else f"{hint}; report it to the plugin's author",
+            "QC-PLUGIN-011" if ending.timed_out else "QC-PLUGIN-010",
+            f"plugin {ending.call['plugin']} {ending.call['version']} {ending.how}: {call}",
+            hint=f"{kept}; {'give it a larger --plugin-timeout' if ending.timed_out else 'report this to its author'}",
         )
     if ending.code == -signal.SIGKILL:
         return ResourceError(
