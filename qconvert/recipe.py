@@ -77,6 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8", "options": {"max_outliers": 16}},
 }
 
+PLUGIN_SECONDS = 600  # what one call of a plugin may take, unless it is said
+
 # The name that stands for "decide the schemes", and the quantizer that then does the work.
 AUTO, AUTO_QUANTIZER = "auto", "gptq"
 
@@ -167,7 +169,7 @@ class Recipe(_Part):
     )
     options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
     plugins: tuple[Path, ...] = Field((), description="Python files with plugins that are tried without being installed")
-    plugin_timeout: float = Field(600, gt=0, description="seconds that one call of a plugin may take")
+    plugin_timeout: float = Field(PLUGIN_SECONDS, gt=0, description="seconds that one call of a plugin may take")
     rules: tuple[Rule, ...] = Field((), description="layers that get another scheme, or stay in float; the first match wins")
     calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
     evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")

@@ -75,10 +75,10 @@ FAILING = {
 PRINTING = _quantizing("prints", "print('hello'); import os; os.write(2, b'')")
 
 
-def install(folder: Path, name: str, source: str) -> None:
-    """A distribution qconvert-NAME 0.3 with the module qconvert_NAME."""
+def install(folder: Path, name: str, source: str, *, version: str = "0.3", value: str = "") -> None:
+    """A distribution qconvert-NAME with the module qconvert_NAME, which its entry point names unless `value` does another."""
     (folder / f"qconvert_{name}.py").write_text(source)
-    info = folder / f"qconvert_{name}-0.3.dist-info"
+    info = folder / f"qconvert_{name}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: qconvert-{name}\nVersion: 0.3\n")
-    (info / "entry_points.txt").write_text(f"[qconvert]\n{name} = qconvert_{name}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: qconvert-{name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[qconvert]\n{name} = {value or f'qconvert_{name}'}\n")

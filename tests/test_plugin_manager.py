@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import broken_plugins
 import pytest
 
 from qconvert import quantizers
@@ -54,12 +55,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     def install(name: str, source: str, *, version: str = "1.2", value: str = "") -> str:
         module = f"qconvert_{name}"
         modules.append(module)
-        (tmp_path / f"{module}.py").write_text(source)
-        info = tmp_path / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: qconvert-{name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[qconvert]\n{name} = {value or module}\n")
+        broken_plugins.install(tmp_path, name, source, version=version, value=value)
         monkeypatch.syspath_prepend(str(tmp_path))
+        ours = ",".join(installed.replace("_", "-") for installed in modules)
+        monkeypatch.setenv("QCONVERT_PLUGINS", ours)  # whatever else is installed here
         return module
 
     yield install

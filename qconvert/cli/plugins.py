@@ -49,9 +49,9 @@ def list_plugins(files: tuple[Path, ...], as_json: bool) -> None:
         from qconvert.report.catalogue import table
 
         found = plugin_manager(files)
-        shown, told = entries(found), document(found)
+        shown = entries(found)
     if as_json:
-        emit(json.dumps(told, indent=2))
+        emit(json.dumps(document(shown, found.broken), indent=2))
     else:
         emit_table(table(shown, found.broken))
 

@@ -22,10 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import PluginError, QConvertError, ResourceError
-from qconvert.ir.process import end_with_parent
+from qconvert.ir.process import SET_ASIDE, WATCH, end_with_parent
 
-# Of plugin/watch.py and plugin/discovery.py; importing those takes longer than this process needs to start.
-WATCH, SET_ASIDE = "QCONVERT_WATCH", "QCONVERT_SET_ASIDE"
 # Calls of every plugin there is, whatever the command: one that dies in them is left out.
 WITHOUT_IT = ("import", "register_quantizers")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -21,6 +21,7 @@ from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_tensor
+from qconvert.ir.report import GENERATING
 from qconvert.ir.template import DOMAIN, Template
 from qconvert.recipe import Logits
 from qconvert.workdir import Stage, disk_errors
@@ -85,8 +86,7 @@ def _lower_for_cpu(
     plan: Plan,
     outlier_columns: dict[str, tuple[int, ...]],
 ) -> None:
-    decodes = model.task in ("causal-lm", "seq2seq-lm")
-    lowering = CpuLowering(builder, outlier_columns, model.block_of, decodes=decodes)
+    lowering = CpuLowering(builder, outlier_columns, model.block_of, decodes=model.task in GENERATING)
     shapes = model.parameter_shapes
     lowered: dict[str, Value] = {}
     for node in [node for node in graph if node.domain == DOMAIN]:

@@ -1,4 +1,7 @@
-"""What a process is to the one that started it."""
+"""What a process is to the one that started it.
+
+Nothing heavy is imported: the process that watches over a command starts with this.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import ctypes
 import signal
 import sys
 
+WATCH = "QCONVERT_WATCH"  # descriptor of the pipe on which a watched process says what its plugins do
+# Plugins that ended the process when they were imported or asked for quantizers (JSON); only who watches has seen that.
+SET_ASIDE = "QCONVERT_SET_ASIDE"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

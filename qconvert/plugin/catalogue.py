@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from qconvert.errors import QConvertError
 from qconvert.plugin import contract, hookspecs
 from qconvert.plugin.discovery import BrokenPlugin, Plugin, hook_functions
 from qconvert.plugin.manager import PluginManager
-from qconvert.plugin.options import Option, options_of, options_schema, summary
+from qconvert.plugin.options import Option, first_paragraph, options_of, options_schema, summary
 from qconvert.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -64,18 +64,17 @@ def entries(plugins: PluginManager) -> tuple[Entry, ...]:
     return (*quantizers, *others)
 
 
-def document(plugins: PluginManager) -> dict[str, Any]:
+def document(found: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> dict[str, Any]:
     """`qconvert plugins list --json` (schema 1)."""
-    found = [entry.document() for entry in entries(plugins)]  # first: asking may find that one is broken
     return {
         "schema": 1,
         "api": hookspecs.API_VERSION,
-        "plugins": found,
-        "broken": [broken_document(broken) for broken in plugins.broken],
+        "plugins": [entry.document() for entry in found],
+        "broken": [_broken_document(each) for each in broken],
     }
 
 
-def broken_document(broken: BrokenPlugin) -> dict[str, str]:
+def _broken_document(broken: BrokenPlugin) -> dict[str, str]:
     return {
         "distribution": broken.distribution.name,
         "version": broken.distribution.version,
@@ -139,7 +138,7 @@ def _schemes(kind: type[Quantizer]) -> Iterator[str]:
 
 def _docs(implementation: object) -> tuple[str, str]:
     text = inspect.cleandoc(getattr(implementation, "__doc__", None) or "")
-    return " ".join(text.partition("\n\n")[0].split()), text
+    return first_paragraph(text), text
 
 
 def _api(plugin: Plugin) -> int:

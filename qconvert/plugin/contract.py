@@ -18,6 +18,7 @@ from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import watch
+from qconvert.plugin.discovery import FAILURES
 from qconvert.plugin.distribution import distribution_of
 from qconvert.plugin.quantizer import Quantizer
 
@@ -153,7 +154,7 @@ def _guarded(
             yield
     except QConvertError:
         raise
-    except (Exception, SystemExit) as error:  # a plugin that calls sys.exit() must not look like our own exit
+    except FAILURES as error:
         raise PluginError(
             "QC-PLUGIN-007",
             f"{_title(quantizer)} failed to {method} {where!a}: {type(error).__name__}: {error}",

@@ -22,15 +22,14 @@ from types import ModuleType
 from typing import Any
 
 from qconvert.errors import UsageError
+from qconvert.ir.process import SET_ASIDE
 from qconvert.plugin import watch
-from qconvert.plugin.distribution import FILES, GROUP, Distribution, of_file
+from qconvert.plugin.distribution import FILES, GROUP, Distribution, of_entry_point, of_file
 
 # Which distributions' plugins are used: "a,b" those, "" none; unset: all.
 SELECTION = "QCONVERT_PLUGINS"
-# Plugins that crashed or hung when they were imported, which the process that watches over this one has seen (JSON).
-SET_ASIDE = "QCONVERT_SET_ASIDE"
 
-# What a foreign plugin may raise and must not stop us with; sys.exit() at import time is one of the things that happen.
+# What a foreign plugin may raise and must not stop us with; sys.exit() must not look like our own exit.
 FAILURES = (Exception, SystemExit)
 
 
@@ -73,7 +72,7 @@ def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
     found = sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value))
     chosen, missing = _chosen(found)
     for entry_point in chosen:
-        distribution = _distribution(entry_point)
+        distribution = of_entry_point(entry_point)
         yield known.get((distribution.name, entry_point.value)) or _imported(distribution, entry_point.value, entry_point.load)
     for name in missing:
         yield BrokenPlugin(Distribution(name, "(no version)"), SELECTION, f"{SELECTION} names it, but it is not installed")
@@ -132,19 +131,14 @@ def _chosen(found: Iterable[EntryPoint]) -> tuple[list[EntryPoint], list[str]]:
     if selection is None:
         return list(found), []
     wanted = {_normalized(name): name.strip() for name in selection.split(",") if name.strip()}
-    chosen = [entry_point for entry_point in found if _normalized(_distribution(entry_point).name) in wanted]
-    present = {_normalized(_distribution(entry_point).name) for entry_point in chosen}
+    chosen = [entry_point for entry_point in found if _normalized(of_entry_point(entry_point).name) in wanted]
+    present = {_normalized(of_entry_point(entry_point).name) for entry_point in chosen}
     return chosen, [name for key, name in wanted.items() if key not in present]
 
 
 def _normalized(name: str) -> str:
     """As package indexes compare names (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
-
-
-def _distribution(entry_point: EntryPoint) -> Distribution:
-    dist = entry_point.dist
-    return Distribution(dist.name, dist.version) if dist else Distribution(entry_point.name, "(no version)")
 
 
 def _set_aside() -> Iterator[BrokenPlugin]:

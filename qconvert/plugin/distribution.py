@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from functools import cache
-from importlib.metadata import entry_points, version
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,6 +37,11 @@ def of_file(path: Path) -> Distribution:
     return Distribution(path.name, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}")
 
 
+def of_entry_point(entry_point: EntryPoint) -> Distribution:
+    dist = entry_point.dist
+    return Distribution(dist.name, dist.version) if dist else Distribution(entry_point.name, "(no version)")
+
+
 def distribution_of(quantizer: Quantizer) -> Distribution:
     """The distribution whose entry point names the package that the quantizer's class is defined in.
 
@@ -54,5 +59,5 @@ def _distribution_of(module: str) -> Distribution:
         return of_file(Path(str(sys.modules[module].__file__)))
     for entry_point in entry_points(group=GROUP):
         if entry_point.dist is not None and entry_point.module.partition(".")[0] == package:
-            return Distribution(entry_point.dist.name, entry_point.dist.version)
+            return of_entry_point(entry_point)
     return Distribution(module, "(no version)")

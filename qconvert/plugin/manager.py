@@ -123,7 +123,8 @@ class PluginManager:
 
     def conversion_finished(self, recipe: Recipe, report: Report) -> None:
         """Tell every plugin. One that fails, or changes the output, is a warning: the output is published and stays."""
-        for plugin in reversed(self.plugins):
+        finishers = [each for each in self.plugins if "conversion_finished" in hook_functions(each.implementation)]
+        for plugin in reversed(finishers):
             before = _files(recipe.output)
             try:
                 self._ask(plugin, "conversion_finished", recipe=recipe, report=report)

@@ -55,7 +55,12 @@ def summary(kind: type[Quantizer]) -> str:
     text = kind.__doc__ or ""
     if text.startswith(f"{kind.__name__}("):  # what dataclass puts in for none
         return ""
-    return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())
+    return first_paragraph(text)
+
+
+def first_paragraph(docstring: str) -> str:
+    """In one line."""
+    return " ".join(inspect.cleandoc(docstring).partition("\n\n")[0].split())
 
 
 def _documented(kind: type[Quantizer]) -> Iterator[tuple[str, str]]:

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qconvert.ir.process import WATCH
 from qconvert.plugin.distribution import Distribution, builtin
+from qconvert.recipe import PLUGIN_SECONDS
 
-WATCH = "QCONVERT_WATCH"  # number of the pipe's descriptor
-DEFAULT_SECONDS = 600.0
 AVAILABLE_SHARE = 0.9  # of the memory that is available when a call begins: what it may take
 
-_seconds = DEFAULT_SECONDS
+_seconds: float = PLUGIN_SECONDS
 
 
 def limit_calls(seconds: float) -> None:

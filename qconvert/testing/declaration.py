@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import re
 
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.scaffold import NAME
 from qconvert.testing.failure import CheckFailure
-from qconvert.testing.samples import SCHEMES, can_be_planned, difference, every_outcome, typical
+from qconvert.testing.samples import SCHEMES, difference, every_outcome, typical
 
 
 def check_is_frozen_dataclass(quantizer: Quantizer) -> None:
@@ -35,7 +35,7 @@ def check_options_have_defaults(quantizer: Quantizer) -> None:
 def check_name_is_kebab_case(quantizer: Quantizer) -> None:
     """The name is what users type: lower-case words and digits, joined by hyphens."""
     name = getattr(quantizer, "name", None)
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise CheckFailure(f"its name is {name!r}")
 
 
@@ -44,7 +44,7 @@ def check_default_scheme_is_accepted(quantizer: Quantizer) -> None:
     scheme = getattr(quantizer, "default_scheme", None)
     if not isinstance(scheme, QuantScheme):
         raise CheckFailure(f"default_scheme is {scheme!r}, not a QuantScheme")
-    if QuantScheme.parse(str(scheme)) != scheme or not can_be_planned(scheme):
+    if QuantScheme.parse(str(scheme)) != scheme or not scheme.has_kernel:
         raise CheckFailure(f"scheme {scheme} can't be planned")
     reason = quantizer.refuses(scheme)
     if reason is not None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from qconvert.ir.layer import Layer
 from qconvert.ir.scheme import QuantScheme
 
-# Whatever a plugin may raise; sys.exit() must not look like our own exit.
-FAILURES = (Exception, SystemExit)
-
 
 class CheckFailure(AssertionError):
     """A quantizer does not conform. The message says what was found and where; `Check` adds the rule that it breaks."""

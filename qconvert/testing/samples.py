@@ -16,12 +16,13 @@ from torch import Tensor
 from qconvert.errors import QConvertError
 from qconvert.ir.layer import CalibrationStats, Layer, LayerKind, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.scheme import PerGroup, QuantScheme
+from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import contract
+from qconvert.plugin.discovery import FAILURES
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.plugin.scaling import scaled
-from qconvert.testing.failure import FAILURES, CheckFailure, place
+from qconvert.testing.failure import CheckFailure, place
 
 # One of each kind that differs in arithmetic or storage; all of them can be planned.
 SCHEMES = tuple(
@@ -31,11 +32,6 @@ SCHEMES = tuple(
         "int8-tensor", "int8-tensor-asym", "int8-channel-a8", "int8-channel-asym-a8", "int8-tensor-a8", "int8-tensor-asym-a8",
     )
 )  # fmt: skip
-
-
-def can_be_planned(scheme: QuantScheme) -> bool:
-    """Whether there are kernels: int8 activations have them with int8 weights per tensor or channel only."""
-    return not (scheme.activation_bits and (scheme.bits == 4 or isinstance(scheme.granularity, PerGroup)))
 
 
 def schemes_of(quantizer: Quantizer) -> tuple[QuantScheme, ...]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+from qconvert.plugin.discovery import FAILURES
+from qconvert.plugin.options import first_paragraph
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.testing import declaration, export, observers, purity, quality, record, robustness
-from qconvert.testing.failure import FAILURES, CheckFailure
+from qconvert.testing.failure import CheckFailure
 
 if TYPE_CHECKING:
     import pytest
@@ -98,7 +100,7 @@ def _checks_of(subject: ModuleType) -> Iterator[Check]:
     """The functions check_* that a module defines, in its order."""
     for name, function in vars(subject).items():
         if name.startswith(PREFIX) and function.__module__ == subject.__name__:
-            doc = " ".join(function.__doc__.partition("\n\n")[0].split())
+            doc = first_paragraph(function.__doc__)
             yield Check(name.removeprefix(PREFIX).replace("_", "-"), doc, function)
 
 
