@@ -403,7 +403,7 @@ class Spy(PluginManager):
 @pytest.mark.usefixtures("quick")
 def test_plugins_are_told_once_when_the_output_is_there(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy()
-    monkeypatch.setattr(pipeline, "plugin_manager", lambda: spy)
+    monkeypatch.setattr(pipeline, "plugin_manager", lambda _: spy)
     mine = recipe(sources / "bert", tmp_path / "out")
     report = pipeline.convert(mine)
     assert spy.told == [(mine, report, True)]
