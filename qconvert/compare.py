@@ -177,7 +177,7 @@ def _open(
     together = [(each, each.plan) for each in attempts if each.plan and not each.calibrates_alone]
     if not together:
         return []
-    samples = read_samples(model, attempts[0].recipe, any(plan.calibrated for _, plan in together))
+    samples = read_samples(model, attempts[0].recipe, any(plan.calibrated for _, plan in together), plugins.find_data)
     conversions = []
     for attempt, plan in together:
         own = samples if plan.calibrated else replace(samples, calibration=())

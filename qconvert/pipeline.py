@@ -78,7 +78,7 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model, template, inputs = open_model(recipe, plugins, progress)
     plan = outline(recipe, quantizer, model, template)
-    samples = read_samples(model, recipe, plan.calibrated)
+    samples = read_samples(model, recipe, plan.calibrated, plugins.find_data)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
     decided, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
     job = Job(recipe, decided, quantizer, model, template, plan, samples, inputs, plugins.distribution_of(quantizer))
@@ -129,11 +129,13 @@ def plan(recipe: Recipe) -> Plan:
 
     Raises what `convert` would raise before it quantizes anything.
     """
-    quantizer, model, template = _load(recipe, silent)
+    plugins = plugins_of(recipe)
+    quantizer, model, template = _load(recipe, plugins, silent)
     made = outline(recipe, quantizer, model, template)
     if recipe.quantizer != AUTO:
         return made
-    return _decide(recipe, quantizer, model, template, made, read_samples(model, recipe, True), silent)[1]
+    samples = read_samples(model, recipe, True, plugins.find_data)
+    return _decide(recipe, quantizer, model, template, made, samples, silent)[1]
 
 
 def verify(
@@ -161,9 +163,10 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """The report on an artifact that `recipe` made, from its files and its float source alone."""
     progress.stage("check files", None)
     check_digests(folder)
-    quantizer, model, template = _load(recipe, progress)
+    plugins = plugins_of(recipe)
+    quantizer, model, template = _load(recipe, plugins, progress)
     plan = outline(recipe, quantizer, model, template)
-    samples = read_samples(model, recipe, plan.calibrated)
+    samples = read_samples(model, recipe, plan.calibrated, plugins.find_data)
     loadable = recipe.layout == "transformers" and model.config is not None
     evidence = verify_artifact(
         folder, model, template, plan, samples.evaluation, recipe.targets, progress, with_transformers=loadable
@@ -188,9 +191,8 @@ def open_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tu
     return model, template, inputs.result()
 
 
-def _load(recipe: Recipe, progress: Progress) -> tuple[Quantizer, Model, Template]:
+def _load(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model, Template]:
     """`open_model` where nothing is to be written."""
-    plugins = plugins_of(recipe)
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)

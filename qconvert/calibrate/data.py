@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import cast
 
@@ -42,7 +43,9 @@ class _Pool:
     windowed: bool
 
 
-def read_samples(model: Model, recipe: Recipe, calibrated: bool) -> Samples:
+def read_samples(
+    model: Model, recipe: Recipe, calibrated: bool, third_party: Callable[[str], Path | None] = lambda source: None
+) -> Samples:
     """Draw the calibration and evaluation samples of a run; the same recipe and data always give the same.
 
     The evaluation samples are drawn first, so that they are the same whatever is calibrated; what they were drawn from
@@ -51,6 +54,7 @@ def read_samples(model: Model, recipe: Recipe, calibrated: bool) -> Samples:
     encoder-decoder, which is to give its source again, each record is one sample, truncated to `length`.
 
     calibrated: whether calibration samples are needed. Where neither they nor a verification are, nothing is read.
+    third_party: asked first for every source that the recipe names; returns None for one that is not its own.
 
     Raises UsageError QC-DATA-002 (source not of a kind that the model can use), QC-DATA-004 (fewer samples than
     requested), QC-DATA-005 (samples longer than the model's positions), QC-DATA-007 (text, but no tokenizer); InputError
@@ -61,12 +65,15 @@ def read_samples(model: Model, recipe: Recipe, calibrated: bool) -> Samples:
         return Samples((), ())
     if model.task != "module":
         _check_lengths(model, recipe)
-    source = recipe.calibration.source
-    pool = _read_pool(model, recipe, recipe.evaluation.source or source)
+    source, judging = (
+        each and str(third_party(each) or each) for each in (recipe.calibration.source, recipe.evaluation.source)
+    )
+    judging = judging or source
+    pool = _read_pool(model, recipe, judging)
     evaluation, used = _draw(pool, recipe.evaluation, "evaluation", recipe.seed, frozenset())
     calibration: list[Row] = []
     if calibrated:
-        if source != (recipe.evaluation.source or source):
+        if source != judging:
             pool = _read_pool(model, recipe, source)
         calibration, _ = _draw(pool, recipe.calibration, "calibration", recipe.seed, used)
     return Samples(tuple(_batches(model, calibration)), tuple(_batches(model, evaluation)))

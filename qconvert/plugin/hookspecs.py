@@ -5,6 +5,7 @@ Nothing heavy is imported here: plugins are found before it is known whether tor
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pluggy import HookspecMarker
@@ -34,6 +35,17 @@ def load_model(source: str) -> Model | None:
     source: what the user wrote, e.g. a path.
     Returns None for a source that is not the plugin's, else a Model whose tensors are read lazily. Raises InputError for
     a source that is the plugin's but damaged.
+    """
+
+
+@hookspec(firstresult=True)
+def find_data(source: str) -> Path | None:
+    """Called for every source of calibration or evaluation data that the user named. Third parties are asked before the
+    built-ins.
+
+    source: what the user wrote, e.g. an id.
+    Returns None for a source that is not the plugin's, else a file of a kind that qconvert reads: .txt, .jsonl, .parquet
+    or .npz. Raises InputError for a source that is the plugin's but can't be had.
     """
 
 

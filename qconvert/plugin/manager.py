@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -96,30 +96,20 @@ class PluginManager:
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no complete Model; its own QConvertErrors pass.
         """
-        for plugin in reversed(self.plugins):
-            try:
-                model = self._ask(plugin, "load_model", source=source)
-            except QConvertError:
-                raise
-            except FAILURES as error:
-                raise PluginError(
-                    "QC-PLUGIN-006",
-                    f"plugin {plugin.distribution} failed to load {source!r}: {reason(error)}",
-                    hint="report it to the plugin's author, or uninstall the plugin",
-                ) from error
-            if model is None:
-                continue
-            from qconvert.plugin import loaded
+        from qconvert.plugin.loaded import model_problems
 
-            for problem in loaded.problems(model):
-                raise PluginError(
-                    "QC-PLUGIN-006",
-                    f"plugin {plugin.distribution} broke its contract at {source!r}: {problem}",
-                    hint="report it to the plugin's author, or uninstall the plugin",
-                )
-            found: Model = model
-            return found
-        return None
+        model: Model | None = self._first("load_model", source, model_problems)
+        return model
+
+    def find_data(self, source: str) -> Path | None:
+        """The file that the first plugin which knows `source` names for it, None if none does.
+
+        Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no file; its own QConvertErrors pass.
+        """
+        from qconvert.plugin.loaded import data_problems
+
+        path: Path | None = self._first("find_data", source, data_problems)
+        return path
 
     def conversion_finished(self, recipe: Recipe, report: Report) -> None:
         """Tell every plugin. One that fails, or changes the output, is a warning: the output is published and stays."""
@@ -160,10 +150,34 @@ class PluginManager:
                 registered.setdefault(kind.name, []).append((kind, plugin))
         return registered
 
+    def _first(self, hook: str, source: str, problems: Callable[[object], Iterator[str]]) -> Any:
+        """What the first plugin that knows `source` returns, held to its contract; None if none does."""
+        for plugin in reversed(self.plugins):
+            try:
+                found = self._ask(plugin, hook, source=source)
+            except QConvertError:
+                raise
+            except FAILURES as error:
+                raise PluginError(
+                    "QC-PLUGIN-006",
+                    f"plugin {plugin.distribution} failed to load {source!r}: {reason(error)}",
+                    hint="report it to the plugin's author, or uninstall the plugin",
+                ) from error
+            if found is None:
+                continue
+            for problem in problems(found):
+                raise PluginError(
+                    "QC-PLUGIN-006",
+                    f"plugin {plugin.distribution} broke its contract at {source!r}: {problem}",
+                    hint="report it to the plugin's author, or uninstall the plugin",
+                )
+            return found
+        return None
+
     def _ask(self, plugin: Plugin, hook: str, **arguments: object) -> Any:
         """Call one hook of one plugin only, so that what it raises has a name."""
         if hook not in hook_functions(plugin.implementation):
-            return None if hook == "load_model" else []
+            return None if getattr(hookspecs, hook).qconvert_spec["firstresult"] else []
         others = [other.implementation for other in self.plugins if other is not plugin]
         with watch.calling(plugin.distribution, f"{hook} {plugin.value}"):
             return self._hooks.subset_hook_caller(hook, others)(**arguments)
