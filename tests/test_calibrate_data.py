@@ -208,6 +208,16 @@ def test_a_copy_of_the_calibration_file_is_no_way_round(encoder: Model, tmp_path
         read_samples(encoder, recipe(samples=11, source=source, evaluation=evaluation), True)
 
 
+def test_a_plugin_is_asked_for_what_the_recipe_names(encoder: Model, tmp_path: Path) -> None:
+    records = numbers(20, words=7)
+    found = {"acme/train": write(tmp_path / "a.txt", records), "acme/test": write(tmp_path / "b.txt", numbers(9, 7, seed=1))}
+    theirs, plain = (
+        read_samples(encoder, recipe(source=train, evaluation=test), True, found.get) for train, test in (found, found.values())
+    )
+    assert sequences(theirs.calibration) == sequences(plain.calibration)
+    assert sequences(theirs.evaluation) == sequences(plain.evaluation)
+
+
 def test_one_long_record_is_split_too(decoder: Model, tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", numbers(1, words=16 * 8))
     samples = read_samples(decoder, recipe(samples=8, source=source), True)

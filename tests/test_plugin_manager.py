@@ -288,6 +288,35 @@ def test_a_loader_may_reject_its_source(install: Install) -> None:
         PluginManager(()).load_model("x.gguf")
 
 
+# --- finding data ---
+
+FINDER = "from pathlib import Path\nfrom qconvert import hookimpl\n@hookimpl\ndef find_data(source):\n    {}\n"
+
+
+def test_data_is_found_by_the_plugin_that_knows_it(install: Install, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("text")
+    install("finder", FINDER.format(f"return Path({str(tmp_path)!r}, 'prose.txt') if source == 'acme/prose' else None"))
+    assert PluginManager(()).find_data("acme/prose") == tmp_path / "prose.txt"
+    assert PluginManager(()).find_data("builtin") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return 1 / 0", "failed to load 'acme/prose': ZeroDivisionError"),
+        ("return 'prose.txt'", "broke its contract at 'acme/prose': it returned str, not a Path"),
+        ("return Path('nonesuch.txt')", "it returned 'nonesuch.txt', which is no file"),
+    ],
+    ids=["raises", "no-path", "no-file"],
+)
+def test_a_failing_finder_is_a_plugin_error(install: Install, body: str, words: str) -> None:
+    install("finder", FINDER.format(body))
+    with pytest.raises(PluginError) as raised:
+        PluginManager(()).find_data("acme/prose")
+    assert raised.value.code == "QC-PLUGIN-006"
+    assert words in raised.value.message
+
+
 # --- after the conversion ---
 
 

@@ -56,7 +56,7 @@ def _no_folder(path: Path) -> InputError:
         return InputError(
             "QC-INPUT-001",
             f"source {str(path)!a} does not exist",
-            hint="check the path; model ids are not downloaded: give a folder",
+            hint="check the path; for ids of the Hugging Face Hub install the plugin qconvert-hub",
         )
     if path.suffix in PICKLES:
         return InputError(

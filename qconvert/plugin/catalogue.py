@@ -18,12 +18,12 @@ from qconvert.recipe import Recipe
 if TYPE_CHECKING:
     from qconvert.plugin.quantizer import Quantizer
 
-KINDS = {"load_model": "loader", "conversion_finished": "finisher"}
+KINDS = {"load_model": "loader", "find_data": "data", "conversion_finished": "finisher"}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One quantizer, loader or finisher.
+    """One quantizer, loader of models, finder of data, or finisher.
 
     name: of a quantizer, else the plugin's module.
     value: the entry point, the module of a built-in, or the file.
@@ -53,7 +53,7 @@ class Entry:
 
 
 def entries(plugins: PluginManager) -> tuple[Entry, ...]:
-    """Quantizers by name, then loaders and finishers. What is broken is in `plugins.broken` afterwards."""
+    """Quantizers by name, then the others. What is broken is in `plugins.broken` afterwards."""
     quantizers = [_quantizer(kind, plugin) for _, found in sorted(plugins.quantizers.items()) for kind, plugin in found]
     others = [
         Entry(plugin.value, word, *plugin.distribution, plugin.value, _api(plugin), *_docs(plugin.implementation))

@@ -15,7 +15,7 @@ TITLES = ("name", "kind", "distribution", "version", "API", "data", "schemes")
 
 
 def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> RenderableType:
-    """One row per quantizer, loader and finisher; below, what is broken and why."""
+    """One row per quantizer, loader, finder of data and finisher; below, what is broken and why."""
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in TITLES:
         rows.add_column(title, overflow="fold", no_wrap=title != "schemes")
