@@ -136,8 +136,8 @@ class DataSpec(_Part):
 
     source: str | None = Field(
         None,
-        description=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds; unset: evaluation takes what calibration has, "
-        "calibration takes 'builtin', or a module's example inputs",
+        description=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds; unset: evaluation takes what "
+        "calibration has, calibration takes 'builtin', or a module's example inputs",
     )
     samples: int = Field(32, ge=1, description="how many samples: token windows, sentences or rows")
     length: int = Field(256, ge=8, description="tokens per sample, for text")

@@ -17,7 +17,7 @@ from qconvert import hookimpl
 from qconvert.errors import InputError
 
 if TYPE_CHECKING:
-    from huggingface_hub.utils import HfUri
+    from huggingface_hub import HfUri
 
     from qconvert.ir.model import Model
     from qconvert.ir.report import Report
@@ -97,7 +97,7 @@ def conversion_finished(recipe: Recipe, report: Report) -> None:
         return
     message = f"qconvert: {report.quantizer} {report.scheme}"
     if root := os.environ.get(ROOT):
-        place = copy_to_folder(recipe.output, Path(root) / repository)
+        place = str(copy_to_folder(recipe.output, Path(root) / repository))
     else:
         place = upload(recipe.output, repository, message)
     logger.info("published to %s", place)
@@ -111,8 +111,8 @@ def parse(source: str, kind: Literal["model", "dataset"]) -> HfUri | None:
         if not ID.fullmatch(source) or source.endswith(DATA_SUFFIXES) or Path(source).parent.exists():
             return None
         uri = f"{PREFIX}{'datasets/' if kind == 'dataset' else ''}{source}"
+    from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
-    from huggingface_hub.utils import parse_hf_uri
 
     try:
         address = parse_hf_uri(uri)
@@ -120,6 +120,8 @@ def parse(source: str, kind: Literal["model", "dataset"]) -> HfUri | None:
         raise _no_address(source, str(error)) from error
     if kind == "model" and address.type != "model":
         raise _no_address(source, f"it names a {address.type}")
+    if ".." in address.path_in_repo.split("/"):
+        raise _no_address(source, "its path leads out of the repository")
     return address
 
 
@@ -130,10 +132,10 @@ def model_folder(address: HfUri) -> Path:
     from huggingface_hub import snapshot_download
 
     with reachable(address):
-        folder = Path(snapshot_download(address.id, revision=address.revision, allow_patterns=list(MODEL_FILES)))
+        snapshot = Path(snapshot_download(address.id, revision=address.revision, allow_patterns=list(MODEL_FILES)))
     if address.revision is None:
-        logger.info("%s is at commit %s; %s@%s names it for good", address.id, folder.name, address.id, folder.name)
-    return folder
+        logger.info("%s is at commit %s; %s@%s names it for good", address.id, snapshot.name, address.id, snapshot.name)
+    return snapshot
 
 
 def file_names(address: HfUri) -> Sequence[str]:
@@ -149,8 +151,8 @@ def file_names(address: HfUri) -> Sequence[str]:
 def data_file(address: HfUri, name: str) -> Path:
     """One file of a repository, downloaded where it is not yet in the cache. Raises InputError QC-HUB-003 where it is none."""
     if (folder := _repository_folder(address)) is not None:
-        path = (folder / name).resolve()
-        if not path.is_file() or not path.is_relative_to(folder):
+        path = folder / name
+        if not path.is_file():
             raise InputError("QC-HUB-003", f"{folder} has no file {name!a}", hint="check the path")
         return path
     from huggingface_hub import hf_hub_download
@@ -220,8 +222,7 @@ def copy_to_folder(output: Path, folder: Path) -> Path:
 
 def upload(output: Path, repository: str, message: str) -> str:
     """Make a repository of the hub a copy of `output` in one commit, and return its address. A new one is private."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import parse_hf_uri
+    from huggingface_hub import HfApi, parse_hf_uri
 
     api = HfApi()
     with reachable(parse_hf_uri(f"{PREFIX}{repository}")):

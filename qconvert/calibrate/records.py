@@ -37,8 +37,8 @@ def read_records(source: str) -> Iterator[str]:
         raise UsageError(
             "QC-DATA-002",
             f"{source!r} is no source of text",
-            hint=f"give '{BUILTIN}' or a file that ends in {', '.join(TEXT_SUFFIXES)} or {ARRAYS_SUFFIX}; for ids of the Hugging "
-            "Face Hub install the plugin qconvert-hub",
+            hint=f"give '{BUILTIN}' or a file that ends in {', '.join(TEXT_SUFFIXES)} or {ARRAYS_SUFFIX}; for ids of the "
+            "Hugging Face Hub install the plugin qconvert-hub",
         )
     with _readable(path):
         for text in readers[path.suffix](path):

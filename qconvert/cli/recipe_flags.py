@@ -54,7 +54,9 @@ _REST = (
         multiple=True,
         help="Scheme of the layers that match, or 'float'; first match wins.",
     ),
-    click.option("--calibration", metavar="SRC", help=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds."),
+    click.option(
+        "--calibration", metavar="SRC", help=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds."
+    ),
     click.option("--evaluation", metavar="SRC", help="The same, for the comparison with the float model."),
     click.option("--target", "targets", type=TARGETS, multiple=True, help="Where the artifact is to run; may be repeated."),
     click.option("--layout", type=click.Choice(["transformers", "onnx"]), help="Who must be able to read model.safetensors."),

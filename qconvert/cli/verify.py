@@ -16,7 +16,9 @@ from qconvert.ir.garbage import importing
     "--target", "targets", type=TARGETS, multiple=True, help="Where to run it; may be repeated. Default: all it was made for."
 )
 @click.option(
-    "--evaluation", metavar="SRC", help=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds. Default: that of its recipe."
+    "--evaluation",
+    metavar="SRC",
+    help=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds. Default: that of its recipe.",
 )
 @click.option(
     "--gate",

