@@ -105,12 +105,12 @@ LARGEST = 2  # column of `lossless_rows` that meets weights of 0
 def lossless_rows(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) -> Tensor:
     """Random whole numbers that the scheme's kernel multiplies without loss, if `without_largest` made the weights.
 
-    Kernels for float activations divide the largest magnitude into 127 steps, those for int8 activations into ROW_STEPS, so
-    that they are exact on rows whose largest magnitude is that.
+    Kernels for float activations divide the largest magnitude into 127 steps, those for int8 activations into those of
+    SYMMETRIC_ROWS, so that they are exact on rows whose largest magnitude is that.
     """
     x = whole_numbers(shape, -127, 127, seed)
     if scheme.activation_bits:
-        x[:, LARGEST] = kernel.ROW_STEPS
+        x[:, LARGEST] = kernel.SYMMETRIC_ROWS.steps
     return x
 
 

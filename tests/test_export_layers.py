@@ -204,6 +204,21 @@ def test_a_row_of_zeros_stays_zero(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(other[1]), model.read("other.bias"))
 
 
+@pytest.mark.parametrize(("function", "zero_point"), [(nn.ReLU(), 0), (nn.GELU(), 24), (nn.Tanh(), 128)], ids=str)
+def test_most_codes_go_to_what_an_activation_function_gives(function: nn.Module, zero_point: int, tmp_path: Path) -> None:
+    inputs = {"input": torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * 3}
+    model = model_of(nn.Sequential(function, nn.Linear(64, 8)), example_inputs=inputs, input_names=("input",))
+    tensors = quantize_nearest(model, lambda name, weight: QuantScheme.parse("int8-channel-a8"))
+    template = trace(model)
+    artifact = publish(model, template, tensors, tmp_path / "out")
+    assert parity(artifact) < 1e-5
+    graph = onnx.load(artifact.folder / GRAPH, load_external_data=False).graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name.startswith("qconvert/")}
+    (product,) = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert constants[product.input[4]] == zero_point
+    assert template.groups[0].made_by == {0: "Relu", 24: "Gelu", 128: "Tanh"}[zero_point]
+
+
 # --- which kernels ---
 
 

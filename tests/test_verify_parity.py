@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from calibrate_models import model_of
-from exporting import lossless_rows, nearest, publish, quantize_nearest, whole_numbers, without_largest
+from exporting import LARGEST, lossless_rows, nearest, publish, quantize_nearest, whole_numbers, without_largest
 from onnx import helper
 from trace_models import DECODER, traced
 
@@ -163,6 +163,25 @@ def test_the_emulation_rounds_activations_to_steps_of_each_rows_largest() -> Non
     steps = torch.tensor([[127.0, 64.0, 0.0, -33.0], [127.0, 64.0, 0.0, -33.0]])
     expected = steps / 127.49 * torch.tensor([[1.0], [100.0]]) * 127
     assert torch.allclose(emulate_row_form(x, identity, None), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("made_by", "lowest", "steps"), [("Gelu", -24, 231), ("Relu", 0, 255)])
+def test_after_an_activation_function_most_codes_are_for_what_is_positive(made_by: str, lowest: int, steps: int) -> None:
+    """Rows of whole numbers of steps are exact; with as many codes for what is negative, the step would be twice as large."""
+    weight = without_largest(whole_numbers((8, 64), -127, 127))
+    tensor = nearest(weight, QuantScheme.parse("int8-channel-a8"))
+    x = whole_numbers((5, 64), lowest, steps, seed=1)
+    x[:, LARGEST] = steps + 0.49
+    step = 0.125
+    found = emulate_row_form(x * step, tensor, None, made_by)
+    assert torch.allclose(found, x @ weight.T * step, rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(emulate_row_form(x * step, tensor, None), x @ weight.T * step, rtol=1e-2)
+
+
+def test_after_gelu_a_row_of_small_values_keeps_a_code_for_its_lowest() -> None:
+    identity = nearest(torch.eye(4) * 127, QuantScheme.parse("int8-tensor-a8"))
+    x = torch.tensor([[-0.17, -0.1, 0.0, 0.02]])
+    assert torch.allclose(emulate_row_form(x, identity, None, "Gelu"), x * 127, atol=0.17 / 24 / 2 * 127)
 
 
 # --- digests ---

@@ -241,7 +241,7 @@ class _Watch:
         return [
             None
             if self._is_embedding(group)
-            else CalibrationStats(rows, {each.name: each.finalize().cpu() for each in observers} if rows else {})
+            else CalibrationStats(rows, {each.name: each.finalize().cpu() for each in observers} if rows else {}, group.made_by)
             for group, rows, observers in zip(self.groups, self.rows, self.observers, strict=True)
         ]
 

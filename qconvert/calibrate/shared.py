@@ -90,7 +90,7 @@ def _narrowed(stats: CalibrationStats | None, observers: Sequence[type[Observer]
     if stats is None or not observers:
         return None
     names = [observer.name for observer in observers if observer.name in stats.values]
-    return CalibrationStats(stats.rows, {name: stats.values[name].clone() for name in names})
+    return replace(stats, values={name: stats.values[name].clone() for name in names})
 
 
 def _copy(layer: Layer, stats: CalibrationStats | None) -> Layer:

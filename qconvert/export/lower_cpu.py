@@ -1,8 +1,8 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
-int8 activations  row form: every row is quantized with a step of its own, its largest magnitude by ROW_STEPS, once for
-                  all linears that read it; then MatMulIntegerToFloat on the codes, and the step put back
+int8 activations  row form: every row is quantized with a step of its own (kernel.RowCodes), once for all linears that
+                  read it; then MatMulIntegerToFloat on the codes, and the step put back
 outliers          the row form on what is left when the outlier columns are masked out, plus their float product
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
                   int8 activations (of a head that shares the bytes, in row form): gathered codes, cast and scaled
@@ -41,7 +41,7 @@ class CpuLowering(Lowering):
         super().__init__(builder, outlier_columns, block_of)
         self._decodes = decodes
         self._rows: dict[Value, tuple[Value, Value]] = {}
-        self._row_zero_points: dict[object, Value] = {}
+        self._row_zero_points: dict[tuple[object, int], Value] = {}
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
@@ -111,11 +111,13 @@ class CpuLowering(Lowering):
         builder, name = self.builder, plan.name
         x = self._scaled_input(plan, unscaled)
         columns = self.outlier_columns.get(name, ())
-        quantized, step = self._quantized_rows(self._without(x, columns, plan), plan)
+        maker = unscaled.producer()
+        rows = kernel.row_codes(maker.op_type if maker and x is unscaled else None)
+        quantized, step = self._quantized_rows(self._without(x, columns, plan), rows, plan)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
         scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
         one = builder.constant("qconvert/one", np.array(1, np.float32))
-        inputs: list[Value | None] = [quantized, weight, one, scale, self._zero_point()]
+        inputs: list[Value | None] = [quantized, weight, one, scale, self._zero_point(rows)]
         if not plan.scheme.symmetric:
             inputs.append(builder.external(f"{name}.weight_zero_point", (plan.out_features,)))
         product = builder.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", MICROSOFT)
@@ -132,24 +134,32 @@ class CpuLowering(Lowering):
         producer.metadata_props[INPUT_KEY] = unscaled.name
         return output
 
-    def _quantized_rows(self, x: Value, plan: LayerPlan) -> tuple[Value, Value]:
+    def _quantized_rows(self, x: Value, rows: kernel.RowCodes, plan: LayerPlan) -> tuple[Value, Value]:
         """(uint8 rows, step of each row [..., 1]), made once per input."""
         if x not in self._rows:
             builder, name = self.builder, plan.name
-            unit = builder.constant("qconvert/row_scale", np.array(1 / kernel.ROW_STEPS, np.float32))
-            step = builder.op("Mul", [self._largest_magnitude(x, name), unit], f"{name}/RowStep")
+            unit = builder.constant(f"qconvert/row_scale_{rows.zero_point}", np.array(1 / rows.steps, np.float32))
+            step = builder.op("Mul", [self._largest(x, rows, name), unit], f"{name}/RowStep")
+            if rows.least_step:
+                least = builder.constant(f"qconvert/least_step_{rows.zero_point}", np.array(rows.least_step, np.float32))
+                step = builder.op("Max", [step, least], f"{name}/LeastRowStep")
             # One block per row: faster than Div and QuantizeLinear with one scale, which pass over the input twice. A row of
             # zeros becomes 0 / 0 and some code or other; its product, a finite number, is then multiplied by 0.
-            inputs = [x, step, self._zero_points_of(x, step, name)]
+            inputs = [x, step, self._zero_points_of(x, step, rows, name)]
             quantized = builder.op("QuantizeLinear", inputs, f"{name}/QuantizeRows", axis=-1, block_size=plan.in_features)
             self._rows[x] = quantized, step
         return self._rows[x]
 
-    def _largest_magnitude(self, x: Value, name: str) -> Value:
-        """Of each row: [..., 1]. Two nodes are less to start for the one row of a decoding step; without Abs, which writes as
-        much as it reads, many rows take two thirds of the time."""
+    def _largest(self, x: Value, rows: kernel.RowCodes, name: str) -> Value:
+        """Of each row: [..., 1], the largest magnitude where rows have both signs.
+
+        Two nodes are less to start for the one row of a decoding step; without Abs, which writes as much as it reads, many rows
+        take two thirds of the time.
+        """
         builder = self.builder
         axes = builder.constant("qconvert/last_axis", np.array([-1], np.int64))
+        if not rows.symmetric:
+            return builder.op("ReduceMax", [x, axes], f"{name}/RowMax", keepdims=1)
         if self._decodes:
             magnitude = builder.op("Abs", [x], f"{name}/Abs")
             return builder.op("ReduceMax", [magnitude, axes], f"{name}/RowMax", keepdims=1)
@@ -157,15 +167,16 @@ class CpuLowering(Lowering):
         smallest = builder.op("ReduceMin", [x, axes], f"{name}/RowMin", keepdims=1)
         return builder.op("Max", [largest, builder.op("Neg", [smallest], f"{name}/Neg")], f"{name}/RowMagnitude")
 
-    def _zero_points_of(self, x: Value, step: Value, name: str) -> Value:
+    def _zero_points_of(self, x: Value, step: Value, rows: kernel.RowCodes, name: str) -> Value:
         """One zero point per row, in the shape of `step`; made once for all inputs that are known to have as many rows."""
-        rows: object = x if x.shape is None or None in (dims := x.shape.dims[:-1]) else dims
-        if rows not in self._row_zero_points:
+        shape: object = x if x.shape is None or None in (dims := x.shape.dims[:-1]) else dims
+        key = shape, rows.zero_point
+        if key not in self._row_zero_points:
             # Any step by the largest float is 0, and its code the zero point: one node, where Shape and Expand are two.
             largest = self.builder.constant("qconvert/largest", np.array(np.finfo(np.float32).max))
-            inputs = [step, largest, self._zero_point()]
-            self._row_zero_points[rows] = self.builder.op("QuantizeLinear", inputs, f"{name}/RowZeroPoints")
-        return self._row_zero_points[rows]
+            inputs = [step, largest, self._zero_point(rows)]
+            self._row_zero_points[key] = self.builder.op("QuantizeLinear", inputs, f"{name}/RowZeroPoints")
+        return self._row_zero_points[key]
 
-    def _zero_point(self) -> Value:
-        return self.builder.constant("qconvert/row_zero_point", np.array(128, np.uint8))
+    def _zero_point(self, rows: kernel.RowCodes) -> Value:
+        return self.builder.constant(f"qconvert/row_zero_point_{rows.zero_point}", np.array(rows.zero_point, np.uint8))

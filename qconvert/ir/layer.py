@@ -18,10 +18,12 @@ class CalibrationStats:
 
     rows: how many input rows (tokens, pixels) were seen, padding left out.
     values: observer name -> statistic, e.g. {"absmax": [in], "gram": [in, in]}.
+    made_by: ONNX type of the node that gives the input, e.g. "Gelu"; None where it is not known, or the input scaled.
     """
 
     rows: int
     values: Mapping[str, Tensor]
+    made_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

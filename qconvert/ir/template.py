@@ -17,10 +17,14 @@ DOMAIN = "qconvert"
 
 @dataclass(frozen=True, slots=True)
 class InputGroup:
-    """Layers that read the same value, and the producer that a scale can be folded into."""
+    """Layers that read the same value, and the producer that a scale can be folded into.
+
+    made_by: ONNX type of the node that gives the value.
+    """
 
     layers: tuple[str, ...]
     producer: Producer | None
+    made_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

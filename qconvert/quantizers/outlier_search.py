@@ -32,7 +32,7 @@ def columns_that_pay(stats: CalibrationStats, limit: int) -> Tensor:
         return largest[:0]
 
     def cost(count: int) -> float:
-        error = float((quantized_rows(rows, largest[:count]) - rows).square_().sum())
+        error = float((quantized_rows(rows, largest[:count], stats.made_by) - rows).square_().sum())
         return error / energy + PRICE * (count + PASS if count else 0)
 
     return largest[: min(_ladder(len(largest)), key=cost)].sort().values

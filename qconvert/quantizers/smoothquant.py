@@ -81,7 +81,7 @@ class SmoothQuantQuantizer(Quantizer):
         @cache
         def attempt(step: int | None) -> tuple[float, Tensor | None]:
             scale = None if step is None else _scale(inputs, weights, step / self.grid)[channels]
-            return _output_error(group.layers, schemes, rows, wanted, scale), scale
+            return _output_error(group, schemes, rows, wanted, scale), scale
 
         # The error is smooth in the exponent, so every third is tried first, and then what lies around the best.
         coarse = min(range(0, self.grid + 1, 3), key=lambda step: attempt(step)[0])
@@ -119,7 +119,7 @@ def _positive(magnitude: Tensor) -> Tensor:
 
 
 def _output_error(
-    layers: tuple[Layer, ...],
+    group: LinearGroup,
     schemes: tuple[QuantScheme, ...],
     rows: Tensor,
     wanted: Sequence[Tensor],
@@ -127,9 +127,9 @@ def _output_error(
 ) -> float:
     """Squared error over the outputs `wanted` [n, out] of `rows` [n, in], with `scale` [in] put into the weights."""
     smoothed = rows if scale is None else rows / scale
-    seen = quantized_rows(smoothed)
+    seen = quantized_rows(smoothed, made_by=group.stats.made_by if group.stats and scale is None else None)
     total = 0.0
-    for layer, scheme, output in zip(layers, schemes, wanted, strict=True):
+    for layer, scheme, output in zip(group.layers, schemes, wanted, strict=True):
         weight = round_to_nearest(layer.weight if scale is None else layer.weight * scale, scheme).dequantize()
         total += float(((seen if scheme.activation_bits else smoothed) @ weight.T).sub_(output).square_().sum())
     return total if math.isfinite(total) else math.inf  # products of huge weights may overflow

@@ -131,36 +131,44 @@ def cluster_parity(artifact: Artifact) -> float:
     inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []
-    for part, layers, x, y in clusters:
+    for part, layers, x, made_by, y in clusters:
         seen = values[part]
         rows = torch.from_numpy(seen[x])
         biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
-        expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name)) for name in layers], -1)
+        expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name), made_by) for name in layers], -1)
         errors.append(agreement.largest_difference(seen[y], expected.numpy()))
     return max(errors)
 
 
-def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str]]:
-    """(layers, name of the input, name of the output) of each cluster, with both made outputs of the graph."""
-    last = [node for node in graph if LAYER_KEY in node.metadata_props]
-    clusters = [(_layer_names(node), node.metadata_props[INPUT_KEY], str(node.outputs[0].name)) for node in last]
+def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str | None, str]]:
+    """(layers, name of the input, type of the node that gives it, name of the output) of each cluster, with input and output
+    made outputs of the graph."""
+    clusters = []
+    for last in (node for node in graph if LAYER_KEY in node.metadata_props):
+        x = last.metadata_props[INPUT_KEY]
+        maker = _value(graph, x).producer()
+        clusters.append((_layer_names(last), x, maker.op_type if maker else None, str(last.outputs[0].name)))
     shown = {value.name for value in graph.outputs}
-    for name in dict.fromkeys(name for _, x, y in clusters for name in (x, y)):
+    for name in dict.fromkeys(name for _, x, _, y in clusters for name in (x, y)):
         value = _value(graph, name)
         if name not in shown and not value.is_graph_input():
             graph.outputs.append(value)
     return clusters
 
 
-def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """y [..., out] of x [..., in] as the int8 kernels compute it: exact integer products, one activation scale per row."""
+def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, made_by: str | None = None) -> Tensor:
+    """y [..., out] of x [..., in] as the int8 kernels compute it: exact integer products, one activation scale per row.
+
+    made_by: type of the node that gives x.
+    """
+    rows = kernel.row_codes(made_by if tensor.input_scale is None else None)
     if tensor.input_scale is not None:
         x = x * (1 / tensor.input_scale)
     kept = x
     if tensor.outliers is not None:
         kept = x.clone()
         kept[..., tensor.outliers.columns] = 0
-    step = kept.abs().amax(-1, keepdim=True) * torch.tensor(1 / kernel.ROW_STEPS, dtype=torch.float32)
+    step = rows.step_of(kept)
     codes = torch.round(kept / step).nan_to_num()  # a row of zeros; it is multiplied by 0 below
     weight = tensor.q.double()
     if tensor.zero_point is not None:
