@@ -40,8 +40,8 @@ class RowCodes(NamedTuple):
         return (largest * torch.tensor(1 / self.steps, dtype=torch.float32)).clamp(min=self.least_step)
 
 
-# The largest magnitude by 127.49 steps rounds to 127 as with 127 steps, and loses no more than any other value, half a step; but
-# the steps are finer (KL of SmolLM2 0.0490 instead of 0.0502).
+# The largest magnitude by 127.49 steps rounds to 127 as with 127 steps, and loses no more than any other value, half a step;
+# but the steps are finer (KL of SmolLM2 0.0490 instead of 0.0502).
 SYMMETRIC_ROWS = RowCodes(128, 127.49)
 GELU_LOWEST = 0.1701  # below 0, the tanh approximation included
 GELU_ZERO = 24  # of 16 to 64 the best for MiniLM by a hair; below, more rows are held to the least step

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -24,25 +22,27 @@ from qconvert.ir.layer import Batch
 from qconvert.load import load
 from qconvert.trace import trace
 
-BATCH, LENGTH, REPEATS, SENTENCES = 16, 128, 12, 256
+from .encoder_speed import session
+
+ROUNDS, SENTENCES = 8, 256
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# Artifact -> (lowest cosine to float, lowest speed relative to quantize_dynamic).
-LIMITS = {"per-channel": (0.997, 1.0), "int8 embedding": (0.997, 1.0), "llm-int8": (0.999, 0.85)}
+# Artifact -> (lowest cosine to float, lowest correlation of pairwise similarities).
+LIMITS = {
+    "per-channel": (0.997, 0.998),
+    "int8 embedding": (0.997, 0.998),
+    "smoothquant": (0.9992, 0.9995),
+    "llm-int8": (0.9992, 0.9995),
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "per-channel": {"quantizer": "per-channel"},
     "int8 embedding": {
         "quantizer": "per-channel",
         "rules": [{"pattern": f"*.{part}_embeddings", "scheme": "int8-channel-a8"} for part in ("word", "position")],
     },
+    # Behind a BERT's norms no scale can be folded: only this layout keeps it.
+    "smoothquant": {"quantizer": "smoothquant", "options": {"max_outliers": 1}, "layout": "onnx"},
     "llm-int8": {"quantizer": "llm-int8"},
 }
-
-
-def session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def write_plain(folder: Path, path: Path) -> None:
@@ -73,8 +73,26 @@ def embed(run: Any, batch: Batch) -> torch.Tensor:
     return (states * mask).sum(1) / mask.sum(1)
 
 
+def race(paths: dict[str, Path]) -> dict[str, float]:
+    """Name -> least seconds of a run. All take turns, in processes of their own: where a graph's tensors come to lie in memory
+    moves its speed by 10 %, and what else the machine does only makes it slower."""
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for number in range(ROUNDS):
+        for name in paths if number % 2 == 0 else reversed(paths):
+            command = [sys.executable, str(Path(__file__).with_name("encoder_speed.py")), str(paths[name])]
+            seconds[name].append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return {name: min(taken) for name, taken in seconds.items()}
+
+
+def similarities(vectors: torch.Tensor) -> torch.Tensor:
+    """Cosines of all pairs of vectors [n, width]."""
+    directions = torch.nn.functional.normalize(vectors)
+    first, second = torch.triu_indices(len(vectors), len(vectors), 1)
+    return (directions @ directions.T)[first, second]
+
+
 def test_speed_and_cosine(models: Path, data: Path, tmp_path: Path) -> None:
-    """Cosine of pooled sentence vectors to float, and speed relative to quantize_dynamic per channel, one thread."""
+    """Pooled sentence vectors compared with float, and speed beside quantize_dynamic per channel, one thread."""
     settings: dict[str, Any] = {
         "model": str(models / "minilm"),
         "calibration": {"source": str(data / "calibration.txt"), "samples": 64, "length": 128},
@@ -92,34 +110,30 @@ def test_speed_and_cosine(models: Path, data: Path, tmp_path: Path) -> None:
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul"],
     )
-    sessions = {
-        "plain float": session(tmp_path / "plain.onnx"),
-        "qconvert's float": session(tmp_path / "float.onnx"),
-        "quantize_dynamic": session(tmp_path / "dynamic.onnx"),
-        **{name: session(tmp_path / name / "model.onnx") for name in SETTINGS},
+    paths = {
+        "plain float": tmp_path / "plain.onnx",
+        "qconvert's float": tmp_path / "float.onnx",
+        "quantize_dynamic": tmp_path / "dynamic.onnx",
+        **{name: tmp_path / name / "model.onnx" for name in SETTINGS},
     }
+    speed = race(paths)
     recipe = Recipe.from_settings({**settings, "verify": True, "output": tmp_path / "none"})
     batches = read_samples(load(str(models / "minilm"), lambda source: None), recipe, calibrated=False).evaluation
-    expected = torch.cat([embed(sessions["plain float"], batch) for batch in batches])
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    ids = np.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) * 7919 % 30000 + 5
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    for _ in range(REPEATS + 1):
-        for name, run in sessions.items():
-            start = time.perf_counter()
-            run.run(None, feeds)
-            times[name].append(time.perf_counter() - start)
-    speed = {name: median(taken[1:]) for name, taken in times.items()}
-    print(f"\n{'':18}{'cosine':>9}{'x plain float':>15}{'x quantize_dynamic':>20}")
-    cosines = {}
-    for name, run in sessions.items():
-        found = torch.cat([embed(run, batch) for batch in batches])
-        cosines[name] = float(torch.nn.functional.cosine_similarity(found, expected).mean())
-        relative = speed["quantize_dynamic"] / speed[name]
-        print(f"{name:18}{cosines[name]:9.5f}{speed['plain float'] / speed[name]:15.2f}{relative:20.2f}")
-    for name, (cosine, ratio) in LIMITS.items():
-        assert cosines[name] >= cosine
-        assert speed["quantize_dynamic"] / speed[name] >= ratio
+    vectors = {name: torch.cat([embed(session(path), batch) for batch in batches]) for name, path in paths.items()}
+    expected = vectors["plain float"]
+    print(f"\n{'':18}{'cosine':>9}{'correlation':>13}{'x plain float':>15}{'x quantize_dynamic':>20}")
+    found = {}
+    for name, mine in vectors.items():
+        cosine = float(torch.nn.functional.cosine_similarity(mine, expected).mean())
+        correlation = float(torch.corrcoef(torch.stack([similarities(mine), similarities(expected)]))[0, 1])
+        found[name] = cosine, correlation
+        relative = speed["plain float"] / speed[name], speed["quantize_dynamic"] / speed[name]
+        print(f"{name:18}{cosine:9.5f}{correlation:13.5f}{relative[0]:15.2f}{relative[1]:20.2f}")
+    for name, limits in LIMITS.items():
+        assert all(value >= limit for value, limit in zip(found[name], limits, strict=True)), name
+    for name in ("per-channel", "int8 embedding"):
+        assert speed[name] <= speed["quantize_dynamic"]
+    assert speed["smoothquant"] <= speed["per-channel"] / 0.9
     weights = sum((tmp_path / "int8 embedding" / file).stat().st_size for file in (WEIGHTS, SIDECAR))
     print(f"int8 embedding: {weights / 1e6:.1f} MB of weights")
     assert weights <= 24e6
