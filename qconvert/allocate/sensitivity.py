@@ -18,6 +18,7 @@ from torch import Tensor
 from qconvert.allocate.choices import Choice, cost
 from qconvert.allocate.knapsack import Option
 from qconvert.allocate.wavefront import Wavefront
+from qconvert.ir import affine
 from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Batch, Block, Layer, LinearGroup
 from qconvert.ir.model import Model
@@ -27,7 +28,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import in_own_shape
 from qconvert.plugin import contract
 from qconvert.plugin.observer import Gram
-from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.plugin.quantizer import Quantizer
 from qconvert.plugin.scaling import scaled
 from qconvert.recipe import Recipe
 
@@ -144,7 +145,7 @@ class _Made:
 def _rounding_error(layer: Layer, scheme: QuantScheme) -> float:
     """Sum of energy * (w - dequantize(q))^2, the output error if input columns were not correlated, over some of the rows."""
     weight = layer.weight[:: max(1, len(layer.weight) // SAMPLED_CHANNELS)].contiguous()
-    difference = (round_to_nearest(weight, scheme).dequantize() - weight).square_()
+    difference = affine.rounded(weight, scheme).sub_(weight).square_()
     if layer.stats is not None and Gram.name in layer.stats.values:
         difference *= layer.stats.values[Gram.name].diagonal().clamp(min=0)
     return float(difference.sum(dtype=torch.float64)) * len(layer.weight) / len(weight)

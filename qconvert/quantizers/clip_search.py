@@ -54,8 +54,9 @@ def best_clip(weight: Tensor, scheme: QuantScheme, ratios: Sequence[Tensor | flo
 def _best_clip(weight: Tensor, scheme: QuantScheme, ratios: Sequence[Tensor | float], energy: Tensor | None) -> Tensor:
     best = torch.ones(scheme.scale_shape(*weight.shape))
     least: Tensor | None = None
+    extremes = affine.extremes(weight, scheme)
     for ratio in ratios:
-        error = (round_to_nearest(weight, scheme, ratio).dequantize() - weight).square_()
+        error = affine.rounded(weight, scheme, affine.qparams_of(extremes, scheme, ratio)).sub_(weight).square_()
         if energy is not None:
             error *= energy
         error = affine.grouped(error, scheme).sum(-1)

@@ -12,7 +12,8 @@ the authors' code. The Gram matrix takes the place of re-running samples: it giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from torch import Tensor
 from qconvert.ir import affine
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin.quantizer import round_to_nearest
 
 ROWS = 256  # output channels that the error is measured on; one exponent for a whole group needs no more
 
@@ -39,12 +39,27 @@ def best_input_scale(group: LinearGroup, schemes: Sequence[QuantScheme], grid: i
     weights = [layer.weight[:: -(-len(layer.weight) // ROWS)] for layer in group.layers]
     magnitude = one_per_channel(magnitude, group)
     share = one_per_channel(_share_of_group(group.layers, schemes), group)
-    best, least = None, _output_error(weights, schemes, gram, None)
-    for candidate in _candidates(magnitude, share, grid):
-        scale = one_per_channel(candidate, group)  # again: powers of equal numbers may differ in the last bit
-        error = _output_error(weights, schemes, gram, scale)
-        if error < least:
-            best, least = scale, error
+
+    def attempt(exponent: float | None) -> tuple[float, Tensor | None]:
+        if exponent is None:
+            return _output_error(weights, schemes, gram, None), None
+        # One per channel again: powers of equal numbers may differ in the last bit.
+        scale = one_per_channel(_scale(magnitude, share, exponent), group)
+        return _output_error(weights, schemes, gram, scale), scale
+
+    return best_of_grid(grid, attempt)
+
+
+def best_of_grid(grid: int, attempt: Callable[[float | None], tuple[float, Tensor | None]]) -> Tensor | None:
+    """The scale with the least error over the multiples of 1 / grid from 0 to 1.
+
+    attempt: exponent -> (error, scale); of None, what there is without a scale. The error is smooth in the exponent, so every
+    third is tried first, and then what lies around the best.
+    """
+    tried = cache(lambda step: attempt(None if step is None else step / grid))
+    coarse = min(range(0, grid + 1, 3), key=lambda step: tried(step)[0])
+    around = range(max(coarse - 2, 0), min(coarse + 2, grid) + 1)
+    _, best = tried(min((None, *around), key=lambda step: tried(step)[0]))
     return best
 
 
@@ -69,13 +84,11 @@ def _share_of_group(layers: Sequence[Layer], schemes: Sequence[QuantScheme]) -> 
     return total / sum(len(layer.weight) for layer in layers)
 
 
-def _candidates(magnitude: Tensor, share: Tensor, grid: int) -> Iterator[Tensor]:
-    """s for every exponent, centred on 1 and kept within what float16 tensors can take."""
+def _scale(magnitude: Tensor, share: Tensor, exponent: float) -> Tensor:
+    """s, centred on 1 and kept within what float16 tensors can take."""
     magnitude = magnitude.clamp(min=magnitude[magnitude > 0].min())
-    for step in range(grid + 1):
-        exponent = step / grid
-        scale = magnitude.pow(exponent) / (share.pow(1 - exponent) + 1e-4)
-        yield (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-3, 1e3)
+    scale = magnitude.pow(exponent) / (share.pow(1 - exponent) + 1e-4)
+    return (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-3, 1e3)
 
 
 def _output_error(weights: Sequence[Tensor], schemes: Sequence[QuantScheme], gram: Tensor, scale: Tensor | None) -> float:
@@ -83,7 +96,7 @@ def _output_error(weights: Sequence[Tensor], schemes: Sequence[QuantScheme], gra
     total = 0.0
     for weight, scheme in zip(weights, schemes, strict=True):
         scaled = weight if scale is None else weight * scale
-        difference = round_to_nearest(scaled, scheme).dequantize().sub_(scaled)
+        difference = affine.rounded(scaled, scheme).sub_(scaled)
         if scale is not None:
             difference /= scale
         total += float(torch.sum((difference @ gram) * difference))

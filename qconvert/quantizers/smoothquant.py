@@ -19,11 +19,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from qconvert.ir import affine
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
@@ -32,6 +32,7 @@ from qconvert.plugin.observer import AbsMax, SampledRows
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.outlier_search import columns_that_pay, with_outliers
 from qconvert.quantizers.row_quantization import quantized_rows
+from qconvert.quantizers.scale_search import best_of_grid
 
 
 @hookimpl
@@ -78,16 +79,11 @@ class SmoothQuantQuantizer(Quantizer):
             return group
         wanted = [rows @ layer.weight.T for layer in group.layers]
 
-        @cache
-        def attempt(step: int | None) -> tuple[float, Tensor | None]:
-            scale = None if step is None else _scale(inputs, weights, step / self.grid)[channels]
+        def attempt(exponent: float | None) -> tuple[float, Tensor | None]:
+            scale = None if exponent is None else _scale(inputs, weights, exponent)[channels]
             return _output_error(group, schemes, rows, wanted, scale), scale
 
-        # The error is smooth in the exponent, so every third is tried first, and then what lies around the best.
-        coarse = min(range(0, self.grid + 1, 3), key=lambda step: attempt(step)[0])
-        around = range(max(coarse - 2, 0), min(coarse + 2, self.grid) + 1)
-        _, best = attempt(min((None, *around), key=lambda step: attempt(step)[0]))
-        return dataclasses.replace(group, input_scale=best)
+        return dataclasses.replace(group, input_scale=best_of_grid(self.grid, attempt))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
         tensor = round_to_nearest(layer.weight, scheme)
@@ -130,6 +126,7 @@ def _output_error(
     seen = quantized_rows(smoothed, made_by=group.stats.made_by if group.stats and scale is None else None)
     total = 0.0
     for layer, scheme, output in zip(group.layers, schemes, wanted, strict=True):
-        weight = round_to_nearest(layer.weight if scale is None else layer.weight * scale, scheme).dequantize()
+        scaled = layer.weight if scale is None else layer.weight * scale
+        weight = affine.rounded(scaled, scheme)
         total += float(((seen if scheme.activation_bits else smoothed) @ weight.T).sub_(output).square_().sum())
     return total if math.isfinite(total) else math.inf  # products of huge weights may overflow
