@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from qconvert.calibrate import calibrate
 from qconvert.errors import UsageError
-from qconvert.ir.layer import Block, Producer
+from qconvert.ir.layer import Block, LinearGroup, Producer
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.plugin.observer import AbsMax, Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.quantize.fold import fold
 
 BATCHES = (token_batch((7, 7)), token_batch((9, 4, 6), seed=1))
 
@@ -37,6 +38,12 @@ class Observing(Quantizer):
 @dataclass(frozen=True)
 class Blind(Observing):
     observers = ()
+
+
+@dataclass(frozen=True)
+class BlindScaling(Blind):
+    def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        return replace(group, input_scale=torch.full((group.layers[0].weight.shape[1],), 2.0))
 
 
 def llama_groups(layers: int = 3) -> tuple[InputGroup, ...]:
@@ -150,6 +157,20 @@ def test_a_quantizer_without_observers_costs_no_forward_and_no_samples() -> None
         assert (block.tensors, block.relative_change) == ({}, None)
         assert all(group.stats is None and group.producer is None for group in block.groups)
     assert sorted(model.source.reads) == sorted(model.stored_name(f"{name}.weight") for name in plan.layers)
+
+
+def test_scales_that_need_no_data_are_proved_to_fold_on_random_tokens() -> None:
+    """Blocks carry no statistics then, but all that folding takes."""
+    _, model = llama()
+    block = next(iter(calibrate(model, plan_of(model), llama_groups(), BlindScaling(), ())))
+    assert all(group.stats is None and layer.stats is None for group in block.groups for layer in group.layers)
+    assert [group.producer is not None for group in block.groups] == [True] * 4
+    assert block.relative_change is not None
+    norm = f"{model.blocks[0]}.input_layernorm.weight"
+    assert block.relative_change({norm: block.tensors[norm] * 2}) > 1e-3
+    schemes = {layer.name: BlindScaling.default_scheme for layer in block.layers}
+    folded = fold(block, BlindScaling(), schemes, keep_unfolded=False)
+    assert torch.equal(folded.tensors[norm], block.tensors[norm] / 2)
 
 
 def test_a_device_that_is_not_there_is_refused_even_where_nothing_runs() -> None:

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from qconvert.calibrate.importance import importance_of, padding_mask
 from qconvert.calibrate.tuning_samples import FloatOutputs, TuningSamples
 from qconvert.errors import UsageError
+from qconvert.ir import agreement
 from qconvert.ir.forward import BlockRunner, ReadParameter, StopForward, checked_device
-from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup, Producer
+from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import InputGroup
@@ -39,9 +40,10 @@ def calibrate(
 ) -> Iterator[Block]:
     """The model's units in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a time.
 
-    Units without a planned layer are left out. With a quantizer that has no observers, and nothing to tune, nothing is run,
-    and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of the block before: of
-    the float one, or with `written` of the quantized one.
+    Units without a planned layer are left out. With a quantizer that has no observers and chooses no input scales, and nothing
+    to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of
+    the block before: of the float one, or with `written` of the quantized one. Where only the folding of scales is to be
+    proved, on a few random tokens.
 
     groups: which layers share an input; a planned layer that is in none is a group of its own.
     batches: calibration samples, see `qconvert.ir.samples.Samples`.
@@ -53,9 +55,15 @@ def calibrate(
 
     Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, and what BlockRunner raises.
     """
-    for block in observe(model, plan, groups, quantizer.observers, batches, device, done, written, tuned):
+    scaled = chooses_scales(quantizer)
+    for block in observe(model, plan, groups, quantizer.observers, batches, device, done, written, tuned=tuned, scaled=scaled):
         require_seen(block)
         yield block
+
+
+def chooses_scales(quantizer: Quantizer) -> bool:
+    """Whether it may ask for input scales, whose folding is proved on blocks that run."""
+    return type(quantizer).prepare is not Quantizer.prepare
 
 
 def observe(
@@ -67,21 +75,26 @@ def observe(
     device: str,
     done: frozenset[str],
     written: Callable[[], ReadParameter] | None = None,
+    *,
     tuned: bool = False,
+    scaled: bool,
 ) -> Iterator[Block]:
-    """`calibrate` for these observers. Layers that no sample has reached have statistics of 0 rows, without values."""
+    """`calibrate` for these observers. Layers that no sample has reached have statistics of 0 rows, without values.
+
+    scaled: whether input scales may be chosen.
+    """
     checked_device(device)  # also where nothing will run there: a misspelt one is never ignored
     members = groups_by_unit(model, plan, groups)
     units = (*model.blocks, "")
     pending = [unit for unit in units if unit in members and unit not in done]
     if not pending:
         return
-    if not (observers or tuned):
+    if not (observers or tuned or scaled):
         for unit in pending:
-            yield Block(unit, tuple(_linear_group(model, plan, group, None) for group in members[unit]))
+            yield Block(unit, tuple(_linear_group(model, plan, replace(group, producer=None), None) for group in members[unit]))
         return
     runner = BlockRunner(model, device=device)
-    runner.start(batches)
+    runner.start(batches if observers or tuned else agreement.probes(model))
     floats = FloatOutputs(runner) if tuned and written else None
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):
         runner.enter(index)
@@ -89,7 +102,7 @@ def observe(
         if floats and unit:
             floats.advance(index)
         if unit in pending:
-            block = _observed_block(runner, index, plan, members[unit], observers)
+            block = _observed_block(runner, index, plan, members[unit], observers, counted=bool(observers or tuned))
             targets = floats.hidden if floats else list(runner.hidden)
             yield replace(block, samples=TuningSamples(runner, index, inputs, targets)) if tuned and unit else block
         elif written is None or unit not in members:
@@ -111,8 +124,15 @@ def require_seen(block: Block) -> None:
 
 
 def _observed_block(
-    runner: BlockRunner, index: int, plan: Plan, groups: Sequence[InputGroup], observers: Sequence[type[Observer]]
+    runner: BlockRunner,
+    index: int,
+    plan: Plan,
+    groups: Sequence[InputGroup],
+    observers: Sequence[type[Observer]],
+    *,
+    counted: bool,
 ) -> Block:
+    """counted: whether layers get statistics, of no observer as well."""
     model = runner.model
     unit = (*model.blocks, "")[index]
     watch = _Watch(model, plan, groups, observers)
@@ -126,7 +146,7 @@ def _observed_block(
             else:
                 runner.run_outside(batch)
                 watch.observe(None)
-    stats = watch.finalize()
+    stats = watch.finalize() if counted else [None] * len(groups)
     tensors = {
         name: model.read(name).float() for group in groups if group.producer for name in _parameters(model, group.producer.name)
     }
@@ -288,8 +308,7 @@ def _may_fold(model: Model, plan: Plan, unit: str, group: InputGroup) -> bool:
 
 
 def _linear_group(model: Model, plan: Plan, group: InputGroup, stats: CalibrationStats | None) -> LinearGroup:
-    producer: Producer | None = group.producer if stats else None
-    return LinearGroup(tuple(_layer(model, plan, name, stats) for name in group.layers), producer, stats)
+    return LinearGroup(tuple(_layer(model, plan, name, stats) for name in group.layers), group.producer, stats)
 
 
 def _layer(model: Model, plan: Plan, name: str, stats: CalibrationStats | None) -> Layer:

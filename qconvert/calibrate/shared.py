@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from qconvert.calibrate.observe import groups_by_unit, observe, require_seen
+from qconvert.calibrate.observe import chooses_scales, groups_by_unit, observe, require_seen
 from qconvert.errors import PluginError
 from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup
 from qconvert.ir.model import Model
@@ -44,14 +44,15 @@ class Share:
         """
         layers = {layer.name: layer for layer in block.layers}
         observers = self.quantizer.observers
+        runs = bool(observers) or chooses_scales(self.quantizer)
         members = []
         for group in self.units[block.name]:
             stats = _narrowed(layers[group.layers[0]].stats, observers)
             own = tuple(_copy(layers[name], stats) for name in group.layers)
-            members.append(LinearGroup(own, group.producer if stats else None, stats))
+            members.append(LinearGroup(own, group.producer if runs else None, stats))
         producers = {group.producer.name for group in members if group.producer}
         tensors = {name: value for name, value in block.tensors.items() if name.rpartition(".")[0] in producers}
-        part = Block(block.name, tuple(members), tensors, block.relative_change if observers else None)
+        part = Block(block.name, tuple(members), tensors, block.relative_change if runs else None)
         require_seen(part)
         return part
 
@@ -67,7 +68,9 @@ def calibrate_together(shares: Sequence[Share], batches: Sequence[Batch], device
         layers |= share.plan.layers
     done = frozenset.intersection(*(share.done for share in shares))
     # Of a plan, only the names and kinds of its layers count here; schemes differ between shares.
-    yield from observe(first.model, replace(first.plan, layers=layers), first.groups, _observers(shares), batches, device, done)
+    plan = replace(first.plan, layers=layers)
+    scaled = any(chooses_scales(share.quantizer) for share in shares)
+    yield from observe(first.model, plan, first.groups, _observers(shares), batches, device, done, scaled=scaled)
 
 
 def _observers(shares: Sequence[Share]) -> tuple[type[Observer], ...]:

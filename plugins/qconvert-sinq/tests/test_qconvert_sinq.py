@@ -12,6 +12,7 @@ import qconvert_sinq
 import torch
 import transformers
 from qconvert_sinq import SINQQuantizer, balancing_columns, imbalance, normalized_rows
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import qconvert
@@ -190,3 +191,7 @@ def test_a_conversion_is_verified(tmp_path: Path, llama: Path, layout: str) -> N
     assert report.quantizer == "sinq"
     assert report.scheme == "int4-g32-asym"
     assert all(parity.status == "passed" for parity in report.parity)
+    # Scales that nothing proves to fold would be dropped, and rounding to nearest be left.
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        norm = file.get_tensor("model.layers.0.input_layernorm.weight")
+    assert not torch.equal(norm, torch.ones_like(norm))
