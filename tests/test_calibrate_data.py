@@ -216,6 +216,9 @@ def test_a_plugin_is_asked_for_what_the_recipe_names(encoder: Model, tmp_path: P
     )
     assert sequences(theirs.calibration) == sequences(plain.calibration)
     assert sequences(theirs.evaluation) == sequences(plain.evaluation)
+    asked: list[str] = []
+    read_samples(encoder, recipe(source="acme/train", evaluation=found["acme/test"]), False, lambda name: asked.append(name))
+    assert asked == [str(found["acme/test"])]  # what is not needed is not fetched
 
 
 def test_one_long_record_is_split_too(decoder: Model, tmp_path: Path) -> None:

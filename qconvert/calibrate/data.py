@@ -65,16 +65,18 @@ def read_samples(
         return Samples((), ())
     if model.task != "module":
         _check_lengths(model, recipe)
-    source, judging = (
-        each and str(third_party(each) or each) for each in (recipe.calibration.source, recipe.evaluation.source)
-    )
-    judging = judging or source
-    pool = _read_pool(model, recipe, judging)
+
+    def pool_of(source: str | None) -> _Pool:
+        return _read_pool(model, recipe, source and str(third_party(source) or source))
+
+    source = recipe.calibration.source
+    judging = recipe.evaluation.source or source
+    pool = pool_of(judging)
     evaluation, used = _draw(pool, recipe.evaluation, "evaluation", recipe.seed, frozenset())
     calibration: list[Row] = []
     if calibrated:
         if source != judging:
-            pool = _read_pool(model, recipe, source)
+            pool = pool_of(source)
         calibration, _ = _draw(pool, recipe.calibration, "calibration", recipe.seed, used)
     return Samples(tuple(_batches(model, calibration)), tuple(_batches(model, evaluation)))
 
