@@ -89,7 +89,8 @@ def observe(
     pending = [unit for unit in units if unit in members and unit not in done]
     if not pending:
         return
-    if not (observers or tuned or scaled):
+    folds = scaled and any(group.producer for unit in pending for group in members[unit])
+    if not (observers or tuned or folds):
         for unit in pending:
             yield Block(unit, tuple(_linear_group(model, plan, replace(group, producer=None), None) for group in members[unit]))
         return
