@@ -61,8 +61,6 @@ def find_data(source: str) -> Path | None:
     address = parse(source, "dataset")
     if address is None:
         return None
-    if address.type != "dataset":
-        raise _no_address(source, f"it names a {address.type}")
     if address.path_in_repo:
         return data_file(address, address.path_in_repo)
     found = sorted(name for name in file_names(address) if name.endswith(DATA_SUFFIXES))
@@ -118,7 +116,7 @@ def parse(source: str, kind: Literal["model", "dataset"]) -> HfUri | None:
         address = parse_hf_uri(uri)
     except HfUriError as error:
         raise _no_address(source, str(error)) from error
-    if kind == "model" and address.type != "model":
+    if address.type != kind:
         raise _no_address(source, f"it names a {address.type}")
     if ".." in address.path_in_repo.split("/"):
         raise _no_address(source, "its path leads out of the repository")

@@ -89,13 +89,14 @@ def observe(
     pending = [unit for unit in units if unit in members and unit not in done]
     if not pending:
         return
+    counted = bool(observers or tuned)
     folds = scaled and any(group.producer for unit in pending for group in members[unit])
-    if not (observers or tuned or folds):
+    if not (counted or folds):
         for unit in pending:
             yield Block(unit, tuple(_linear_group(model, plan, replace(group, producer=None), None) for group in members[unit]))
         return
     runner = BlockRunner(model, device=device)
-    runner.start(batches if observers or tuned else agreement.probes(model))
+    runner.start(batches if counted else agreement.probes(model))
     floats = FloatOutputs(runner) if tuned and written else None
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):
         runner.enter(index)
@@ -103,7 +104,7 @@ def observe(
         if floats and unit:
             floats.advance(index)
         if unit in pending:
-            block = _observed_block(runner, index, plan, members[unit], observers, counted=bool(observers or tuned))
+            block = _observed_block(runner, index, plan, members[unit], observers, counted=counted)
             targets = floats.hidden if floats else list(runner.hidden)
             yield replace(block, samples=TuningSamples(runner, index, inputs, targets)) if tuned and unit else block
         elif written is None or unit not in members:

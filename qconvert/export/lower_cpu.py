@@ -22,6 +22,7 @@ from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.ir import kernel
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.plan import LayerPlan
+from qconvert.ir.template import made_by
 
 
 class CpuLowering(Lowering):
@@ -111,8 +112,7 @@ class CpuLowering(Lowering):
         builder, name = self.builder, plan.name
         x = self._scaled_input(plan, unscaled)
         columns = self.outlier_columns.get(name, ())
-        maker = unscaled.producer()
-        rows = kernel.row_codes(maker.op_type if maker and x is unscaled else None)
+        rows = kernel.row_codes(made_by(unscaled) if x is unscaled else None)
         quantized, step = self._quantized_rows(self._without(x, columns, plan), rows, plan)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
         scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))

@@ -27,6 +27,12 @@ class InputGroup:
     made_by: str | None = None
 
 
+def made_by(value: onnx_ir.Value) -> str | None:
+    """ONNX type of the node that gives a value, None for an input of the graph."""
+    node = value.producer()
+    return node.op_type if node else None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Template:
     """A traced model.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir
 
 from qconvert.ir.layer import Producer
-from qconvert.ir.template import DOMAIN, InputGroup
+from qconvert.ir.template import DOMAIN, InputGroup, made_by
 
 # Op -> the input that holds its weight; the normalised value is the first output.
 NORMS = {
@@ -33,9 +33,8 @@ def input_groups(graph: onnx_ir.Graph, block_of: Callable[[str], str]) -> tuple[
             alone_or_block = _module(node) if node.op_type == "Conv" else block_of(_module(node))
             members.setdefault((node.inputs[0], alone_or_block), []).append(node)
     return tuple(
-        InputGroup(tuple(_module(node) for node in nodes), _producer(value, nodes), made_by.op_type if made_by else None)
+        InputGroup(tuple(_module(node) for node in nodes), _producer(value, nodes), made_by(value))
         for (value, _), nodes in members.items()
-        for made_by in [value.producer()]
     )
 
 

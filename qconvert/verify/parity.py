@@ -33,6 +33,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.runtime import joined, memory_session, run_named
+from qconvert.ir.template import made_by
 
 TOLERANCE = 1e-4
 
@@ -131,11 +132,11 @@ def cluster_parity(artifact: Artifact) -> float:
     inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []
-    for part, layers, x, made_by, y in clusters:
+    for part, layers, x, maker, y in clusters:
         seen = values[part]
         rows = torch.from_numpy(seen[x])
         biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
-        expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name), made_by) for name in layers], -1)
+        expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name), maker) for name in layers], -1)
         errors.append(agreement.largest_difference(seen[y], expected.numpy()))
     return max(errors)
 
@@ -146,8 +147,7 @@ def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str | No
     clusters = []
     for last in (node for node in graph if LAYER_KEY in node.metadata_props):
         x = last.metadata_props[INPUT_KEY]
-        maker = _value(graph, x).producer()
-        clusters.append((_layer_names(last), x, maker.op_type if maker else None, str(last.outputs[0].name)))
+        clusters.append((_layer_names(last), x, made_by(_value(graph, x)), str(last.outputs[0].name)))
     shown = {value.name for value in graph.outputs}
     for name in dict.fromkeys(name for _, x, _, y in clusters for name in (x, y)):
         value = _value(graph, name)
@@ -156,12 +156,12 @@ def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str | No
     return clusters
 
 
-def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, made_by: str | None = None) -> Tensor:
+def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, maker: str | None = None) -> Tensor:
     """y [..., out] of x [..., in] as the int8 kernels compute it: exact integer products, one activation scale per row.
 
-    made_by: type of the node that gives x.
+    maker: type of the node that gives x.
     """
-    rows = kernel.row_codes(made_by if tensor.input_scale is None else None)
+    rows = kernel.row_codes(maker if tensor.input_scale is None else None)
     if tensor.input_scale is not None:
         x = x * (1 / tensor.input_scale)
     kept = x
