@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qconvert.calibrate.importance import importance_of, padding_mask
+from qconvert.calibrate.products import coarse_products
 from qconvert.calibrate.tuning_samples import FloatOutputs, TuningSamples
 from qconvert.errors import UsageError
 from qconvert.ir import agreement
@@ -98,20 +99,23 @@ def observe(
     runner = BlockRunner(model, device=device)
     runner.start(batches if counted else agreement.probes(model))
     floats = FloatOutputs(runner) if tuned and written else None
+    products = nullcontext if tuned else coarse_products  # what tuning approaches is the float block's output itself
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):
         runner.enter(index)
         inputs = list(runner.hidden)
         if floats and unit:
             floats.advance(index)
         if unit in pending:
-            block = _observed_block(runner, index, plan, members[unit], observers, counted=counted)
+            block = _observed_block(runner, index, plan, members[unit], observers, counted=counted, products=products)
             targets = floats.hidden if floats else list(runner.hidden)
             yield replace(block, samples=TuningSamples(runner, index, inputs, targets)) if tuned and unit else block
         elif written is None or unit not in members:
-            runner.run_block(index)
+            with products():
+                runner.run_block(index)
         if written and unit and unit in members:
             runner.hidden = inputs
-            runner.run_block(index, written())
+            with products():
+                runner.run_block(index, written())
 
 
 def require_seen(block: Block) -> None:
@@ -133,13 +137,14 @@ def _observed_block(
     observers: Sequence[type[Observer]],
     *,
     counted: bool,
+    products: Callable[[], AbstractContextManager[None]],
 ) -> Block:
-    """counted: whether layers get statistics, of no observer as well."""
+    """counted: whether layers get statistics, of no observer as well. products: what the block runs in."""
     model = runner.model
     unit = (*model.blocks, "")[index]
     watch = _Watch(model, plan, groups, observers)
     inputs = list(runner.hidden[:1])
-    with runner.weights_of(unit), watch.hooked():
+    with runner.weights_of(unit), watch.hooked(), products():
         for batch, sample in enumerate(runner.batches):
             watch.mask = padding_mask(sample) if model.task != "module" else None
             if unit:
@@ -154,46 +159,58 @@ def _observed_block(
     }
     members = tuple(_linear_group(model, plan, group, found) for group, found in zip(groups, stats, strict=True))
     run = partial(_run_block, runner, index, inputs[0]) if unit else partial(runner.run_outside, 0)
-    expected = list(runner.hidden[:1]) if unit else None
-    return Block(unit, members, tensors, partial(_relative_change, runner, unit, run, expected))
+    return Block(unit, members, tensors, _RelativeChange(runner, unit, run))
 
 
 def _run_block(runner: BlockRunner, index: int, hidden: Tensor) -> list[Tensor]:
     return [runner.call_block(index, 0, hidden)]
 
 
-def _relative_change(
-    runner: BlockRunner,
-    unit: str,
-    run: Callable[[], list[Tensor]],
-    expected: list[Tensor] | None,
-    replaced: Mapping[str, Tensor],
-) -> float:
-    """max |out' - out| / max |out| over the first calibration batch, inf if anything is not finite.
+class _RelativeChange:
+    """How far a unit's outputs on the first calibration batch move when some of its parameters are replaced.
 
-    replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
+    run: the unit, its weights being in place, on that batch.
     """
-    model = runner.model
-    unknown = [
-        name for name in replaced if name not in _parameters(model, name.rpartition(".")[0]) or model.block_of(name) != unit
-    ]
-    if unknown:
-        raise ValueError(f"{unknown} are no parameters of {unit!r}")
 
-    def read(name: str) -> Tensor:
-        return replaced[name].reshape(model.module.get_parameter(name).shape) if name in replaced else model.read(name)
+    def __init__(self, runner: BlockRunner, unit: str, run: Callable[[], list[Tensor]]) -> None:
+        self._runner, self._unit, self._run = runner, unit, run
+        self._kept: list[Tensor] | None = None
 
-    if expected is None:  # outside the blocks, where outputs (logits) are too large to keep
-        with runner.weights_of(unit):
-            expected = run()
-    with runner.weights_of(unit, read):
-        changed = run()
-    worst = 0.0
-    for before, after in zip(expected, changed, strict=True):
-        largest = max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
-        difference = (after - before).abs().max().item()
-        worst = max(worst, difference / largest if math.isfinite(difference) else math.inf)
-    return worst
+    def __call__(self, replaced: Mapping[str, Tensor]) -> float:
+        """max |out' - out| / max |out|, inf if anything is not finite.
+
+        replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
+        """
+        model = self._runner.model
+        unknown = [
+            name
+            for name in replaced
+            if name not in _parameters(model, name.rpartition(".")[0]) or model.block_of(name) != self._unit
+        ]
+        if unknown:
+            raise ValueError(f"{unknown} are no parameters of {self._unit!r}")
+
+        def read(name: str) -> Tensor:
+            return replaced[name].reshape(model.module.get_parameter(name).shape) if name in replaced else model.read(name)
+
+        expected = self._expected()
+        with self._runner.weights_of(self._unit, read):
+            changed = self._run()
+        worst = 0.0
+        for before, after in zip(expected, changed, strict=True):
+            largest = max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
+            difference = (after - before).abs().max().item()
+            worst = max(worst, difference / largest if math.isfinite(difference) else math.inf)
+        return worst
+
+    def _expected(self) -> list[Tensor]:
+        if self._kept is not None:
+            return self._kept
+        with self._runner.weights_of(self._unit):
+            expected = self._run()
+        if self._unit:  # outside the blocks, outputs (logits) are too large to keep
+            self._kept = expected
+        return expected
 
 
 class _Watch:
