@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -228,6 +228,21 @@ def test_an_unsound_fold_is_seen_and_left_out_while_the_sound_one_is_made() -> N
     assert torch.equal(weights(result.block)["1"], weights(block)["1"] * torch.linspace(0.5, 2, 8))
     assert result.tensors.keys() == {"0.weight", "0.bias"}
     assert result.input_scales == {}
+
+
+def test_folds_of_which_each_rounds_are_judged_together() -> None:
+    asked: list[Mapping[str, Tensor]] = []
+
+    def change(replaced: Mapping[str, Tensor]) -> float:
+        asked.append(replaced)
+        return 3e-4  # more than one fold explains, less than four do
+
+    block = replace(llama_block(), relative_change=change)
+    result = folded(block, ramp)
+    assert len(asked) == 1
+    assert all(not torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
+    alone = folded(block, only(DOWN))
+    assert all(torch.equal(weights(alone.block)[name], weight) for name, weight in weights(block).items())
 
 
 def test_copies_of_one_channel_with_different_scales_do_not_fold() -> None:

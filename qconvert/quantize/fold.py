@@ -22,7 +22,7 @@ from qconvert.plugin.scaling import divided, scaled
 
 logger = logging.getLogger("qconvert")
 
-# Largest change of a block's output, relative to its largest value, that float32 rounding explains.
+# Largest change of a block's output, relative to its largest value, that float32 rounding explains in one fold.
 TOLERANCE = 1e-4
 
 
@@ -77,7 +77,7 @@ def _that_change_nothing(block: Block, candidates: Sequence[int], scales: Mappin
         assert block.relative_change is not None
         return block.relative_change(_parameters(applied.block, indices, applied.tensors))
 
-    if change(candidates) <= TOLERANCE:
+    if change(candidates) <= TOLERANCE * len(candidates):  # each of them rounds
         return list(candidates)
     passed = []
     for index in candidates:
