@@ -17,6 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-peer", help="Python interpreter of an environment with llmcompressor")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; none for what was named, which is done before they have started, or is a benchmark."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 TEMPLATES: dict[str, Template] = {}
 
 
