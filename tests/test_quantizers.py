@@ -119,6 +119,8 @@ def test_odd_weights_survive(quantizer: Quantizer, text: str, kind: str) -> None
         quantizer = replace(quantizer, min_clip=1.0)  # a clipped range does not cover every weight, on purpose
     if isinstance(quantizer, GPTQQuantizer):
         quantizer = replace(quantizer, min_clip=1.0, damp=1e9)  # nor is a code that makes up for others the nearest
+    if isinstance(quantizer, SmoothQuantQuantizer):
+        quantizer = replace(quantizer, damp=None)
     if isinstance(quantizer, HQQQuantizer):
         quantizer = replace(quantizer, iterations=0)  # nor does a fitted one; test_hqq_is_not_upset_by_odd_weights
     tensor = contract.quantize(quantizer, layer_of(weight), scheme)
@@ -500,6 +502,29 @@ def test_smoothquant_keeps_outliers_only_on_request_and_with_int8_activations() 
     assert SmoothQuantQuantizer().quantize(layer, INT8).outliers is None
     assert columns(SmoothQuantQuantizer(max_outliers=4).quantize(layer, INT8)) == [5, 10]
     assert SmoothQuantQuantizer(max_outliers=4).quantize(layer, QuantScheme.parse("int8-channel")).outliers is None
+
+
+@pytest.mark.parametrize("peaks", [(), (60.0, -90.0)], ids=["no outliers", "outliers"])
+def test_columns_of_a_smoothed_weight_make_up_for_each_other_but_not_for_what_stays_in_float(peaks: tuple[float, ...]) -> None:
+    rows = crowded_rows() @ (torch.eye(48) + 0.5 * torch.diag(torch.ones(47), 1))  # neighbours are correlated
+    for column, peak in zip((5, 10), peaks, strict=False):
+        rows[:, column] = peak
+    layer = layer_of(normal(6, 48), rows)
+    nearest, found = (SmoothQuantQuantizer(max_outliers=4, damp=damp).quantize(layer, INT8) for damp in (None, 0.5))
+    assert columns(found) == columns(nearest) == ([5, 10] if peaks else [])
+    assert torch.equal(found.scale, nearest.scale)
+    rows[:, columns(found)] = 0
+
+    def error(tensor: QuantizedTensor) -> float:
+        return float((rows @ (tensor.dequantize() - layer.weight).T).square().sum())
+
+    assert error(found) < 0.8 * error(nearest)
+    assert torch.equal(found.q[:, columns(found)], nearest.q[:, columns(found)])
+
+
+def test_a_damp_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="damp above 0"):
+        SmoothQuantQuantizer(damp=0.0)
 
 
 # awq

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rules": [{"pattern": f"*.{part}_embeddings", "scheme": "int8-channel-a8"} for part in ("word", "position")],
     },
     # Behind a BERT's norms no scale can be folded: only this layout keeps it.
-    "smoothquant": {"quantizer": "smoothquant", "options": {"max_outliers": 1}, "layout": "onnx"},
+    "smoothquant": {"quantizer": "smoothquant", "layout": "onnx"},
     "llm-int8": {"quantizer": "llm-int8"},
 }
 
