@@ -159,58 +159,39 @@ def _observed_block(
     }
     members = tuple(_linear_group(model, plan, group, found) for group, found in zip(groups, stats, strict=True))
     run = partial(_run_block, runner, index, inputs[0]) if unit else partial(runner.run_outside, 0)
-    return Block(unit, members, tensors, _RelativeChange(runner, unit, run))
+    return Block(unit, members, tensors, partial(_relative_change, runner, unit, run))
 
 
 def _run_block(runner: BlockRunner, index: int, hidden: Tensor) -> list[Tensor]:
     return [runner.call_block(index, 0, hidden)]
 
 
-class _RelativeChange:
-    """How far a unit's outputs on the first calibration batch move when some of its parameters are replaced.
+def _relative_change(runner: BlockRunner, unit: str, run: Callable[[], list[Tensor]], replaced: Mapping[str, Tensor]) -> float:
+    """max |out' - out| / max |out| over the first calibration batch, in full float32; inf if anything is not finite.
 
     run: the unit, its weights being in place, on that batch.
+    replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
     """
+    model = runner.model
+    unknown = [
+        name for name in replaced if name not in _parameters(model, name.rpartition(".")[0]) or model.block_of(name) != unit
+    ]
+    if unknown:
+        raise ValueError(f"{unknown} are no parameters of {unit!r}")
 
-    def __init__(self, runner: BlockRunner, unit: str, run: Callable[[], list[Tensor]]) -> None:
-        self._runner, self._unit, self._run = runner, unit, run
-        self._kept: list[Tensor] | None = None
+    def read(name: str) -> Tensor:
+        return replaced[name].reshape(model.module.get_parameter(name).shape) if name in replaced else model.read(name)
 
-    def __call__(self, replaced: Mapping[str, Tensor]) -> float:
-        """max |out' - out| / max |out|, inf if anything is not finite.
-
-        replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
-        """
-        model = self._runner.model
-        unknown = [
-            name
-            for name in replaced
-            if name not in _parameters(model, name.rpartition(".")[0]) or model.block_of(name) != self._unit
-        ]
-        if unknown:
-            raise ValueError(f"{unknown} are no parameters of {self._unit!r}")
-
-        def read(name: str) -> Tensor:
-            return replaced[name].reshape(model.module.get_parameter(name).shape) if name in replaced else model.read(name)
-
-        expected = self._expected()
-        with self._runner.weights_of(self._unit, read):
-            changed = self._run()
-        worst = 0.0
-        for before, after in zip(expected, changed, strict=True):
-            largest = max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
-            difference = (after - before).abs().max().item()
-            worst = max(worst, difference / largest if math.isfinite(difference) else math.inf)
-        return worst
-
-    def _expected(self) -> list[Tensor]:
-        if self._kept is not None:
-            return self._kept
-        with self._runner.weights_of(self._unit):
-            expected = self._run()
-        if self._unit:  # outside the blocks, outputs (logits) are too large to keep
-            self._kept = expected
-        return expected
+    with runner.weights_of(unit):
+        expected = run()
+    with runner.weights_of(unit, read):
+        changed = run()
+    worst = 0.0
+    for before, after in zip(expected, changed, strict=True):
+        largest = max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
+        difference = (after - before).abs().max().item()
+        worst = max(worst, difference / largest if math.isfinite(difference) else math.inf)
+    return worst
 
 
 class _Watch:

@@ -13,8 +13,8 @@ def coarse_products() -> Iterator[None]:
     """Within the context, float32 matrix products on the CPU may round their factors to bfloat16; sums stay in float32.
 
     Calibration samples stand for all other texts, from which they differ far more than by the relative 2^-9 of that rounding,
-    and a statistic is a mean over thousands of rows, where it averages out. A processor with AMX takes half the time; oneDNN
-    leaves products as they are on one that has no faster instructions for bfloat16.
+    and a statistic is a mean over thousands of rows, where it averages out. A processor with AMX takes half the time or less;
+    one without takes no more than before, whether oneDNN rounds there (AVX512) or not (AVX2).
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from qconvert.ir.quantized import QuantizedTensor
 
-DAMP = 0.5
+DAMP = 0.5  # what the quantizers take unless they are told
 COLUMNS = 64  # columns per block of updates
 
 
 def compensated(
-    weight: Tensor, nearest: QuantizedTensor, gram: Tensor, *, damp: float = DAMP, act_order: bool = False
+    weight: Tensor, nearest: QuantizedTensor, gram: Tensor, *, damp: float, act_order: bool = False
 ) -> QuantizedTensor:
     """`nearest` with codes that make up for each other's errors, its scales and zero points as they are.
 
