@@ -110,6 +110,9 @@ def test_symmetric_int4_follows_the_signed_maximum() -> None:
     weight = torch.tensor([[1.0, -4.0], [-1.0, 4.0]])
     scale, _ = affine.choose_qparams(weight, QuantScheme.parse("int4"))
     assert scale.tolist() == [[0.5], [-0.5]]
+    tied = torch.tensor([[-2.0, 3.0, -3.0, 1.0], [1.0, -3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])  # the first of equal magnitudes
+    scale, _ = affine.choose_qparams(tied, QuantScheme.parse("int4-channel"))
+    assert scale.tolist() == [[-0.375], [0.375], [1.0]]
     groups = normal(512, 32)
     _, _, signed = roundtrip(groups, QuantScheme.parse("int4"))
     largest = groups.abs().amax(1, keepdim=True)

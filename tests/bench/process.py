@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: wall time; peak_resident, peak_anonymous: bytes, sampled every 20 ms over the process."""
+    """seconds: wall time; peak_resident, peak_anonymous: bytes of the command and its children, sampled every 20 ms."""
 
     seconds: float
     peak_resident: int
@@ -23,18 +23,11 @@ def run(command: list[str]) -> Cost:
     """Run to the end; a command that fails raises CalledProcessError with its stderr."""
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        peaks = {"VmHWM": 0, "RssAnon": 0}
+        samples = [(0, 0)]
 
         def watch() -> None:
             while process.poll() is None:
-                try:
-                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                except OSError:
-                    return
-                for line in lines:
-                    key, _, value = line.partition(":")
-                    if key in peaks:
-                        peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
+                samples.append(memory(process.pid))
                 time.sleep(0.02)
 
         watcher = threading.Thread(target=watch)
@@ -43,7 +36,21 @@ def run(command: list[str]) -> Cost:
         watcher.join()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=stderr)
-    return Cost(time.perf_counter() - begin, peaks["VmHWM"], peaks["RssAnon"])
+    resident, anonymous = zip(*samples, strict=True)
+    return Cost(time.perf_counter() - begin, max(resident), max(anonymous))
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """(resident, anonymous) bytes of a process and of those that it started: qconvert works in one that it watches."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        children = " ".join(path.read_text() for path in folder.glob("task/*/children")).split()
+    except OSError:  # it has ended
+        return 0, 0
+    own = [int(status.get(key, "0 kB").split()[0]) * 1024 for key in ("VmRSS", "RssAnon")]
+    resident, anonymous = zip(own, *(memory(int(child)) for child in children), strict=True)
+    return sum(resident), sum(anonymous)
 
 
 def run_stages(command: list[str]) -> tuple[str, dict[str, float]]:
