@@ -142,9 +142,11 @@ def write_float(source: Path, artifact: Path, folder: Path) -> None:
 
 
 def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: Path, tmp_path: Path) -> None:
-    """As fast as quantize_dynamic, which runs the same integer kernels, at about a tenth of its KL; the head int8 too.
+    """New tokens as fast as quantize_dynamic's, which runs the same integer kernels, at a tenth of its KL; the head int8 too.
 
-    How much faster than float that is depends on the processor's integer units (AMX: 2.5 x and more).
+    It has one step for a whole prompt, ours has one per token: three passes over each input, and the product with the step.
+    That is an eighth of the time of a prompt, on processors with AMX and on those with VNNI alone; the limit is a sixth.
+    How much faster than float either is depends on the processor: quantize_dynamic 2.7 x with AMX, 2.0 x without.
     """
     pytest.importorskip("onnxruntime_genai")
     ours, plain, dynamic = tmp_path / "per-channel", tmp_path / "float", tmp_path / "quantize_dynamic"
@@ -164,5 +166,6 @@ def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: 
     ratios = show(race(folders), "float", words)
     assert lost["per-channel"] <= 0.05
     assert lost["llm-int8"] <= 0.03
-    for ours_ratio, peer_ratio in zip(ratios["per-channel"], ratios["quantize_dynamic"], strict=True):
-        assert ours_ratio >= 0.95 * peer_ratio
+    (prefill, decode), (peer_prefill, peer_decode) = ratios["per-channel"], ratios["quantize_dynamic"]
+    assert prefill >= peer_prefill * 5 / 6
+    assert decode >= 0.95 * peer_decode
