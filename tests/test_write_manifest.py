@@ -12,7 +12,7 @@ from writing import DIGEST, all_linears, net, plan_of, quantize_layer, quantized
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS
-from qconvert.ir.reader import read_index, read_layer
+from qconvert.ir.reader import CHUNK, read_index, read_layer
 from qconvert.plugin.distribution import Distribution, builtin
 from qconvert.recipe import Recipe
 from qconvert.workdir import open_stage
@@ -45,6 +45,15 @@ def test_every_file_but_the_timed_ones_has_its_digest(tmp_path: Path) -> None:
     assert manifest["outputs"] == {
         name: hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() for name in (WEIGHTS, SIDECAR, "sub/vocab.txt")
     }
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1])
+def test_digests_are_of_all_bytes(size: int, tmp_path: Path) -> None:
+    content = b"q" * size
+    (tmp_path / "file").write_bytes(content)
+    assert file_digests({"file": tmp_path / "file", "bytes": content}) == dict.fromkeys(
+        ("file", "bytes"), hashlib.sha256(content).hexdigest()
+    )
 
 
 def test_versions_layers_and_the_plugin(tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ DTYPES = {
 # What every manifest holds (write/manifest.py).
 MANIFEST_KEYS = ("schema", "recipe", "inputs", "outputs", "versions", "layers", "sidecar")
 
+# Bytes hashed at once. A thread that hashes waits up to 5 ms (sys.getswitchinterval) for the interpreter after each.
+CHUNK = 2**24
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -52,8 +55,11 @@ def sha256(content: Path | bytes) -> str:
     """Hex digest of a file, or of bytes. Raises OSError for a file that can't be read."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with content.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
