@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: wall time; peak_resident, peak_anonymous: bytes of the command and its children, sampled every 20 ms."""
+    """seconds: wall time; peak_resident, peak_anonymous: bytes of the largest process, sampled every 20 ms."""
 
     seconds: float
     peak_resident: int
@@ -41,7 +41,10 @@ def run(command: list[str]) -> Cost:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """(resident, anonymous) bytes of a process and of those that it started: qconvert works in one that it watches."""
+    """(resident, anonymous) bytes, the most of a process and of those that it started: qconvert works in one that it watches.
+
+    No sums: a process that has just been forked shows the memory of the one that it came from.
+    """
     folder = Path(f"/proc/{pid}")
     try:
         status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
@@ -50,7 +53,7 @@ def memory(pid: int) -> tuple[int, int]:
         return 0, 0
     own = [int(status.get(key, "0 kB").split()[0]) * 1024 for key in ("VmRSS", "RssAnon")]
     resident, anonymous = zip(own, *(memory(int(child)) for child in children), strict=True)
-    return sum(resident), sum(anonymous)
+    return max(resident), max(anonymous)
 
 
 def run_stages(command: list[str]) -> tuple[str, dict[str, float]]:
