@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: wall time; peak_resident, peak_anonymous: bytes of the largest process, sampled every 20 ms."""
+    """seconds: wall time; peak_resident, peak_anonymous: bytes of the largest process, looked at every 20 ms."""
 
     seconds: float
     peak_resident: int
@@ -41,7 +41,7 @@ def run(command: list[str]) -> Cost:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """(resident, anonymous) bytes, the most of a process and of those that it started: qconvert works in one that it watches.
+    """(peak resident, anonymous) bytes, the most of a process and those that it started: qconvert works in one that it watches.
 
     No sums: a process that has just been forked shows the memory of the one that it came from.
     """
@@ -51,7 +51,7 @@ def memory(pid: int) -> tuple[int, int]:
         children = " ".join(path.read_text() for path in folder.glob("task/*/children")).split()
     except OSError:  # it has ended
         return 0, 0
-    own = [int(status.get(key, "0 kB").split()[0]) * 1024 for key in ("VmRSS", "RssAnon")]
+    own = [int(status.get(key, "0 kB").split()[0]) * 1024 for key in ("VmHWM", "RssAnon")]
     resident, anonymous = zip(own, *(memory(int(child)) for child in children), strict=True)
     return max(resident), max(anonymous)
 
