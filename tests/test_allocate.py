@@ -21,7 +21,7 @@ from qconvert import pipeline
 from qconvert.allocate.choices import Choice, choices
 from qconvert.allocate.knapsack import Option, solve
 from qconvert.allocate.sensitivity import _typical
-from qconvert.allocate.wavefront import Wavefront, divergence, relative_square
+from qconvert.allocate.wavefront import Wavefront, relative_square
 from qconvert.errors import UsageError
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.budget import Budget
@@ -217,7 +217,8 @@ def loss(found: torch.Tensor, reference: torch.Tensor, task: str, batch: dict[st
     if task == "encoder":
         return relative_square(found[mask], reference[mask])
     late = mask.shape[1] // 2
-    return divergence(found[:, late:][mask[:, late:]], reference[:, late:][mask[:, late:]])
+    log_q, log_p = (logits[:, late:][mask[:, late:]].double().log_softmax(-1) for logits in (found, reference))
+    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def test_a_few_tokens_on_the_edge_do_not_decide() -> None:

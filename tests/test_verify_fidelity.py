@@ -135,6 +135,26 @@ def test_the_float_model_agrees_with_itself(task: Task) -> None:
         assert result.cosine == pytest.approx(1)
 
 
+def test_what_is_almost_equal_has_no_kl_below_zero_where_float32_gives_one() -> None:
+    exact, near = FakeSession(1, width=4000), FakeSession(1, width=4000)
+    near.table *= 1 + 1e-7
+    fed = {name: value.numpy() for name, value in batches()[0].items()}
+    p, q = (torch.from_numpy(session.run(None, fed)[0]).log_softmax(-1) for session in (exact, near))
+    assert ((p.exp() * (p - q)).sum(-1) < 0).any()
+    found = measure_fidelity(near, exact, batches(), "causal-lm", "cpu", silent)
+    assert found.kl is not None
+    assert 0 <= found.kl < 1e-12
+
+
+def test_no_cosine_is_above_one() -> None:
+    x = torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    plain = (x @ torch.from_numpy(FLOAT.table)).double()
+    assert (torch.nn.functional.cosine_similarity(plain, plain) > 1).any()
+    found = measured("module", FLOAT, [{"x": row[None]} for row in x]).cosine
+    assert found is not None
+    assert 1 - 1e-12 < found <= 1
+
+
 @pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
 def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: Task) -> None:
     broken = FakeSession(0)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from qconvert.ir.divergence import kl_divergence, log_probabilities
 from qconvert.ir.forward import BlockRunner
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
@@ -56,7 +57,7 @@ class Wavefront:
         (self._waiting if self._next < len(self.model.blocks) else self._outside).append(replaced)
 
     def losses(self) -> Tensor:
-        """[variants, tokens], in the order in which they were added: see `divergence` and `relative_square`."""
+        """[variants, tokens], in the order in which they were added: KL in nats of what writes text, else `relative_square`."""
         self.enter("")
         found = []
         with self._late_logits():
@@ -107,22 +108,18 @@ class Wavefront:
             hook.remove()
 
     def _judged(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What of the outputs counts, each [tokens, values]; of a module all that it returns is one token."""
+        """What of the outputs counts, each [tokens, values]: of logits their log probabilities; of a module all that it
+        returns is one token."""
         if self.model.task == "module":
             return [output.reshape(1, -1) for output in outputs]
         mask = self.batch["attention_mask"].bool().to(outputs[0].device)
-        return [outputs[0][mask[:, -outputs[0].shape[1] :]]]
+        states = outputs[0][mask[:, -outputs[0].shape[1] :]]
+        return [log_probabilities(states) if self.model.task in GENERATING else states]
 
     def _loss(self, found: list[Tensor], expected: list[Tensor]) -> Tensor:
         if self.model.task in GENERATING:
-            return divergence(found[0], expected[0])
+            return kl_divergence(expected[0], found[0])
         return relative_square(torch.cat(found, 1), torch.cat(expected, 1))
-
-
-def divergence(found: Tensor, expected: Tensor) -> Tensor:
-    """KL(expected || found) in nats of logits [tokens, vocabulary]: [tokens]."""
-    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
 def relative_square(found: Tensor, expected: Tensor) -> Tensor:

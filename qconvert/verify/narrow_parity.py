@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from qconvert.ir.agreement import largest_difference
+from qconvert.ir.divergence import kl_divergence, log_probabilities
 from qconvert.ir.report import GENERATING, Parity, Task
 
 SMALLEST_COSINE = 0.999
@@ -63,6 +64,6 @@ def _mean_kl(pairs: Pairs) -> float:
     """pairs: logits [..., vocabulary]."""
     each = []
     for found, reference in pairs:
-        log_q, log_p = (torch.from_numpy(np.asarray(x, np.float64)).log_softmax(-1) for x in (found, reference))
-        each.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
+        log_q, log_p = (log_probabilities(torch.from_numpy(np.asarray(x, np.float64))) for x in (found, reference))
+        each.append(kl_divergence(log_p, log_q).flatten())
     return float(torch.cat(each).mean())
