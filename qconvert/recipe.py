@@ -23,6 +23,7 @@ from pydantic import (
 
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.budget import Budget
+from qconvert.ir.report import Size
 from qconvert.ir.scheme import QuantScheme
 
 
@@ -114,9 +115,13 @@ class Gate(_Part):
     comparison: Literal["<=", ">="]
     limit: float
 
+    def __str__(self) -> str:
+        """As on the command line: 'kl<=0.2'."""
+        return f"{self.metric}{self.comparison}{self.limit:.12g}"
+
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the command line: 'kl<=0.2'."""
+        """The inverse of `str`. Raises UsageError QC-RECIPE-003."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None:
@@ -238,6 +243,18 @@ class Recipe(_Part):
                 "QC-BUDGET-003",
                 f"the budget {self.budget} decides the schemes, but the recipe wants {self.scheme}",
                 hint="leave out the scheme; a rule may name those of single layers",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> Self:
+        """Raises UsageError QC-GATE-001."""
+        unjudged = [str(gate) for gate in self.gates if gate.metric not in Size.model_fields]
+        if unjudged and not self.verify:
+            raise UsageError(
+                "QC-GATE-001",
+                f"without verification nobody measures what these gates limit: {', '.join(unjudged)}",
+                hint="verify, or leave them out here and give them to qconvert verify OUT, each with --gate",
             )
         return self
 

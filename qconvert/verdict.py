@@ -16,11 +16,12 @@ from qconvert.recipe import Gate, Recipe
 
 
 def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None) -> Report:
-    """Everything that is known about the artifact in `folder`; without evidence nothing is claimed to have passed."""
+    """Everything that is known about the artifact in `folder`; without evidence that is its size, and whether it keeps the gates
+    on that. Nothing is claimed to have passed then."""
     written = read_written(folder)
     size = _size(model, plan, written, folder)
     found = evidence or Evidence()
-    gates = tuple(_judge(gate, size, found) for gate in recipe.gates) if evidence else ()
+    gates = tuple(_judge(gate, size, found) for gate in recipe.gates)
     checks: tuple[Parity | Fidelity | Latency, ...] = (*found.parity, *found.fidelity, *found.latency)
     missed = any(part.status == "failed" for part in checks) or not all(gate.passed for gate in gates)
     ran = any(part.status == "passed" for part in found.fidelity)

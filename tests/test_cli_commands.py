@@ -90,7 +90,7 @@ def test_every_command_exists_and_says_what_it_does() -> None:
 def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
     flags = "--quantizer awq --scheme int4-g32 --option grid=20 --option fast=true --option name=x "
     flags += "--rule lm_head=float --rule *.0.*=int8 "
-    flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --device cuda --gate kl<=0.2 "
+    flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --device cuda --gate ratio<=0.3 "
     flags += "--no-verify --allow-unverified --force"
     assert run(*flags.split()).exit_code == 0
     assert pipeline.given == Recipe.model_validate(
@@ -106,7 +106,7 @@ def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
             "targets": ["cpu", "cuda"],
             "layout": "onnx",
             "device": "cuda",
-            "gates": [{"metric": "kl", "comparison": "<=", "limit": 0.2}],
+            "gates": [{"metric": "ratio", "comparison": "<=", "limit": 0.3}],
             "verify": False,
             "allow_unverified": True,
             "force": True,
@@ -269,6 +269,15 @@ def test_not_verified_is_no_failure(pipeline: FakePipeline) -> None:
     result = run("--no-verify")
     assert result.exit_code == 0
     assert result.stderr.startswith("not verified")
+
+
+def test_gates_that_need_a_run_are_refused_without_one(pipeline: FakePipeline) -> None:
+    result = run("--no-verify", "--gate", "kl<=0.2", "--gate", "ratio<=0.3", "--gate", "speedup>=2", "--json")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "QC-GATE-001"
+    assert error["message"].endswith("limit: kl<=0.2, speedup>=2")
+    assert pipeline.given is None
 
 
 @pytest.mark.parametrize("arguments", [("run", "--model", "M", "--output", "OUT"), ("verify", "OUT")])

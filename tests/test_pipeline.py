@@ -302,7 +302,7 @@ def test_every_preset_passes_and_loads_in_transformers(preset: str, sources: Pat
 
 @pytest.mark.usefixtures("quick")
 def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sources: Path, tmp_path: Path) -> None:
-    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", verify=False, gates=[gate("kl", 1e-9)]))
+    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", verify=False))
     assert report.passed is None
     assert verdict(report) == 0
     assert (report.parity, report.fidelity, report.gates) == ((), (), ())
@@ -311,7 +311,22 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
     later = pipeline.verify(tmp_path / "out")
     assert [part.status for part in later.parity] == ["passed", "passed", "passed"]
     assert later.samples.evaluation == 4
-    assert later.passed is False  # the recipe's gate
+    assert later.passed
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("limit", "passed", "exit_code"), [(0.9, None, 0), (0.1, False, 1)])
+def test_without_verification_gates_on_size_are_judged(
+    limit: float, passed: bool | None, exit_code: int, sources: Path, tmp_path: Path
+) -> None:
+    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", verify=False, gates=[gate("ratio", limit)]))
+    assert report.passed is passed
+    assert verdict(report) == exit_code
+    (judged,) = report.gates
+    assert judged.value == report.size.ratio
+    assert judged.passed is (passed is None)
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["passed"] is passed
+    assert "**Not verified.**" in (tmp_path / "out" / CARD).read_text()
 
 
 def gate(metric: str, limit: float, comparison: str = "<=") -> dict[str, Any]:

@@ -146,10 +146,12 @@ def test_what_is_no_rule_is_refused(text: str, expected: str) -> None:
         ("kl<=0.2", Gate(metric="kl", comparison="<=", limit=0.2)),
         (" cosine >= .99 ", Gate(metric="cosine", comparison=">=", limit=0.99)),
         ("weights_bytes<=1e8", Gate(metric="weights_bytes", comparison="<=", limit=1e8)),
+        ("weights_bytes<=123456789", Gate(metric="weights_bytes", comparison="<=", limit=123456789)),
     ],
 )
 def test_a_gate_is_written_as_it_is_said(text: str, gate: Gate) -> None:
     assert Gate.parse(text) == gate
+    assert Gate.parse(str(gate)) == gate
 
 
 @pytest.mark.parametrize("text", ["kl", "kl<0.2", "kl<=", "kl<=e", "kl<=nan", "loss<=1", "<=1"])

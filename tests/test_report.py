@@ -274,7 +274,9 @@ def test_the_card_has_all_the_evidence() -> None:
 @pytest.mark.parametrize(
     ("report", "warning"),
     [
-        (but(passed=None), "> **Not verified.** Nobody has run this artifact."),
+        (but(passed=None, parity=(), fidelity=()), "> **Not verified.** Nobody has run this artifact."),
+        (but(passed=False, parity=(), fidelity=()), "> **Not verified.** Nobody has run this artifact."),
+        (but(passed=False, parity=(), fidelity=()), "> **Failed: 1 of 2 gates missed.**"),
         (REPORT, "> **Failed: 1 of 2 gates missed.**"),
         (REPORT, "> On cpu it is slower than float: 0.85 x its speed."),
     ],

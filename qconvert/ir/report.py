@@ -150,7 +150,8 @@ class Assignment(_Part):
 
 
 class Report(_Part):
-    """passed: True, False, or None where nothing was run. assignment: None where the recipe named the schemes."""
+    """passed: False where a check failed or a gate was missed, else True, or None where nothing was run. assignment: None where
+    the recipe named the schemes."""
 
     passed: bool | None
     task: Task
@@ -165,6 +166,11 @@ class Report(_Part):
     layers: tuple[LayerReport, ...] = ()
     kept_float: tuple[KeptFloat, ...] = ()
     assignment: Assignment | None = None
+
+    @property
+    def was_run(self) -> bool:
+        """Whether the artifact itself was run, on any target: what fails its parity is not compared any further."""
+        return any(part.status == "failed" for part in self.parity) or any(part.status != "not-run" for part in self.fidelity)
 
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""

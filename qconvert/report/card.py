@@ -102,9 +102,9 @@ def card(report: Report, recipe: Recipe, model_name: str) -> str:
 
 
 def _verdict(report: Report) -> Iterator[str]:
-    if report.passed is None:
+    if not report.was_run:
         yield "> **Not verified.** Nobody has run this artifact. Run `qconvert verify .` in this folder before you rely on it."
-    elif not report.passed:
+    if report.passed is False:
         yield f"> **{wording.verdict(report).capitalize()}.** See the evidence below."
     for part in report.latency:
         if part.speedup is not None and part.speedup < 1:
@@ -224,7 +224,7 @@ def _command(recipe: Recipe, model_name: str) -> str:
     if recipe.layout != "transformers":
         words += ["--layout", recipe.layout]
     for gate in recipe.gates:
-        words += ["--gate", f"{gate.metric}{gate.comparison}{gate.limit:g}"]
+        words += ["--gate", str(gate)]
     return wording.printable(shlex.join(words))  # one line, so that nothing in it can end the code block
 
 
