@@ -16,8 +16,8 @@ from qconvert.recipe import Gate, Recipe
 
 
 def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None) -> Report:
-    """Everything that is known about the artifact in `folder`; without evidence that is its size, and whether it keeps the gates
-    on that. Nothing is claimed to have passed then."""
+    """Everything that is known about the artifact in `folder`; without evidence that is its size, and which gates on it are
+    kept, and nothing is claimed to have passed."""
     written = read_written(folder)
     size = _size(model, plan, written, folder)
     found = evidence or Evidence()

@@ -90,8 +90,8 @@ def test_every_command_exists_and_says_what_it_does() -> None:
 def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
     flags = "--quantizer awq --scheme int4-g32 --option grid=20 --option fast=true --option name=x "
     flags += "--rule lm_head=float --rule *.0.*=int8 "
-    flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --device cuda --gate ratio<=0.3 "
-    flags += "--no-verify --allow-unverified --force"
+    flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --device cuda "
+    flags += "--gate ratio<=0.3 --no-verify --allow-unverified --force"
     assert run(*flags.split()).exit_code == 0
     assert pipeline.given == Recipe.model_validate(
         {
