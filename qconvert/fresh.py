@@ -20,7 +20,7 @@ from typing import Any
 from qconvert import errors
 from qconvert.errors import QConvertError, ResourceError
 from qconvert.ir.garbage import importing
-from qconvert.ir.process import end_with_parent
+from qconvert.ir.process import end_with_parent, import_path
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
 from qconvert.plugin import watch
@@ -39,7 +39,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        env={**os.environ, **import_path(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         pass_fds=watch.descriptors(),
     ) as child:
         assert child.stdin is not None

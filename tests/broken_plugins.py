@@ -26,7 +26,7 @@ class Trial(Quantizer):
 """
 
 
-def _quantizing(name: str, fault: str) -> str:
+def quantizing(name: str, fault: str) -> str:
     return GOOD.replace("NAME", name).replace("FAULT", fault)
 
 
@@ -42,7 +42,7 @@ UNUSABLE = {
     ),
     "argument": (f"{HOOK}def load_model(sauce): ...", "sauce", 2),
     "future": (f"QCONVERT_API = 2\n{HOOK}def load_model(source): ...", "version 2 of the plugin API, and this is version 1", 0),
-    "taken": (_quantizing("absmax", "pass"), "its quantizer 'absmax' has a name of qconvert's own", 0),
+    "taken": (quantizing("absmax", "pass"), "its quantizer 'absmax' has a name of qconvert's own", 0),
     "vanishes": (
         f"{HOOK}def register_quantizers():\n    import os; os._exit(0)",
         "its register_quantizers exited with code 0",
@@ -52,27 +52,27 @@ UNUSABLE = {
 }
 # Plugins that fail when they are used: name -> (source, error code, what is said of it).
 FAILING = {
-    "hangs": (_quantizing("hangs", "import time; time.sleep(1000)"), "QC-PLUGIN-011", "was ended after 3 seconds: quantize '"),
+    "hangs": (quantizing("hangs", "import time; time.sleep(1000)"), "QC-PLUGIN-011", "was ended after 3 seconds: quantize '"),
     "segfaults": (
-        _quantizing("segfaults", "import ctypes; ctypes.string_at(0)"),
+        quantizing("segfaults", "import ctypes; ctypes.string_at(0)"),
         "QC-PLUGIN-010",
         "crashed with SIGSEGV: quantize '",
     ),
-    "exits": (_quantizing("exits", "import os; os._exit(0)"), "QC-PLUGIN-010", "exited with code 0: quantize '"),
+    "exits": (quantizing("exits", "import os; os._exit(0)"), "QC-PLUGIN-010", "exited with code 0: quantize '"),
     "shapes": (
-        _quantizing("shapes", "import dataclasses; tensor = dataclasses.replace(tensor, q=tensor.q.T)"),
+        quantizing("shapes", "import dataclasses; tensor = dataclasses.replace(tensor, q=tensor.q.T)"),
         "QC-PLUGIN-008",
         "q is torch.int8 [",
     ),
-    "mutates": (_quantizing("mutates", "layer.weight.mul_(2)"), "QC-PLUGIN-008", "quantize changed its input in place"),
+    "mutates": (quantizing("mutates", "layer.weight.mul_(2)"), "QC-PLUGIN-008", "quantize changed its input in place"),
     "eats": (
-        _quantizing("eats", "import torch; self.__dict__['kept'] = torch.empty(1 << 50, dtype=torch.uint8)"),
+        quantizing("eats", "import torch; self.__dict__['kept'] = torch.empty(1 << 50, dtype=torch.uint8)"),
         "QC-PLUGIN-007",
         "can't allocate memory",
     ),
 }
 # One that prints, which is no fault that stops it, but must not reach stdout.
-PRINTING = _quantizing("prints", "print('hello'); import os; os.write(2, b'')")
+PRINTING = quantizing("prints", "print('hello'); import os; os.write(2, b'')")
 
 
 def install(folder: Path, name: str, source: str, *, version: str = "0.3", value: str = "") -> None:

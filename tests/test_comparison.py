@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from comparisons import comparison, entry, failed
+from matplotlib import rcParams
 from PIL import Image
 from rich.console import Console
 
@@ -80,6 +81,13 @@ def test_the_picture_is_a_png(made: Comparison) -> None:
         colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     assert len(colours) > 20  # something is drawn
+
+
+def test_the_picture_is_not_drawn_with_the_settings_of_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plot(PICTURES["one"])
+    monkeypatch.setitem(rcParams, "text.usetex", True)  # as a matplotlibrc there can: labels would run LaTeX
+    monkeypatch.setitem(rcParams, "axes.facecolor", "black")
+    assert plot(PICTURES["one"]) == expected
 
 
 # --- the table ---

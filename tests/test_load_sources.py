@@ -198,6 +198,32 @@ def test_example_inputs_have_the_names_of_forward(factories: str, function: str,
     assert tuple(model.example_inputs) == names
 
 
+def test_what_lies_beside_a_factory_is_found_but_shadows_nothing(factories: str, tmp_path: Path) -> None:
+    (tmp_path / f"beside_{factories}.py").write_text("import colorsys\n")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('shadows the standard library')\n")
+    with (tmp_path / f"{factories}.py").open("a") as code:
+        code.write(f"import beside_{factories}\n")
+    sys.modules.pop("colorsys", None)
+    before = sys.path.copy()
+    load(f"module:{factories}:good", no_plugin)
+    load(f"module:{factories}.py:good", no_plugin)
+    assert sys.path == [*before, str(tmp_path)]
+
+
+def test_a_factory_in_the_current_folder_goes_before_an_installed_one(factories: str, tmp_path: Path) -> None:
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / f"{factories}.py").write_text("def good(): raise RuntimeError('not this one')\n")
+    sys.path.insert(0, str(tmp_path / "installed"))
+    assert load(f"module:{factories}:good", no_plugin).name == "Tied"
+
+
+def test_the_current_folder_is_searched_only_for_a_factory_that_lies_there(factories: str) -> None:
+    before = sys.path.copy()
+    with pytest.raises(InputError, match="OrderedDict"):
+        load("module:collections:OrderedDict", no_plugin)
+    assert sys.path == before
+
+
 def test_shared_memory_is_stored_once(factories: str) -> None:
     model = load(f"module:{factories}:good", no_plugin)
     # The first name in the state dict owns the memory.

@@ -3,6 +3,7 @@ transformers, pydantic or plugins."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,6 +13,7 @@ import click
 
 from qconvert.cli import watched
 from qconvert.cli.exits import exit_codes
+from qconvert.ir.process import import_path
 
 COMMANDS = {
     "run": "qconvert.cli.run",
@@ -35,9 +37,11 @@ class Commands(click.Group):
         return command
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        if args is None and watched.is_needed(sys.argv[1:]):
-            with exit_codes(as_json="--json" in sys.argv):
-                sys.exit(watched.run(sys.argv[1:]))
+        if args is None:
+            os.environ.update(import_path())  # for all that is started from here, plugins' processes included
+            if watched.is_needed(sys.argv[1:]):
+                with exit_codes(as_json="--json" in sys.argv):
+                    sys.exit(watched.run(sys.argv[1:]))
         watched.become_watched()
         return super().main(args, *others, **settings)
 

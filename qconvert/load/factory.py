@@ -1,4 +1,9 @@
-"""module:FACTORY: a PyTorch module that the user's own code builds, with example inputs."""
+"""module:FACTORY: a PyTorch module that the user's own code builds, with example inputs.
+
+The code is taken from the file or, for a dotted name, from the current folder if it is there. What it imports in turn may lie
+beside it: that folder is then added to the end of the import path, where a file of it shadows neither Python's modules nor
+installed ones. Nothing else that qconvert does looks for code there.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -81,27 +87,39 @@ def _find(source: str) -> tuple[ModuleType, Callable[[], Any]]:
 
 
 def _import_module(name: str) -> ModuleType:
-    _search_first(Path.cwd())  # as `python -m` does
+    top = name.partition(".")[0]
+    here = PathFinder.find_spec(top, [str(Path.cwd())])
+    if here is not None and top not in sys.modules:
+        _search_last(Path.cwd())
+        if here.loader is not None:  # a folder without __init__.py gives way to an installed package
+            _execute(here)
     return importlib.import_module(name)
 
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    _search_first(path.resolve().parent)  # as `python FILE` does
-    name = f"_qconvert_factory_{path.stem}"
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None  # both exist for every path that ends in .py
+    _search_last(path.resolve().parent)
+    spec = spec_from_file_location(f"_qconvert_factory_{path.stem}", path)
+    assert spec is not None  # for every path that ends in .py
+    return _execute(spec)
+
+
+def _execute(spec: ModuleSpec) -> ModuleType:
+    assert spec.loader is not None
     code = module_from_spec(spec)
-    sys.modules[name] = code  # dataclasses and pickle look their module up there
-    spec.loader.exec_module(code)
+    sys.modules[spec.name] = code  # dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(code)
+    except BaseException:
+        sys.modules.pop(spec.name, None)
+        raise
     return code
 
 
-def _search_first(folder: Path) -> None:
+def _search_last(folder: Path) -> None:
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+        sys.path.append(str(folder))
 
 
 def _files_of(code: ModuleType) -> dict[str, Path | bytes]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from matplotlib import colormaps
+from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,6 +46,12 @@ LEADER = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
 
 def plot(comparison: Comparison) -> bytes:
     """PNG. Lower and further to the left is better; needs at least one point."""
+    # Not with the settings of a matplotlibrc, which may lie in the current folder: text.usetex would run LaTeX.
+    with style.context("default"):
+        return _png(comparison)
+
+
+def _png(comparison: Comparison) -> bytes:
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # which needs no display
     axes = figure.add_subplot()
