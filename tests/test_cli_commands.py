@@ -202,7 +202,7 @@ def test_a_flag_that_adds_to_a_malformed_part_of_the_file_says_so(pipeline: Fake
 def test_run_prints_the_folder_on_stdout_and_the_table_on_stderr(pipeline: FakePipeline) -> None:
     result = run()
     assert result.stdout == "OUT\n"
-    assert result.stderr.startswith("passed - absmax, int8-tensor-a8, module")
+    assert result.stderr.startswith("computes what its weights say; no limits set - absmax, int8-tensor-a8, module")
 
 
 def test_run_with_json_prints_exactly_the_report(pipeline: FakePipeline) -> None:

@@ -104,7 +104,8 @@ GATE = GateResult(metric="kl", comparison="<=", limit=0.2, value=0.25, passed=Fa
 
 def test_the_table_has_a_row_per_recipe_and_a_star_for_the_front() -> None:
     large = entry("large", kl=0.25, weights_bytes=2000, passed=False, gates=(GATE,))
-    header, *lines = shown(comparison(entry("good", kl=0.1), large, failed("odd", 2)))
+    good = entry("good", kl=0.1, gates=(GATE.model_copy(update={"value": 0.1, "passed": True}),))
+    header, *lines = shown(comparison(good, large, failed("odd", 2)))
     assert " ".join(header.split()) == "recipe quantizer, scheme result size bits KL prefill decode seconds"
     assert [" ".join(line.split()) for line in lines] == [
         "* good absmax int8-tensor passed 1.0 kB 8 0.1 50 1.5",
@@ -122,7 +123,7 @@ def test_the_table_has_a_row_per_recipe_and_a_star_for_the_front() -> None:
 def test_the_table_of_an_encoder_has_cosines_and_milliseconds() -> None:
     header, row, *_ = shown(comparison(entry("a", cosine=0.98765, task="encoder"), task="encoder"))
     assert " ".join(header.split()) == "recipe quantizer, scheme result size bits cosine p50 ms seconds"
-    assert " ".join(row.split()) == "* a absmax int8-tensor passed 1.0 kB 8 0.98765 20 1.5"
+    assert " ".join(row.split()) == "* a absmax int8-tensor no limits 1.0 kB 8 0.98765 20 1.5"
 
 
 def test_on_a_narrow_terminal_names_are_folded_and_numbers_are_not() -> None:

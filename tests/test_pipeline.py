@@ -15,12 +15,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 
 from qconvert import pipeline
+from qconvert.cli import main
 from qconvert.cli.exits import verdict
 from qconvert.errors import InputError, ParityError, TargetError, UsageError
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
@@ -326,7 +328,22 @@ def test_without_verification_gates_on_size_are_judged(
     assert judged.value == report.size.ratio
     assert judged.passed is (passed is None)
     assert json.loads((tmp_path / "out" / REPORT).read_text())["passed"] is passed
-    assert "**Not verified.**" in (tmp_path / "out" / CARD).read_text()
+    headline = "Not verified; 1 of 1 gates kept" if passed is None else "Failed: 1 of 1 gates missed; not verified"
+    assert f"**{headline}.** Nobody has run" in (tmp_path / "out" / CARD).read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_limits_the_command_says_what_was_shown_and_not_that_it_passed(sources: Path, tmp_path: Path) -> None:
+    asked = recipe(sources / "llama", tmp_path / "out", scheme="int4-channel")
+    (tmp_path / "recipe.yaml").write_text(asked.model_dump_json())
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0
+    words = " ".join(result.stderr.split())
+    assert "computes what its weights say; no limits set - per-channel, int4-channel, causal-lm size" in words
+    document = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert document["fidelity"][0]["kl"] > 0.01
+    assert f"fidelity cpu measured KL {document['fidelity'][0]['kl']:.3g} nats" in words
+    assert "> **Computes what its weights say; no limits set.** See the evidence" in (tmp_path / "out" / CARD).read_text()
 
 
 def gate(metric: str, limit: float, comparison: str = "<=") -> dict[str, Any]:

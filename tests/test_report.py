@@ -77,6 +77,11 @@ RECIPE = Recipe.model_validate(
 )
 
 
+KEPT = tuple(gate.model_copy(update={"passed": True}) for gate in REPORT.gates)
+ON_CPU = REPORT.parity[:1]
+UNRUN: dict[str, object] = {"parity": (), "fidelity": (), "latency": ()}
+
+
 def but(**changes: object) -> Report:
     return REPORT.model_copy(update=changes)
 
@@ -94,11 +99,11 @@ def on_terminal(view: RenderableType, width: int = 120) -> str:
 def test_every_part_of_the_evidence_is_in_the_table(width: int) -> None:
     text = re.sub(r"\s+", " ", on_terminal(table(REPORT), width))
     for words in (
-        "failed: 1 of 2 gates missed - awq, int4-g32, causal-lm",
+        "failed: 1 of 2 gates missed; not run on cuda - awq, int4-g32, causal-lm",
         "98.3 MB of weights, 0.183 x the source's 538.0 MB; 4.5 bits per quantized weight; graphs 1.2 MB",
         "cpu passed max relative error 3.1e-06",
         "cuda not-run no CUDA provider",
-        "KL 0.0123 nats, top-1 94.1%, perplexity 18.23 (float 17.92)",
+        "cpu measured KL 0.0123 nats, top-1 94.1%, perplexity 18.23 (float 17.92)",
         "slower than float: 0.85 x its speed, p50 12.3 ms (float 10.5 ms), 2 threads",
         "kl <= 0.2: 0.0123, kept",
         "speedup >= 2: 0.8509, MISSED",
@@ -129,15 +134,29 @@ def test_the_five_worst_layers_are_listed_worst_first() -> None:
 @pytest.mark.parametrize(
     ("report", "headline"),
     [
-        (but(passed=True, gates=(), parity=REPORT.parity[:1]), "passed"),
-        (but(passed=True, gates=()), "passed, but not run on cuda"),
-        (but(passed=None), "not verified"),
-        (but(gates=()), "failed"),
+        (but(passed=True, gates=KEPT, parity=ON_CPU), "passed: 2 of 2 gates kept"),
+        (but(passed=True, gates=KEPT), "passed: 2 of 2 gates kept; not run on cuda"),
+        (but(passed=True, gates=KEPT[1:], parity=ON_CPU), "passed: 1 of 1 gates kept; none limits what is lost"),
+        (but(passed=True, gates=(), parity=ON_CPU), "computes what its weights say; no limits set"),
+        (but(parity=ON_CPU), "failed: 1 of 2 gates missed"),
+        (but(gates=(), parity=ON_CPU), "failed"),
+        (but(passed=None, gates=(), **UNRUN), "not verified"),
+        (but(passed=None, gates=KEPT[1:], **UNRUN), "not verified; 1 of 1 gates kept"),
+        (but(passed=False, **UNRUN), "failed: 1 of 2 gates missed; not verified"),
     ],
-    ids=["passed", "passed-in-part", "not-run", "failed"],
 )
-def test_the_verdict_comes_first(report: Report, headline: str) -> None:
+def test_the_verdict_comes_first_and_claims_no_more_than_was_shown(report: Report, headline: str) -> None:
     assert on_terminal(table(report)).startswith(f"{headline} - awq")
+    assert (headline[0].upper() + headline[1:] in card(report, RECIPE, "m")) is not (headline.startswith("passed: 2"))
+
+
+@pytest.mark.parametrize(("gates", "green"), [((), False), (KEPT[1:], False), (KEPT, True)], ids=["none", "speed", "loss"])
+def test_only_what_keeps_a_limit_on_its_loss_is_green(gates: tuple[GateResult, ...], green: bool) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system="standard")
+    console.print(table(but(passed=True, gates=gates, parity=ON_CPU)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert ("\x1b[32m" in lines[0]) is green
+    assert [line for line in lines[1:] if "\x1b[32m" in line] == [line for line in lines if "max relative error" in line]
 
 
 ASSIGNMENT = Assignment(budget="4.5", average_bits=4.4987, predicted_kl=0.0105, schemes={"int4-g64": 20, "int8-g32": 10})
@@ -262,9 +281,9 @@ def test_a_packaged_source_is_given_as_it_was() -> None:
 def test_the_card_has_all_the_evidence() -> None:
     text = card(REPORT, RECIPE, "m")
     for words in (
-        "| latency | cpu | passed | slower than float: 0.85 x its speed",
+        "| latency | cpu | measured | slower than float: 0.85 x its speed",
         "| gate |  | failed | speedup",
-        "KL 0.0123 nats",
+        "| fidelity to the float model | cpu | measured | KL 0.0123 nats",
     ):
         assert words in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -274,10 +293,9 @@ def test_the_card_has_all_the_evidence() -> None:
 @pytest.mark.parametrize(
     ("report", "warning"),
     [
-        (but(passed=None, parity=(), fidelity=()), "> **Not verified.** Nobody has run this artifact."),
-        (but(passed=False, parity=(), fidelity=()), "> **Not verified.** Nobody has run this artifact."),
-        (but(passed=False, parity=(), fidelity=()), "> **Failed: 1 of 2 gates missed.**"),
-        (REPORT, "> **Failed: 1 of 2 gates missed.**"),
+        (but(passed=None, gates=(), **UNRUN), "> **Not verified.** Nobody has run this artifact."),
+        (but(passed=True, gates=(), parity=ON_CPU), "> **Computes what its weights say; no limits set.** See the evidence"),
+        (REPORT, "> **Failed: 1 of 2 gates missed; not run on cuda.** See the evidence"),
         (REPORT, "> On cpu it is slower than float: 0.85 x its speed."),
     ],
 )
@@ -286,7 +304,7 @@ def test_the_card_warns_before_anything_else(report: Report, warning: str) -> No
 
 
 def test_a_card_of_a_good_run_warns_of_nothing() -> None:
-    assert ">" not in card(but(passed=True, latency=()), RECIPE, "m").partition("## ")[0]
+    assert ">" not in card(but(passed=True, gates=KEPT, latency=()), RECIPE, "m").partition("## ")[0]
 
 
 def test_the_card_says_what_the_kernels_do_with_activations() -> None:

@@ -172,6 +172,11 @@ class Report(_Part):
         """Whether the artifact itself was run, on any target: what fails its parity is not compared any further."""
         return any(part.status == "failed" for part in self.parity) or any(part.status != "not-run" for part in self.fidelity)
 
+    @property
+    def loss_is_limited(self) -> bool:
+        """Whether a gate says how much may be lost against the float model."""
+        return any(gate.metric in Fidelity.model_fields for gate in self.gates)
+
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""
         document = self.model_dump(mode="json")

@@ -71,6 +71,7 @@ for each in session.get_inputs():  # put your rows in place of these zeros
 print([output.shape for output in session.run(None, feeds)])""",
 }
 
+NOT_RUN = "Nobody has run this artifact. Run `qconvert verify .` in this folder before you rely on it."
 EMPTY_CACHE = "np.zeros(shape, dtype=np.float32)\nlogits"
 ENCODER_RUN = "encoder.run(None, source)"
 ENCODER_RUN_ON_CUDA = (
@@ -102,10 +103,10 @@ def card(report: Report, recipe: Recipe, model_name: str) -> str:
 
 
 def _verdict(report: Report) -> Iterator[str]:
-    if not report.was_run:
-        yield "> **Not verified.** Nobody has run this artifact. Run `qconvert verify .` in this folder before you rely on it."
-    if report.passed is False:
-        yield f"> **{wording.verdict(report).capitalize()}.** See the evidence below."
+    if not (report.passed and report.loss_is_limited):
+        words = wording.verdict(report)
+        advice = "See the evidence below." if report.was_run else NOT_RUN
+        yield f"> **{words[0].upper()}{words[1:]}.** {advice}"
     for part in report.latency:
         if part.speedup is not None and part.speedup < 1:
             yield f"> On {part.target} it is {wording.speed(part)}."
@@ -159,8 +160,10 @@ def _on_cuda(code: str, recipe: Recipe) -> str:
 def _evidence(report: Report) -> str:
     rows: list[tuple[str, str, str, str]] = []
     rows += [("parity with its own weights", part.target, part.status, wording.parity(part)) for part in report.parity]
-    rows += [("fidelity to the float model", part.target, part.status, wording.fidelity(part)) for part in report.fidelity]
-    rows += [("latency", part.target, part.status, wording.latency(part)) for part in report.latency]
+    rows += [
+        ("fidelity to the float model", part.target, wording.status(part), wording.fidelity(part)) for part in report.fidelity
+    ]
+    rows += [("latency", part.target, wording.status(part), wording.latency(part)) for part in report.latency]
     rows += [("gate", "", "passed" if part.passed else "failed", wording.gate(part)) for part in report.gates]
     if report.assignment is not None:
         rows.append(("budget", "", report.assignment.budget, wording.assignment(report.assignment, report.fidelity)))

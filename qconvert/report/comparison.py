@@ -11,7 +11,7 @@ from rich.text import Text
 from qconvert.ir.comparison import Comparison, Entry
 from qconvert.ir.report import GENERATING
 from qconvert.report import wording
-from qconvert.report.table import STYLES
+from qconvert.report.table import STYLES, verdict_style
 
 WORDS = ("recipe", "quantizer, scheme")
 TEXTS = ("", *WORDS, "result")
@@ -50,16 +50,10 @@ def _notes(comparison: Comparison, decoder: bool) -> Iterator[str]:
 
 
 def _cells(entry: Entry) -> dict[str, Text]:
-    if entry.error:
-        result = Text(entry.error.code, STYLES["failed"])
-    elif entry.passed is None:
-        result = Text("not verified", STYLES["not-run"])
-    else:
-        result = Text("passed", STYLES["passed"]) if entry.passed else Text("failed", STYLES["failed"])
     cells = {
         "recipe": Text(entry.name),
         "quantizer, scheme": Text(f"{wording.printable(entry.quantizer)} {entry.scheme}"),
-        "result": result,
+        "result": _result(entry),
     }
     measured: dict[str, str] = {}
     if entry.report is not None:
@@ -73,6 +67,15 @@ def _cells(entry: Entry) -> dict[str, Text]:
         measured["p50 ms"] = _number(entry.latency.p50_ms, ".3g")
     measured["seconds"] = _number(entry.quantize_seconds, ".1f")
     return cells | {title: Text(value) for title, value in measured.items()}
+
+
+def _result(entry: Entry) -> Text:
+    """The error's code, or the verdict in two words."""
+    report = entry.report
+    if entry.error or report is None:
+        return Text(entry.error.code if entry.error else "", STYLES["failed"])
+    passed = "passed" if report.gates else "no limits"
+    return Text({True: passed, False: "failed", None: "not verified"}[report.passed], verdict_style(report))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -11,14 +11,13 @@ from rich.text import Text
 from qconvert.ir.report import Fidelity, Latency, LayerReport, Parity, Report
 from qconvert.report import wording
 
-STYLES = {"passed": "green", "failed": "bold red", "not-run": "yellow"}
+STYLES = {"passed": "green", "failed": "bold red", "not-run": "yellow", "measured": ""}
 
 
 def table(report: Report) -> RenderableType:
     """The verdict, then its evidence, one section per row."""
-    status = {True: "passed", False: "failed", None: "not-run"}[report.passed]
     headline = Text.assemble(
-        (wording.verdict(report), STYLES[status]),
+        (wording.verdict(report), verdict_style(report)),
         f" - {wording.printable(report.quantizer)}, {wording.title(report)}, {report.task}",
     )
     sections = Table.grid(padding=(0, 2))
@@ -27,6 +26,13 @@ def table(report: Report) -> RenderableType:
     for title, content in _sections(report):
         sections.add_row(title, content)
     return Group(headline, sections)
+
+
+def verdict_style(report: Report) -> str:
+    """Green is for what has lost no more than somebody said it may."""
+    if report.passed:
+        return STYLES["passed"] if report.loss_is_limited else "bold"
+    return STYLES["not-run" if report.passed is None else "failed"]
 
 
 def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
@@ -66,7 +72,8 @@ def _checks(parts: Iterable[tuple[Parity | Fidelity | Latency, str]]) -> Table:
     grid.add_column(no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")
     for part, words in parts:
-        grid.add_row(part.target, Text(part.status, STYLES[part.status]), Text(words))
+        status = wording.status(part)
+        grid.add_row(part.target, Text(status, STYLES[status]), Text(words))
     return grid
 
 

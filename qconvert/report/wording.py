@@ -25,14 +25,28 @@ def byte_size(count: int) -> str:
 
 
 def verdict(report: Report) -> str:
-    """One line: passed, failed (by what) or not verified."""
-    if report.passed is None:
-        return "not verified"
-    if report.passed:
-        missing = [part.target for part in report.parity if part.status == "not-run"]
-        return f"passed, but not run on {' and '.join(missing)}" if missing else "passed"
+    """One line that claims no more than was shown: without gates nobody has said how much may be lost."""
     missed = sum(not gate.passed for gate in report.gates)
-    return f"failed: {missed} of {len(report.gates)} gates missed" if missed else "failed"
+    gates = f"{missed or len(report.gates)} of {len(report.gates)} gates {'missed' if missed else 'kept'}"
+    not_run = [part.target for part in report.parity if part.status == "not-run"]
+    if report.passed is None:
+        return f"not verified; {gates}" if report.gates else "not verified"
+    if not report.passed:
+        said = [f"failed: {gates}" if missed else "failed"]
+    elif report.gates:
+        said = [f"passed: {gates}"] + ([] if report.loss_is_limited else ["none limits what is lost"])
+    else:
+        said = ["computes what its weights say", "no limits set"]
+    if not report.passed and not report.was_run:
+        said.append("not verified")
+    elif not_run:
+        said.append(f"not run on {' and '.join(not_run)}")
+    return "; ".join(said)
+
+
+def status(part: Parity | Fidelity | Latency) -> str:
+    """Of a check. Parity has a limit of its own; what is lost, and how fast it is, are measured, and left to gates to judge."""
+    return "measured" if part.status == "passed" and not isinstance(part, Parity) else part.status
 
 
 def size(report: Report) -> str:
