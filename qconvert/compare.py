@@ -20,12 +20,13 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
 from qconvert.ir.template import Template
+from qconvert.output import check_free, disk_errors, recover, replace_file
 from qconvert.plugin.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize_block
 from qconvert.recipe import AUTO, Recipe
 from qconvert.report.plot import plot
-from qconvert.workdir import Stage, check_free, disk_errors, replace_file
+from qconvert.workdir import Stage
 from qconvert.write import Writer
 
 logger = logging.getLogger("qconvert")
@@ -209,6 +210,7 @@ def _check_outputs(attempts: Sequence[Attempt], folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError("QC-OUTPUT-003", f"output {folder} is a file", hint="give an --output folder that doesn't exist yet")
     for attempt in attempts:
+        recover(attempt.recipe.output)
         check_free(attempt.recipe.output, force)
     if (folder / FILE).exists() and not force:
         raise UsageError(

@@ -27,6 +27,7 @@ from qconvert.ir.samples import Samples
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
+from qconvert.output import check_output, recover
 from qconvert.plan import plan as make_plan
 from qconvert.plugin import watch
 from qconvert.plugin.distribution import Distribution
@@ -38,7 +39,7 @@ from qconvert.report.files import write_report
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
-from qconvert.workdir import Stage, check_output, open_stage
+from qconvert.workdir import Stage, open_stage
 from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
 
 # What layers are planned with before a budget has decided: it fits every width.
@@ -146,6 +147,7 @@ def verify(
     progress: Progress = silent,
 ) -> Report:
     """Run a published artifact again; what is not given is taken from the recipe in its manifest."""
+    recover(folder)
     recipe = published_recipe(folder, targets, evaluation, gates)
     try:
         report = measure(folder, recipe, progress)

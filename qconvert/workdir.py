@@ -1,19 +1,15 @@
-"""The output folder: staged beside its final place, under a lock, with a journal to resume from, published at once.
+"""The stage of a run: an output folder in the making, beside its final place, with a journal to resume from.
 
 PARENT/
-  OUT/                            the old folder or the complete new one, never anything between
-  .OUT.qconvert.lock              held while a run works on OUT; names its process
+  OUT/                            see qconvert.output
   .OUT.qconvert-<digest>/         the stage of one recipe, input and version
     files/                        what becomes OUT
     scratch/                      what doesn't
     journal                       what is safely on disk
-  .OUT.qconvert-old/              the old folder, between the two renames of a system that can't swap
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
@@ -22,38 +18,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from qconvert.errors import ResourceError, UsageError
-from qconvert.ir.artifact import MANIFEST, SIDECAR, StoredTensor
+from qconvert.errors import ResourceError
+from qconvert.ir.artifact import SIDECAR, StoredTensor
 from qconvert.ir.reader import stored_tensor, tensor_bytes
+from qconvert.output import Lock, check_free, check_place, disk_errors, finish_publish, fsync, publish
 
 # CPU kernels like tensors that begin on a cache line.
 SIDECAR_ALIGNMENT = 64
 # Stages of other recipes are kept this long, so that their runs can be resumed.
 KEEP_SECONDS = 24 * 3600
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into ResourceError QC-DISK-002 (disk full, quota) or QC-DISK-003."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                "QC-DISK-002",
-                f"no space left while writing {path}: {error.strerror}; the output was not changed",
-                hint="free space on that disk, then run the same command again: finished blocks are kept",
-            ) from error
-        raise ResourceError(
-            "QC-DISK-003",
-            f"can't write {path}: {error.strerror or error}; the output was not changed",
-            hint="give an --output folder that can be written",
-        ) from error
 
 
 class Journal:
@@ -190,19 +167,12 @@ class Stage:
             )
 
     def publish(self) -> None:
-        """Make `folder` the output: the old one, or the complete new one, is there at every moment."""
+        """Make `folder` the output, once all of it is safely on disk."""
         with disk_errors(self.output):
             _make_durable(self.folder)
         self.journal.append({"publishing": self._inode()})
         with disk_errors(self.output):
-            if not self.output.exists():
-                self.folder.rename(self.output)
-            elif not _exchange(self.folder, self.output):
-                old = _old(self.output)
-                self.output.rename(old)
-                self.folder.rename(self.output)
-                shutil.rmtree(old)
-            fsync(self.output.parent)
+            publish(self.folder, self.output)
         self.discard()
 
     def discard(self) -> None:
@@ -223,12 +193,11 @@ def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterab
     QC-LOCK-001 where another run works on it.
     """
     output = output.resolve()
-    _check_place(output, inputs)
+    check_place(output, inputs)
     with disk_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-    with _Lock(output):
-        with disk_errors(output.parent):
-            _recover(output)
+    with Lock(output):
+        finish_publish(output)
         check_free(output, force)
         with disk_errors(output.parent):
             _remove_old_stages(output, keep=_stage_root(output, digest))
@@ -240,96 +209,8 @@ def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterab
                 stage.discard()
 
 
-def check_output(output: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Raise what `open_stage` would raise for an output that can't be taken, before any work is done for it."""
-    _check_place(output.resolve(), inputs)
-    check_free(output.resolve(), force)
-
-
-class _Lock:
-    """The lock file of one output. It is removed while it is held; filelock retries where it locked a removed file."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.path = output.parent / f".{output.name}.qconvert.lock"
-        self.lock = FileLock(self.path)
-
-    def __enter__(self) -> Self:
-        with disk_errors(self.path):
-            try:
-                self.lock.acquire(blocking=False)
-            except Timeout as error:
-                raise ResourceError(
-                    "QC-LOCK-001",
-                    f"another run works on {self.output}: process {self._holder()}",
-                    hint="wait until it is done, or give another --output",
-                ) from error
-            self.path.write_text(f"{os.getpid()}\n")
-        return self
-
-    def _holder(self) -> str:
-        try:
-            return self.path.read_text().strip() or "unknown"
-        except FileNotFoundError:  # it has just finished
-            return "unknown"
-
-    def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
-        self.lock.release()
-
-
-def _check_place(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises UsageError if writing `output` would touch an input, or can't be done by renaming."""
-    for path in (path.resolve() for path in inputs):
-        inside = any(_same(parent, path) for parent in (output, *output.parents))
-        if inside or any(_same(output, parent) for parent in path.parents):
-            raise UsageError(
-                "QC-OUTPUT-001",
-                f"output {output} is, contains or lies inside the input {path}",
-                hint="give an --output folder beside the inputs",
-            )
-    if output.is_mount():
-        raise UsageError(
-            "QC-OUTPUT-002", f"output {output} is a mount point", hint=f"give a folder inside it, e.g. {output / 'model'}"
-        )
-
-
-def check_free(output: Path, force: bool) -> None:
-    """Raises UsageError if there is something at `output` that may not be replaced."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UsageError("QC-OUTPUT-003", f"output {output} is a file", hint="give an --output folder that doesn't exist yet")
-    if not force:
-        raise UsageError("QC-OUTPUT-004", f"output {output} exists", hint="give --force to replace it, or another --output")
-    if not (output / MANIFEST).exists() and any(output.iterdir()):
-        raise UsageError(
-            "QC-OUTPUT-005",
-            f"output {output} holds files, but no {MANIFEST}: qconvert didn't write it, so --force won't delete it",
-            hint="remove the folder yourself, or give another --output",
-        )
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one place, also where the file system ignores case."""
-    return one == other or (one.exists() and other.exists() and one.samefile(other))
-
-
 def _stage_root(output: Path, digest: str) -> Path:
     return output.parent / f".{output.name}.qconvert-{digest[:12]}"
-
-
-def _old(output: Path) -> Path:
-    return output.parent / f".{output.name}.qconvert-old"
-
-
-def _recover(output: Path) -> None:
-    """Finish, or take back, a publish by two renames that was killed between them."""
-    old = _old(output)
-    if old.exists() and not output.exists():
-        old.rename(output)
-    elif old.exists():
-        shutil.rmtree(old)
 
 
 def _remove_old_stages(output: Path, keep: Path) -> None:
@@ -343,20 +224,6 @@ def _remove_old_stages(output: Path, keep: Path) -> None:
             shutil.rmtree(path)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the system or the file system can't (renameat2, Linux >= 3.15)."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
-    if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
 def _make_durable(folder: Path) -> None:
     """Give every file the permissions of the user's umask (safetensors and tempfile write 0600), and fsync it all."""
     umask = os.umask(0o077)
@@ -364,25 +231,3 @@ def _make_durable(folder: Path) -> None:
     for path in (*sorted(folder.rglob("*")), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         fsync(path)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of a folder that is not staged: there is the old content, or the complete new one, at every moment.
-
-    Raises ResourceError QC-DISK-002 on a full disk, QC-DISK-003 where it can't be written.
-    """
-    new = path.with_name(f".{path.name}.qconvert-new")
-    with disk_errors(path):
-        new.write_bytes(content)
-        fsync(new)
-        new.replace(path)
-        fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, would survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Who may import whom: cli, testing, pipeline -> stages, quantizers, report -> plugin -> recipe, workdir -> ir -> errors."""
+"""Who may import whom: the layers of pyproject.toml, from cli down to errors."""
 
 from __future__ import annotations
 

@@ -467,6 +467,28 @@ def test_an_output_is_verified_again_where_it_lies_and_where_it_was_moved_with_i
     assert again.fidelity == first.fidelity
 
 
+def test_an_output_that_a_killed_run_has_left_under_another_name_is_verified_under_its_own(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system without an exchange of two names; the run is stopped between its two renames."""
+    before = contents(published)
+    real = Path.rename
+
+    def first_only(path: Path, target: Path) -> Path:
+        if path.name == "files":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qconvert.output._exchange", lambda one, other: False)
+        patch.setattr(Path, "rename", first_only)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.convert(recipe(published.parent / "bert", published, quantizer="absmax", force=True, verify=False))
+    assert not published.exists()
+    assert pipeline.verify(published).passed
+    assert contents(published) == before
+
+
 def test_without_its_float_source_its_own_files_are_checked_and_the_rest_is_refused_clearly(published: Path) -> None:
     shutil.rmtree(published.parent / "bert")
     with pytest.raises(InputError, match=r"the files of .*out are what was written, but the float model") as caught:

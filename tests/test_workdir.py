@@ -19,6 +19,7 @@ from qconvert import workdir
 from qconvert.errors import ResourceError, UsageError
 from qconvert.ir.artifact import MANIFEST, SIDECAR
 from qconvert.ir.reader import read_tensor, tensor_record
+from qconvert.output import recover
 from qconvert.workdir import Stage, open_stage
 
 DIGEST = "0123456789abcdef" * 4
@@ -61,7 +62,7 @@ class TestPublish:
         publish(tmp_path / "out", "old")
         (tmp_path / "out" / "stale").write_text("old")
         if not swaps:
-            monkeypatch.setattr(workdir, "_exchange", lambda one, other: False)
+            monkeypatch.setattr("qconvert.output._exchange", lambda one, other: False)
         publish(tmp_path / "out", "new", force=True)
         assert names(tmp_path) == ["out"]
         assert names(tmp_path / "out") == [MANIFEST]
@@ -223,6 +224,21 @@ class TestFault22Kill:
             pytest.fail("the stage was opened")
         assert names(tmp_path) == ["out"]
         assert (tmp_path / "out" / MANIFEST).read_text() == "old"
+
+    def test_who_only_reads_the_name_finds_the_old_folder_too(self, tmp_path: Path) -> None:
+        publish(tmp_path / "out", "old")
+        (tmp_path / "link").symlink_to("out")
+        (tmp_path / "out").rename(tmp_path / ".out.qconvert-old")
+        recover(tmp_path / "link")
+        assert names(tmp_path) == ["link", "out"]
+        assert (tmp_path / "link" / MANIFEST).read_text() == "old"
+
+    def test_a_run_between_its_two_renames_is_not_disturbed(self, tmp_path: Path) -> None:
+        with open_stage(tmp_path / "out", DIGEST):
+            (tmp_path / ".out.qconvert-old").mkdir()
+            with pytest.raises(ResourceError, match=f"QC-LOCK-001.*process {os.getpid()}\n"):
+                recover(tmp_path / "out")
+        assert ".out.qconvert-old" in names(tmp_path)
 
     def test_killed_after_the_two_renames(self, tmp_path: Path) -> None:
         publish(tmp_path / "out", "new")

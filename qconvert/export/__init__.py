@@ -23,8 +23,9 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_tensor
 from qconvert.ir.report import GENERATING
 from qconvert.ir.template import DOMAIN, Template
+from qconvert.output import disk_errors
 from qconvert.recipe import Logits
-from qconvert.workdir import Stage, disk_errors
+from qconvert.workdir import Stage
 
 IR_VERSION = 10
 # Gather takes every float but these: such a table is widened when the model is loaded.

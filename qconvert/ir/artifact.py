@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from qconvert.ir.report import Assignment, LayerReport, Task
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from qconvert.ir.artifact import CARD, REPORT
 from qconvert.ir.report import Report
+from qconvert.output import disk_errors
 from qconvert.recipe import Recipe
 from qconvert.report.card import card
-from qconvert.workdir import disk_errors
 
 
 def write_report(report: Report, recipe: Recipe, model_name: str, folder: Path) -> None:

@@ -10,7 +10,8 @@ from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, TARGETS, WEIGHTS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.report import Task
-from qconvert.workdir import Stage, disk_errors
+from qconvert.output import disk_errors
+from qconvert.workdir import Stage
 
 # Names that the output has its own files for, or that would describe the weights of the source.
 OWN_FILES = {

@@ -15,8 +15,9 @@ from qconvert.errors import UsageError
 from qconvert.ir.layout import config_group, must_dequantize, transformers_refuses
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
+from qconvert.output import disk_errors
 from qconvert.recipe import Layout
-from qconvert.workdir import Stage, disk_errors
+from qconvert.workdir import Stage
 
 # An unknown quant_method or format only makes transformers warn and load random weights; a weight type that
 # compressed-tensors doesn't know makes it raise, and show this text (measured with transformers 5.23).

@@ -15,9 +15,10 @@ from typing import Any
 from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, Written
 from qconvert.ir.reader import read_manifest, sha256, tensor_record
+from qconvert.output import disk_errors
 from qconvert.plugin.distribution import Distribution
 from qconvert.recipe import Gate, Recipe
-from qconvert.workdir import Stage, disk_errors
+from qconvert.workdir import Stage
 
 # Fields of a recipe that change no byte of the weights.
 AFTERWARDS = ("verify", "gates", "allow_unverified", "plugin_timeout")

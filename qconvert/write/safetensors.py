@@ -18,7 +18,7 @@ from torch import Tensor
 from qconvert.ir.artifact import WEIGHTS, StoredTensor
 from qconvert.ir.model import TensorInfo
 from qconvert.ir.reader import DTYPE_NAMES, tensor_bytes
-from qconvert.workdir import disk_errors, fsync
+from qconvert.output import disk_errors, fsync
 
 # One key at most: with more, safetensors 0.8 writes them in random order, so nobody could compare files.
 METADATA = {"format": "pt"}
