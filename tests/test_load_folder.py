@@ -166,6 +166,7 @@ def test_files_that_travel_are_neither_weights_nor_code_nor_what_is_written_anew
     travelling = ["1_Pooling/config.json", "chat_template.jinja", "tokenizer.json", "vocab.txt"]
     staying = ["README.md", ".gitattributes", ".git/config", "config.json", "model.safetensors", "model.safetensors.index.json"]
     staying += ["pytorch_model.bin", "pytorch_model.bin.index.json", "x.pt", "onnx/model.onnx", "x.gguf", "modeling_x.py"]
+    staying += ["openvino/openvino_model.xml", "model.onnx.data", "weights.npz"]
     for name in travelling + staying:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

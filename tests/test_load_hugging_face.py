@@ -231,13 +231,6 @@ def test_gamma_and_beta_are_weight_and_bias(tmp_path: Path) -> None:
     assert torch.equal(outputs(model), before)
 
 
-def test_tensors_without_a_place_are_kept(tmp_path: Path) -> None:
-    extra = {"embeddings.position_ids": torch.arange(256)[None], "../odd\0": torch.ones(1)}
-    model = load_folder(rewrite(tiny_bert(tmp_path), lambda tensors: tensors | extra))
-    assert extra.keys() <= model.source.tensors.keys()
-    assert torch.equal(model.source.read("embeddings.position_ids"), extra["embeddings.position_ids"])
-
-
 def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     folder = rewrite(tiny_bert(tmp_path), lambda tensors: tensors | {"bert.pooler.dense.bias": torch.zeros(64)})
     assert "pooler.dense.bias" in rejected(folder, "QC-INPUT-017")

@@ -409,6 +409,13 @@ def test_the_plan_says_what_it_costs_and_what_stays() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_plan_lists_tensors_that_no_graph_reads() -> None:
+    some = dataclasses.replace(plan(), unread={"a\0": "position numbers", "b": "position numbers"})
+    assert r"2 tensors carried along unused, position numbers: a\x00, b" in on_terminal(plan_view.table(some))
+    assert plan_view.document(some)["unread"][1] == {"name": "b", "reason": "position numbers"}
+    assert plan_view.document(plan())["unread"] == []
+
+
 def test_a_plan_under_a_budget_says_what_is_expected() -> None:
     decided = dataclasses.replace(plan(), assignment=ASSIGNMENT)
     assert "budget: 4.499 bits per quantized weight for the budget 4.5, predicted KL 0.0105 nats" in on_terminal(

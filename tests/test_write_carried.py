@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,19 @@ def test_the_output_s_own_files_are_not_overwritten(tmp_path: Path, name: str) -
     with open_stage(tmp_path / "out", DIGEST) as stage:
         write_carried(net(files={name: b"of the source"}), stage)
         assert list(stage.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "lora/adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json"],
+)
+def test_what_other_tools_would_apply_to_our_weights_stays_behind_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    with open_stage(tmp_path / "out", DIGEST) as stage, caplog.at_level(logging.WARNING, "qconvert"):
+        write_carried(net(files={name: b"{}"}), stage)
+        assert list(stage.folder.iterdir()) == []
+    assert f"{name!r} is not carried over" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "", "nul\0"])

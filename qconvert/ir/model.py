@@ -59,6 +59,7 @@ class Model:
     blocks: names of the repeated blocks in forward order, e.g. "model.layers.0"; () for a model that runs whole. An
         encoder-decoder has two stacks of them, "encoder.block.0", ..., "decoder.block.0", ...
     tied: parameter name -> name of the stored tensor that it shares, e.g. {"lm_head.weight": "model.embed_tokens.weight"}.
+    unplaced: tensors of the source that the module has no place for -> why it computes the same without them.
     output_head: module name of a language model's head, None for other tasks.
     input_names: of the forward's tensor inputs, in order; for a "module" also the names in the ONNX graph.
     example_inputs: for a "module": tensors by input name, first axis = rows; {} for text models.
@@ -76,6 +77,7 @@ class Model:
     source: TensorSource
     blocks: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    unplaced: Mapping[str, str] = field(default_factory=dict)
     output_head: str | None = None
     input_names: tuple[str, ...] = ()
     example_inputs: Mapping[str, Tensor] = field(default_factory=dict)

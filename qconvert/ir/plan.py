@@ -67,6 +67,7 @@ class Plan:
     targets: where the artifact is to run.
     cuda_bytes: what the graph for CUDA needs in the sidecar: float tensors in its own type, scales per block, padded copies.
     assignment: where a budget has decided the schemes.
+    unread: stored tensors that travel along though no graph computes with them -> the reason.
     """
 
     scheme: QuantScheme
@@ -79,6 +80,7 @@ class Plan:
     targets: tuple[str, ...] = ("cpu",)
     cuda_bytes: int = 0
     assignment: Assignment | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> LayerPlan | None:
         """The planned layer that the module `name` computes with, None where it stays float."""

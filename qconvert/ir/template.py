@@ -54,6 +54,15 @@ class Template:
     embeddings: tuple[str, ...] = ()
     weights_read: frozenset[str] = frozenset()
 
+    def parameters_read(self) -> set[str]:
+        """Names of the parameters that the graphs compute with, and others that are no parameters."""
+        names: set[str] = set()
+        for model in self.graphs.values():
+            names |= set(model.graph.initializers)
+            modules = [node.attributes["module"].as_string() for node in model.graph if "module" in node.attributes]
+            names |= {f"{module}.{suffix}" for module in modules for suffix in ("weight", "bias")}
+        return names
+
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """What kind of layer a module is; None for what is traced as it is, and never quantized.

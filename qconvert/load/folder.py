@@ -14,16 +14,21 @@ from qconvert.errors import InputError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 # Pickles, which can run code when they are opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Weights for other programs; what is converted here replaces them.
-OTHER_WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf", ".h5", ".msgpack", ".ot")
+OTHER_WEIGHTS = (
+    *(".safetensors", ".onnx", ".onnx_data", ".onnx.data", ".onnx_adapter", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
+    *(".xml", ".mlmodel", ".npz", ".pb", ".pdparams"),  # .xml: OpenVINO's graph, useless without its .bin
+)
 # config.json is rewritten with the output, and the source's model card describes the source: we write our own.
 # Code is never run and the keys of config.json that name it are dropped, so it does not travel either.
 NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
 NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json", ".py", ".pyc")
 
+_MERGE = "in peft: load both, then .merge_and_unload().save_pretrained(FOLDER)"
 _GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 log = logging.getLogger("qconvert")
@@ -104,6 +109,26 @@ def _no_weights(folder: Path) -> InputError:
         "QC-INPUT-002",
         f"{folder} holds no weights: neither {SINGLE} nor {INDEX}",
         hint="give the folder of a complete checkpoint",
+    )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
+    if not os.path.lexists(folder / ADAPTER):
+        return
+    config = read_json(contained(folder, ADAPTER), "QC-INPUT-023")
+    base = config.get("base_model_name_or_path")
+    kind = f"an adapter (peft_type {config.get('peft_type')!a}) of {base!a}"
+    if (folder / CONFIG).is_file():
+        raise InputError(
+            "QC-INPUT-023",
+            f"{folder} holds {kind} beside a model: transformers with peft applies it, the weights are without it",
+            hint=f"give a folder with the two merged ({_MERGE}); or remove {ADAPTER} for the model without it",
+        )
+    raise InputError(
+        "QC-INPUT-023",
+        f"{folder} holds {kind}, and not the model itself",
+        hint=f"give a folder with the two merged ({_MERGE})",
     )
 
 

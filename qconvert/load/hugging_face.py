@@ -14,10 +14,11 @@ from qconvert.errors import InputError
 from qconvert.ir.model import EncodeText, Model, TensorSource
 from qconvert.ir.report import GENERATING, Task
 from qconvert.load import names, skeleton
-from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json
+from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json, refuse_adapter
 from qconvert.load.names import RenamedSource
 from qconvert.load.safetensors import open_folder
 from qconvert.load.tokenizer import text_encoder
+from qconvert.load.unplaced import unplaced_tensors
 
 log = logging.getLogger("qconvert")
 
@@ -29,6 +30,7 @@ def load_folder(folder: Path) -> Model:
     """
     if not folder.is_dir():
         raise _no_folder(folder)
+    refuse_adapter(folder)
     if not (folder / CONFIG).is_file():
         raise InputError("QC-INPUT-002", f"{folder} has no {CONFIG}", hint="give the folder of a Hugging Face checkpoint")
     config_path = contained(folder, CONFIG)
@@ -87,7 +89,7 @@ def model_from_config(
     """A Model from what a Hugging Face folder holds, wherever it comes from: for loader plugins.
 
     config: what config.json says; source: its tensors under names that transformers' from_pretrained would accept;
-    files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017.
+    files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017, 023, 024.
     """
     fitted = _fit(skeleton.checked_config(config), source)
     module, task = fitted.module, fitted.task
@@ -98,6 +100,7 @@ def model_from_config(
         source=fitted.source,
         blocks=skeleton.repeated_blocks(module, task),
         tied=fitted.tied,
+        unplaced=fitted.unplaced,
         output_head=skeleton.output_head(module) if task in GENERATING else None,
         input_names=skeleton.input_names(module, task),
         encode_text=encode_text,
@@ -109,13 +112,14 @@ def model_from_config(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Fitted:
-    """A skeleton and the stored tensors that fill it completely."""
+    """A skeleton and the stored tensors that fill it completely. unplaced: see Model."""
 
     config: Mapping[str, Any]
     module: PreTrainedModel
     task: Task
     source: RenamedSource
     tied: Mapping[str, str]
+    unplaced: Mapping[str, str]
 
 
 def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
@@ -132,11 +136,12 @@ def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
         base = skeleton.base_class_name(config["model_type"])
         log.warning("the checkpoint holds no complete head for %s: loaded as %s", type(module).__name__, base)
         return _fit({**config, "architectures": [base]}, source)
-    names.refuse_missing(module, missing)
     renamed = RenamedSource(source, stored)
+    unplaced = unplaced_tensors(module, renamed, missing)
+    names.refuse_missing(module, missing)
     names.check_shapes(module, renamed)
     _fill_buffers(module, renamed)
-    return _Fitted(config, module, task, renamed, tied)
+    return _Fitted(config, module, task, renamed, tied, unplaced)
 
 
 def _only_head(module: PreTrainedModel, missing: list[str]) -> bool:

@@ -62,6 +62,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         shared=shared,
         targets=recipe.targets,
         cuda_bytes=cuda_bytes(model, layers, recipe.cuda_dtype) if "cuda" in recipe.targets else 0,
+        unread=_unread(model, template),
     )
 
 
@@ -110,6 +111,14 @@ def _sort_modules(
             continue
         kept.append(KeptFloat(name=name, reason=reason))
     return layers, kept, shared
+
+
+def _unread(model: Model, template: Template) -> dict[str, str]:
+    """Stored tensors that no graph computes with -> why. Not buffers: tracing makes them constants of other names."""
+    read = {model.stored_name(name) for name in template.parameters_read()}
+    parameters = {model.stored_name(name) for name in model.parameter_shapes}
+    unread = {name: "the exported graph does not read them" for name in model.source.tensors if name in parameters - read}
+    return {**unread, **model.unplaced}
 
 
 def _check_schemes(default: QuantScheme, layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quantizer) -> None:

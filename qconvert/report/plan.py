@@ -44,6 +44,10 @@ def table(plan: Plan) -> RenderableType:
                 f"{len(names)} kept in float, {wording.printable(reason)}: {wording.some(names)}"
                 for reason, names in wording.reasons(plan.kept_float)
             ),
+            *(
+                f"{len(names)} tensors carried along unused, {wording.printable(reason)}: {wording.some(names)}"
+                for reason, names in wording.by_reason(plan.unread)
+            ),
         )
     )
     return Group(rows, Text(), summary)
@@ -82,6 +86,7 @@ def document(plan: Plan) -> dict[str, Any]:
             for layer in plan.layers.values()
         ],
         "kept_float": [{"name": part.name, "reason": part.reason} for part in plan.kept_float],
+        "unread": [{"name": name, "reason": reason} for name, reason in plan.unread.items()],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from qconvert.ir.report import Assignment, Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Trial
 
@@ -155,9 +155,14 @@ def outliers(layers: Iterable[LayerReport]) -> str:
 
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
     """Modules kept in float, by reason, in the order of first appearance."""
+    return by_reason({part.name: part.reason for part in kept})
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """The names that have a reason in common, in the order of first appearance. reasons: of each name."""
     grouped: dict[str, list[str]] = {}
-    for part in kept:
-        grouped.setdefault(part.reason, []).append(printable(part.name))
+    for name, reason in reasons.items():
+        grouped.setdefault(reason, []).append(printable(name))
     return list(grouped.items())
 
 

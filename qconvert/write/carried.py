@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import get_args
@@ -13,6 +14,11 @@ from qconvert.ir.report import Task
 from qconvert.output import disk_errors
 from qconvert.workdir import Stage
 
+log = logging.getLogger("qconvert")
+
+# What other tools apply to the weights that they find beside it, wherever it came from: transformers with peft an adapter;
+# vLLM, SGLang and TensorRT-LLM the settings of another quantizer.
+ABOUT_OTHER_WEIGHTS = ("adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Names that the output has its own files for, or that would describe the weights of the source.
 OWN_FILES = {
     CARD.lower(),
@@ -34,6 +40,9 @@ def write_carried(model: Model, stage: Stage) -> None:
                 hint="remove it from the checkpoint, or mend the plugin that loaded it",
             )
         if name.lower() in OWN_FILES:  # lower: the file system may ignore case
+            continue
+        if path.name.lower() in ABOUT_OTHER_WEIGHTS:
+            log.warning("%s is not carried over: it says how to read other weights", ascii(name))
             continue
         target = stage.folder / path
         with disk_errors(target):
