@@ -35,7 +35,7 @@ from qconvert.plugin.manager import PluginManager, plugin_manager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
 from qconvert.recipe import AUTO, Gate, Recipe
-from qconvert.report.files import write_report
+from qconvert.report.files import complete_report, write_report
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
@@ -146,15 +146,19 @@ def verify(
     gates: Sequence[Gate] = (),
     progress: Progress = silent,
 ) -> Report:
-    """Run a published artifact again; what is not given is taken from the recipe in its manifest."""
+    """Run a published artifact again; what is not given is taken from the recipe in its manifest.
+
+    Where the folder's report.json says less, that nothing was run or not everywhere, it is written again, and so is the card.
+    """
     recover(folder)
     recipe = published_recipe(folder, targets, evaluation, gates)
     try:
-        report = measure(folder, recipe, progress)
+        report, model = _measure(folder, recipe, progress)
     except InputError as error:
         if not error.code.startswith("QC-INPUT-"):
             raise
         raise verdict.without_source(folder, error) from error
+    complete_report(report, published_recipe(folder, (), evaluation, gates), model.name, folder)
     if not verdict.is_right(report):
         raise verdict.wrong(report)
     verdict.refuse_unverified(report, recipe)
@@ -163,6 +167,11 @@ def verify(
 
 def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """The report on an artifact that `recipe` made, from its files and its float source alone."""
+    return _measure(folder, recipe, progress)[0]
+
+
+def _measure(folder: Path, recipe: Recipe, progress: Progress) -> tuple[Report, Model]:
+    """`measure`, and the float source."""
     progress.stage("check files", None)
     check_digests(folder)
     plugins = plugins_of(recipe)
@@ -173,7 +182,7 @@ def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     evidence = verify_artifact(
         folder, model, template, plan, samples.evaluation, recipe.targets, progress, with_transformers=loadable
     )
-    return verdict.make_report(recipe, model, plan, samples, folder, evidence)
+    return verdict.make_report(recipe, model, plan, samples, folder, evidence), model
 
 
 def plugins_of(recipe: Recipe) -> PluginManager:

@@ -29,7 +29,7 @@ from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.ir.runtime import file_session
 from qconvert.plugin.manager import BUILTINS, PluginManager
-from qconvert.recipe import PRESETS, Recipe
+from qconvert.recipe import PRESETS, Gate, Recipe
 
 QUANTIZERS = ("absmax", "zero-point", "per-channel", "hqq", "awq", "gptq", "llm-int8", "smoothquant")
 
@@ -314,6 +314,25 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
     assert [part.status for part in later.parity] == ["passed", "passed", "passed"]
     assert later.samples.evaluation == 4
     assert later.passed
+    assert json.loads((tmp_path / "out" / REPORT).read_text()) == later.document()
+    page = (tmp_path / "out" / CARD).read_text()
+    assert page.startswith("# llama, int8-channel-a8")
+    assert "**Computes what its weights say; no limits set.** See the evidence" in page
+    assert str(tmp_path) not in page
+
+    pipeline.verify(tmp_path / "out", gates=[Gate.parse("kl<=1e-9")])  # which is not what the folder was made for
+    assert json.loads((tmp_path / "out" / REPORT).read_text()) == later.document()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_gates_that_a_folder_is_first_verified_by_are_in_its_report(sources: Path, tmp_path: Path) -> None:
+    pipeline.convert(recipe(sources / "bert", tmp_path / "out", verify=False))
+    report = pipeline.verify(tmp_path / "out", gates=[Gate.parse("cosine>=0.9999999")])
+    assert verdict(report) == 1
+    assert json.loads((tmp_path / "out" / REPORT).read_text()) == report.document()
+    page = (tmp_path / "out" / CARD).read_text()
+    assert "> **Failed: 1 of 1 gates missed.**" in page
+    assert "--gate 'cosine>=0.9999999'" in page
 
 
 @pytest.mark.usefixtures("quick")
@@ -383,6 +402,10 @@ def test_a_target_that_can_not_be_run_here_is_published_and_exit_code_7(sources:
     }  # fmt: skip
     report = pipeline.convert(recipe(sources / "llama", tmp_path / "allowed", allow_unverified=True, **settings))
     assert verdict(report) == 0
+    card = (tmp_path / "allowed" / CARD).read_text()
+    assert "not run on cuda" in card
+    pipeline.verify(tmp_path / "allowed", targets=["cpu"])
+    assert (tmp_path / "allowed" / CARD).read_text() == card  # it tells of as much, and of cuda
 
 
 def damaged_graph(folder: Path) -> None:

@@ -34,7 +34,7 @@ from qconvert.recipe import Recipe
 from qconvert.report import plan as plan_view
 from qconvert.report import wording
 from qconvert.report.card import card
-from qconvert.report.files import write_report
+from qconvert.report.files import complete_report, write_report
 from qconvert.report.table import table
 
 REPORT = Report(
@@ -245,6 +245,34 @@ def test_an_output_folder_gets_the_document_and_the_card(tmp_path: Path) -> None
     write_report(REPORT, RECIPE, "smollm2", tmp_path)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == REPORT.document()
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == card(REPORT, RECIPE, "smollm2")
+
+
+UNVERIFIED = but(passed=None, gates=(), parity=(), fidelity=(), latency=())
+
+
+@pytest.mark.parametrize("before", [None, "torn {", "[]", json.dumps(UNVERIFIED.document())])
+def test_what_is_found_later_takes_the_place_of_a_report_that_tells_less(before: str | None, tmp_path: Path) -> None:
+    if before is not None:
+        (tmp_path / "report.json").write_text(before)
+    complete_report(REPORT, RECIPE, "smollm2", tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == REPORT.document()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == card(REPORT, RECIPE, "smollm2")
+
+
+@pytest.mark.parametrize("target", ["cpu", "transformers"])  # as much, and something else
+def test_a_report_that_tells_as_much_is_kept(target: str, tmp_path: Path) -> None:
+    write_report(REPORT, RECIPE, "smollm2", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    complete_report(but(parity=(Parity(target=target, status="failed"),)), RECIPE, "smollm2", tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_can_not_be_written_keeps_its_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_report(UNVERIFIED, RECIPE, "smollm2", tmp_path)
+    (tmp_path / ".report.json.qconvert-new").mkdir()  # in the way of the new file
+    complete_report(REPORT, RECIPE, "smollm2", tmp_path)
+    assert "report.json and README.md do not say what was found now: can't write" in caplog.text
+    assert json.loads((tmp_path / "report.json").read_text()) == UNVERIFIED.document()
 
 
 # --- the card ---

@@ -31,7 +31,8 @@ from qconvert.ir.garbage import importing
 def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates: tuple[str, ...], as_json: bool) -> None:
     """Run an artifact again.
 
-    Checks the files in OUT against their digests and compares with the float source, which must still be there.
+    Checks the files in OUT against their digests and compares with the float source, which must still be there. What
+    report.json and the card do not tell yet, as after --no-verify, is written into them.
 
     stdout: the folder, or with --json the report.
     """
