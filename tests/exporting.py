@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor
 from writing import DIGEST
@@ -84,6 +85,13 @@ def publish(
         write_manifest(stage, recipe, {}, written, builtin())
         stage.publish()
     return Artifact(output, model, plan, read_index(output))
+
+
+def integer_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The MatMulIntegerToFloat of a graph and of the branches that it chooses from by processor."""
+    branches = [attribute.g for node in graph.node for attribute in node.attribute if node.op_type == "If"]
+    own = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    return own + [node for branch in branches for node in integer_products(branch)]
 
 
 def parity(artifact: Artifact) -> float:

@@ -11,7 +11,16 @@ import onnx
 import pytest
 import torch
 from calibrate_models import model_of
-from exporting import lossless_rows, nearest, parity, publish, quantize_nearest, whole_numbers, without_largest
+from exporting import (
+    integer_products,
+    lossless_rows,
+    nearest,
+    parity,
+    publish,
+    quantize_nearest,
+    whole_numbers,
+    without_largest,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -214,8 +223,8 @@ def test_most_codes_go_to_what_an_activation_function_gives(function: nn.Module,
     assert parity(artifact) < 1e-5
     graph = onnx.load(artifact.folder / GRAPH, load_external_data=False).graph
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name.startswith("qconvert/")}
-    (product,) = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-    assert constants[product.input[4]] == zero_point
+    products = integer_products(graph)
+    assert [constants[product.input[4]] for product in products] == [zero_point] * 2  # with signed weights, and unsigned ones
     assert template.groups[0].made_by == {0: "Relu", 24: "Gelu", 128: "Tanh"}[zero_point]
 
 

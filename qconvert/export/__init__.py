@@ -15,6 +15,7 @@ from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import CpuLowering
 from qconvert.export.lowering import MICROSOFT
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
+from qconvert.export.processors import choose_by_processor
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, Written, graph_files
 from qconvert.ir.float_graph import lower_float, substitute
 from qconvert.ir.last_position import keep_last_position
@@ -103,6 +104,7 @@ def _lower_for_cpu(
     if model.task == "causal-lm":
         together = ([lowered[name] for name in group.layers if name in lowered] for group in template.groups)
         pack_shared_inputs(graph, builder, together)
+    choose_by_processor(graph, builder)
     _bind(graph, builder, model)
 
 
