@@ -11,13 +11,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qconvert.errors import InputError
-from qconvert.ir.model import EncodeText, Model, TensorSource
+from qconvert.ir.agreement import vocabulary_size
+from qconvert.ir.model import Model, TensorSource
 from qconvert.ir.report import GENERATING, Task
 from qconvert.load import names, skeleton
 from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json, refuse_adapter
 from qconvert.load.names import RenamedSource
 from qconvert.load.safetensors import open_folder
-from qconvert.load.tokenizer import text_encoder
+from qconvert.load.tokenizer import TextEncoder, text_encoder
 from qconvert.load.unplaced import unplaced_tensors
 
 log = logging.getLogger("qconvert")
@@ -84,16 +85,16 @@ def model_from_config(
     *,
     files: Mapping[str, Path | bytes],
     input_files: Mapping[str, Path],
-    encode_text: EncodeText | None,
+    encode_text: TextEncoder | None,
 ) -> Model:
     """A Model from what a Hugging Face folder holds, wherever it comes from: for loader plugins.
 
     config: what config.json says; source: its tensors under names that transformers' from_pretrained would accept;
-    files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017, 023, 024.
+    files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017, 023 to 025.
     """
     fitted = _fit(skeleton.checked_config(config), source)
     module, task = fitted.module, fitted.task
-    return Model(
+    model = Model(
         name=name,
         task=task,
         module=module,
@@ -108,6 +109,9 @@ def model_from_config(
         files=files,
         input_files=input_files,
     )
+    if encode_text is not None:
+        encode_text.check_ids(vocabulary_size(model))
+    return model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
