@@ -23,15 +23,15 @@ class QConvertError(Exception):
     code: stable identifier, "QC-INPUT-003".
     message: what happened and where.
     hint: what to do next.
+
+    Names of a checkpoint get into both: what is not printable in them is escaped, as a terminal would obey it.
     """
 
     exit_code: ClassVar[int] = 70
 
     def __init__(self, code: str, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.hint = hint
+        self.code, self.message, self.hint = code, printable(message), printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.message}\n  next: {self.hint}"
@@ -73,16 +73,28 @@ class TargetError(QConvertError):
     exit_code = 7
 
 
+def printable(text: str) -> str:
+    """`text` in one line, harmless on a terminal: with control characters or the like in it, all but ASCII is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in text)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception of a library says, which may take several lines."""
+    return " ".join(str(error).split())
+
+
 def unexpected(error: Exception) -> QConvertError:
     """What to tell the user of an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
         return ResourceError(
             "QC-MEMORY-001",
-            f"not enough memory: {error}",
+            f"not enough memory: {in_one_line(error)}",
             hint="free some, or convert on a larger machine; qconvert plan tells the peak",
         )
     return QConvertError(
         "QC-INTERNAL-001",
-        f"internal error: {type(error).__name__}: {error}",
+        f"internal error: {type(error).__name__}: {in_one_line(error)}",
         hint="this is a bug of qconvert: set QCONVERT_DEBUG=1 to see the traceback, and report it",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,10 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from qconvert.errors import QConvertError, UsageError
+from qconvert.errors import QConvertError, UsageError, in_one_line
 from qconvert.ir.budget import Budget
 from qconvert.ir.report import Size
 from qconvert.ir.scheme import QuantScheme
+from qconvert.yaml_text import TooMuchError, read_yaml
 
 
 def _parse_scheme(value: object) -> object:
@@ -300,7 +302,7 @@ def named_recipes(settings: dict[str, Any]) -> dict[str, Recipe]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(
             "QC-COMPARE-001",
-            "there is nothing to compare" if not entries else f"'recipes' is {entries!r}, not a list of recipes",
+            "there is nothing to compare" if not entries else f"'recipes' is {reprlib.repr(entries)}, not a list of recipes",
             hint="list them in the file, 'recipes: [{name: a, quantizer: awq}, ...]', or give --try QUANTIZER:SCHEME for each",
         )
     recipes: dict[str, Recipe] = {}
@@ -325,7 +327,8 @@ def _name(entry: dict[str, Any], taken: set[str]) -> str:
     """The name of an entry of 'recipes': that of a folder, also where the file system ignores case."""
     name = entry.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        problem = f"a recipe has the name {name!r}" if "name" in entry else f"the recipe {entry!r} has no name"
+        given = f"a recipe has the name {reprlib.repr(name)}"
+        problem = given if "name" in entry else f"the recipe {reprlib.repr(entry)} has no name"
     elif name.lower() in taken:
         problem = f"two recipes have the name {name!r}"
     else:
@@ -350,14 +353,20 @@ def tried(text: str) -> dict[str, Any]:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, paths relative to the working directory.
 
-    Raises UsageError QC-RECIPE-004 if it can't be read or is no mapping.
+    Raises UsageError QC-RECIPE-004 if it can't be read or is no mapping, QC-RECIPE-005 if it is too large or deep.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = read_yaml(path)
         if not isinstance(settings, dict):
             raise ValueError("it holds no mapping of fields")
+    except TooMuchError as error:
+        raise UsageError(
+            "QC-RECIPE-005", f"recipe {path}: {error}", hint="write out what is meant, without aliases of aliases"
+        ) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(
-            "QC-RECIPE-004", f"recipe {path}: {error}", hint="give a YAML file with at least 'model:' and 'output:'"
+            "QC-RECIPE-004",
+            f"recipe {path}: {in_one_line(error)}",
+            hint="give a YAML file with at least 'model:' and 'output:'",
         ) from error
     return settings

@@ -278,6 +278,7 @@ def test_text_without_a_tokenizer_is_refused(decoder: Model) -> None:
         ("none.txt", None, "QC-DATA-001", "no such file"),
         ("latin.txt", b"caf\xe9", "QC-DATA-001", "can't decode byte 0xe9"),
         ("bad.jsonl", b'{"text": "1 2"}\n\n{"text": ', "QC-DATA-003", "line 3 is not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "QC-DATA-003", "line 1 is not JSON"),
         ("other.jsonl", b'{"text": "1 2"}\n{"body": "x"}', "QC-DATA-003", 'line 2 has no string field "text"'),
         ("list.jsonl", b"[1]", "QC-DATA-003", 'line 1 has no string field "text"'),
         ("bad.parquet", b"PAR1", "QC-DATA-001", "bad.parquet"),

@@ -168,6 +168,7 @@ def test_flags_override_the_file_and_leave_the_rest(pipeline: FakePipeline, reci
         (["--rule", "lm_head=int5"], "QC-SCHEME-001", "'int5'"),
         (["--scheme", "int5"], "QC-SCHEME-001", "'int5'"),
         (["--gate", "kl=0.2"], "QC-RECIPE-003", "'kl=0.2'"),
+        (["--option", "grid=" + "[" * 1000], "QC-USAGE-002", "'grid=[[["),
         (["no.yaml"], "QC-RECIPE-004", "no.yaml"),
     ],
 )
@@ -259,6 +260,20 @@ def test_qconverts_warnings_are_shown_and_those_of_libraries_are_not(
     stderr = run().stderr
     assert "warning: plugin x is left out" in stderr
     assert "library" not in stderr
+
+
+def test_control_characters_in_names_reach_no_terminal(pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "a\x1b]0;owned\x07\x9b2J"
+
+    def warned() -> Report:
+        logging.getLogger("qconvert").warning("tensor %s is left out", name)
+        raise errors.InputError("QC-TEST-001", f"tensor {name} is NaN", hint=f"--rule '{name}=float'")
+
+    monkeypatch.setattr(pipeline, "answer", warned)
+    result = run("--json")
+    assert result.exit_code == 3
+    assert not {"\x1b", "\x07", "\x9b"} & {*result.stderr, *result.stdout, *json.loads(result.stdout)["error"]["message"]}
+    assert result.stderr.count(r"a\x1b]0;owned\x07\x9b2J") == 3
 
 
 # --- exit codes ---

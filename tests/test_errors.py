@@ -44,6 +44,14 @@ def test_str_gives_code_what_and_next_step() -> None:
     assert error.args == ("shard a.safetensors has 3 of 4 bytes",)
 
 
+def test_what_is_not_printable_in_a_name_is_escaped() -> None:
+    name = "wéight\x1b[2J\nnext: \u202e\udcff\x00\x9b"
+    error = errors.InputError("QC-INPUT-001", f"tensor {name}", hint=f"--rule '{name}=float'")
+    escaped = r"w\xe9ight\x1b[2J\nnext: \u202e\udcff\x00\x9b"
+    assert str(error) == f"[QC-INPUT-001] tensor {escaped}\n  next: --rule '{escaped}=float'"
+    assert errors.InputError("QC-INPUT-001", "wéight", hint="東京").message == "wéight"
+
+
 def test_the_tree_drawn_in_the_docstring_is_the_tree() -> None:
     drawn = {name: int(exit_code) for name, exit_code in re.findall(r"── (\w+) +(\d+)", errors.__doc__ or "")}
     assert drawn == {kind.__name__: kind.exit_code for kind in QConvertError.__subclasses__()}

@@ -187,6 +187,58 @@ def test_a_missing_recipe_file_and_one_that_is_no_text_are_refused(tmp_path: Pat
             read_recipe(tmp_path / name)
 
 
+NESTED = "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 12))
+MERGED = "".join(f"b{n}: &b{n} {{<<: [{', '.join([f'*b{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (f"b0: &b0 [x]\n{NESTED}", "more than 10000 values"),
+        (f"b0: &b0 {{x: 1}}\n{MERGED}", "more than 10000 values"),
+        ("options: {x: [" + "1, " * 10_000 + "]}", "more than 10000 values"),
+        ("model: " + "[" * 200_000, "more than 20 deep"),
+        ("- " * 100_000, "more than 20 deep"),
+        ("a: &a " + "[" * 15 + "]" * 15 + "\nb: " + "[" * 15 + "*a" + "]" * 15, "more than 20 deep"),
+        ("model: " + "x" * 300_000, "larger than 262144 bytes"),
+    ],
+    ids=["aliases", "merged", "wide", "deep", "deep-block", "deep-by-alias", "long"],
+)
+def test_what_stands_for_too_much_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, words: str
+) -> None:
+    monkeypatch.setattr("yaml.safe_load", None)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as raised:
+        read_recipe(path)
+    assert code(raised) == "QC-RECIPE-005"
+    assert f"recipe.yaml: it is {words}" in raised.value.message.replace("it holds", "it is").replace("it is nested", "it is")
+
+
+def test_a_file_that_never_ends_is_not_read_to_its_end() -> None:
+    with pytest.raises(UsageError) as raised:
+        read_recipe(Path("/dev/zero"))
+    assert code(raised) == "QC-RECIPE-005"
+
+
+def test_aliases_are_what_they_stand_for(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: M\noutput: O\ncalibration: &text {source: a.txt, samples: 4}\nevaluation: {<<: *text, length: 64}\n"
+    )
+    recipe = Recipe.from_settings(read_recipe(path))
+    assert (recipe.evaluation.source, recipe.evaluation.samples, recipe.evaluation.length) == ("a.txt", 4, 64)
+
+
+def test_an_alias_of_what_it_lies_in_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("options: &o {x: *o}")
+    with pytest.raises(UsageError, match=r"the alias \*o stands for nothing") as raised:
+        read_recipe(path)
+    assert code(raised) == "QC-RECIPE-004"
+
+
 def test_data_defaults() -> None:
     assert DataSpec() == DataSpec(source=None, samples=32, length=256)
 

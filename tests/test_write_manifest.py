@@ -163,9 +163,9 @@ def test_an_input_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         file_digests({"gone": tmp_path / "gone.bin"})
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"recipe": {}}', "[" * 100_000])
 def test_a_file_that_is_no_manifest_is_an_input_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "qconvert.json").write_text(content)
-    with pytest.raises(InputError, match="it h") as caught:
+    with pytest.raises(InputError, match=r"it h|recursion") as caught:
         published_recipe(tmp_path, (), None, ())
     assert caught.value.code == "QC-READ-001"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert import hookimpl
-from qconvert.errors import InputError
+from qconvert.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qconvert.ir.model import Model, TensorInfo
+
+# Keys, tensors and elements of arrays that a file may have in all: a vocabulary of 260,000 tokens makes 1.3 million.
+MAX_VALUES = 2**22
+BLOCK = re.compile(r"\bblk\.(\d+)\.")
+# What a model of this architecture is sized by, beside its blocks.
+WIDTHS = (
+    "vocab_size",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "expert_count",
+    "expert_used_count",
+)
 
 
 @hookimpl
@@ -48,11 +66,16 @@ def load_model(source: str) -> Model | None:
 
 
 def open_reader(path: Path) -> GGUFReader:
-    """Reads all metadata, no tensor. Raises InputError QC-GGUF-001 for a file that ends too early or is no GGUF."""
-    from gguf import GGUFReader
+    """Reads all metadata, no tensor. Raises InputError QC-GGUF-001 for a file that ends too early, is no GGUF, or tells of
+    more than it holds."""
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType
 
     class StrictReader(GGUFReader):  # type: ignore[misc]
-        """gguf's reader takes what is left where a file ends early, and runs on."""
+        """gguf's reader takes what is left where a file ends early, and runs on; and it believes every count, up to the end
+        of the file, through gigabytes of tensors."""
+
+        values = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             found = super()._get(offset, dtype, count, override_order)
@@ -60,10 +83,46 @@ def open_reader(path: Path) -> GGUFReader:
                 raise ValueError(f"it ends at byte {len(self.data)}, inside what begins at byte {offset}")
             return found
 
+        def _build_fields(self, offs: int, count: int) -> int:
+            self._count(count, f"{count} keys")
+            return super()._build_fields(offs, count)  # type: ignore[no-any-return]
+
+        def _build_tensor_info(self, offs: int, count: int) -> Any:
+            self._count(count, f"{count} tensors")
+            return super()._build_tensor_info(offs, count)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                length = int(self._get(orig_offs + 4, np.uint64)[0])  # behind the type of its elements
+                self._count(length, f"an array of {length}")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _count(self, count: int, what: str) -> None:
+            self.values += int(count)
+            if self.values > min(MAX_VALUES, len(self.data)):  # each takes a byte at least
+                raise ValueError(f"its header claims {what}, more than a file of {len(self.data)} bytes has metadata")
+
     try:
-        return StrictReader(path)
+        reader = StrictReader(path)
     except Exception as error:  # the reader has no errors of its own: ValueError, KeyError, IndexError, ...
-        raise _damaged(path, error) from error
+        raise _damaged(path, f"{type(error).__name__}: {in_one_line(error)}") from error
+    _check_sizes(path, reader)
+    return reader
+
+
+def _check_sizes(path: Path, reader: GGUFReader) -> None:
+    """Nothing is built of blocks and widths that the file's tensors do not have. Raises InputError QC-GGUF-001."""
+    blocks = {found[1] for tensor in reader.tensors if (found := BLOCK.search(tensor.name))}
+    widest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
+    limits = {"block_count": len(blocks), **dict.fromkeys(WIDTHS, widest)}
+    for key, field in reader.fields.items():
+        limit = limits.get(key.partition(".")[2])
+        if limit is None:
+            continue
+        claimed = field.contents()
+        for value in claimed if isinstance(claimed, list) else [claimed]:
+            if not isinstance(value, int) or value > limit:
+                raise _damaged(path, f"{key!a} is {value!a}, where its tensors have {limit} at most")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -74,7 +133,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         parsed = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:  # transformers raises whatever the first wrong field leads to
-        raise _unsupported(path, str(error)) from error
+        raise _unsupported(path, in_one_line(error)) from error
     if parsed.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise _unsupported(path, f"model type {parsed.model_type!a} is no decoder-only language model")
     config: dict[str, Any] = json.loads(parsed.to_json_string(use_diff=True))
@@ -94,7 +153,7 @@ def carried_files(path: Path, reader: GGUFReader, config: Mapping[str, Any]) -> 
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             tokenizer.save_pretrained(folder)
         except Exception as error:  # as above
-            raise _unsupported(path, f"its tokenizer can't be converted: {error}") from error
+            raise _unsupported(path, f"its tokenizer can't be converted: {in_one_line(error)}") from error
         return files | {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
@@ -158,7 +217,7 @@ def tensor_names(path: Path, config: Mapping[str, Any], processor: Any) -> dict[
     try:
         names: dict[str, str] = get_gguf_hf_weights_map(module, processor)
     except NotImplementedError as error:
-        raise _unsupported(path, str(error)) from error
+        raise _unsupported(path, in_one_line(error)) from error
     return names
 
 
@@ -173,10 +232,10 @@ def _check_formats(path: Path, tensors: list[ReaderTensor]) -> None:
             raise _unsupported(path, f"tensor {tensor.name!a} is in format {kind.name}: {error}") from error
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def _damaged(path: Path, problem: str) -> InputError:
     return InputError(
         "QC-GGUF-001",
-        f"{path} ({path.stat().st_size} bytes) is no complete GGUF file: {type(error).__name__}: {error}",
+        f"{path} ({path.stat().st_size} bytes) is no complete GGUF file: {problem}",
         hint="download it again, and compare its size and sha256 with the publisher's",
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qconvert.errors import InputError, UsageError
+from qconvert.errors import InputError, UsageError, in_one_line
 
 BUILTIN = "builtin"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -69,7 +69,7 @@ def _readable(path: Path) -> Iterator[None]:
         zipfile.BadZipFile,
     ) as error:  # pyarrow's errors are ValueErrors or OSErrors
         raise InputError(
-            "QC-DATA-001", f"data file {str(path)!r} can't be read: {error}", hint="check the path and the file"
+            "QC-DATA-001", f"data file {str(path)!r} can't be read: {in_one_line(error)}", hint="check the path and the file"
         ) from error
 
 
@@ -84,7 +84,7 @@ def _json_texts(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad_record(path, f"line {number} is not JSON: {error}") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):

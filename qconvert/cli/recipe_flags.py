@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -151,7 +152,7 @@ def part_of(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:
     value = settings.get(key) or kind()
     if not isinstance(value, kind):
         expected = "a mapping" if kind is dict else "a list"
-        raise UsageError("QC-USAGE-004", f"the recipe's '{key}' is {value!r}", hint=f"write {expected} there")
+        raise UsageError("QC-USAGE-004", f"the recipe's '{key}' is {reprlib.repr(value)}", hint=f"write {expected} there")
     return value
 
 
@@ -159,12 +160,14 @@ def _option(text: str) -> tuple[str, object]:
     """'K=V' -> (K, V as a YAML scalar): 'bits=4' is an int, 'clip=true' a bool, 'name=x' a text."""
     import yaml
 
+    from qconvert.yaml_text import parse_yaml
+
     key, separator, value = text.partition("=")
     try:
         if not separator or not key:
             raise ValueError
-        return key, yaml.safe_load(value)
+        return key, parse_yaml(value)
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(
-            "QC-USAGE-002", f"{text!r} is not an option", hint="write --option NAME=VALUE, e.g. --option grid=20"
+            "QC-USAGE-002", f"{reprlib.repr(text)} is not an option", hint="write --option NAME=VALUE, e.g. --option grid=20"
         ) from error

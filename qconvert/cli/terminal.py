@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from qconvert.errors import printable
+
 
 class StderrConsole(Console):
     """A console on stderr. A reader that has gone is no reason to stop, nor to exit with 1 as rich would."""
@@ -74,7 +76,8 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         title = f"{record.levelname.lower()}: "
-        self._console.print(Text.assemble((title, "yellow"), self.format(record)), soft_wrap=True)
+        lines = map(printable, self.format(record).split("\n"))  # several where it ends in a traceback
+        self._console.print(Text.assemble((title, "yellow"), "\n".join(lines)), soft_wrap=True)
 
 
 @contextmanager

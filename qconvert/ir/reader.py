@@ -98,7 +98,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         }
         sidecar = read_manifest(folder)["sidecar"]
         return index | {name: stored_tensor(SIDECAR, record) for name, record in sidecar.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
         ) from error
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
         return manifest
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
         ) from error

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconvert.errors import InputError
+from qconvert.errors import InputError, in_one_line
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.reader import tensor_bytes
 
@@ -47,7 +47,7 @@ def load_factory(source: str) -> Model:
     except (Exception, SystemExit) as error:
         raise InputError(
             "QC-INPUT-021",
-            f"{source!r} raised {type(error).__name__}: {error}",
+            f"{source!r} raised {type(error).__name__}: {in_one_line(error)}",
             hint="call the factory in Python and repair it",
         ) from error
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], nn.Module)):
@@ -78,7 +78,7 @@ def _find(source: str) -> tuple[ModuleType, Callable[[], Any]]:
         code = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     except (Exception, SystemExit) as error:
         raise InputError(
-            "QC-INPUT-021", f"{source!r}: {place} can't be imported: {type(error).__name__}: {error}", hint=_FORMS
+            "QC-INPUT-021", f"{source!r}: {place} can't be imported: {type(error).__name__}: {in_one_line(error)}", hint=_FORMS
         ) from error
     factory = getattr(code, function, None)
     if not callable(factory):
@@ -176,7 +176,7 @@ def _skeleton(source: str, module: nn.Module) -> nn.Module:
         memo: dict[int, Any] = {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
         skeleton = copy.deepcopy(module, memo)
     except Exception as error:  # whatever __deepcopy__ of the user's classes raises
-        raise _broken(source, f"the module can't be copied: {type(error).__name__}: {error}") from error
+        raise _broken(source, f"the module can't be copied: {type(error).__name__}: {in_one_line(error)}") from error
     for part in skeleton.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.cpu().float() if buffer.is_floating_point() else buffer.cpu())

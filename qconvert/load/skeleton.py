@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from qconvert.errors import InputError
+from qconvert.errors import InputError, in_one_line
 from qconvert.ir.report import Task
 
 # Keys that make transformers import code of the checkpoint, or fetch attention and other kernels and run them.
@@ -120,7 +120,9 @@ def can_untie(config: Mapping[str, Any]) -> bool:
 
 
 def _bad_values(error: Exception) -> InputError:
-    return InputError("QC-INPUT-011", f"config.json can't be used: {error}", hint="compare it with the publisher's config.json")
+    return InputError(
+        "QC-INPUT-011", f"config.json can't be used: {in_one_line(error)}", hint="compare it with the publisher's"
+    )
 
 
 def base_class_name(model_type: str) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qconvert.errors import InputError
+from qconvert.errors import InputError, in_one_line
 from qconvert.ir.model import EncodeText
 from qconvert.load.folder import parse_json, refuse_git_lfs_pointer
 
@@ -159,6 +159,6 @@ def _bytes(file: Path | bytes) -> bytes:
 def _unreadable(where: str, error: Exception) -> InputError:
     return InputError(
         "QC-INPUT-018",
-        f"the tokenizer in {where} can't be opened: {error}",
+        f"the tokenizer in {where} can't be opened: {in_one_line(error)}",
         hint=f"save it again with a current transformers (AutoTokenizer...save_pretrained), which writes {TOKENIZER}",
     )

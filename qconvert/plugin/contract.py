@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qconvert.errors import PluginError, QConvertError
+from qconvert.errors import PluginError, QConvertError, in_one_line
 from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
@@ -157,7 +157,7 @@ def _guarded(
     except FAILURES as error:
         raise PluginError(
             "QC-PLUGIN-007",
-            f"{_title(quantizer)} failed to {method} {where!a}: {type(error).__name__}: {error}",
+            f"{_title(quantizer)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",
             hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
         ) from error
     if before != [_checksum(tensor) for tensor in inputs]:

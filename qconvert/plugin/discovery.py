@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qconvert.errors import UsageError
+from qconvert.errors import UsageError, in_one_line
 from qconvert.ir.process import SET_ASIDE
 from qconvert.plugin import watch
 from qconvert.plugin.distribution import FILES, GROUP, Distribution, of_entry_point, of_file
@@ -91,7 +91,7 @@ def broken(distribution: Distribution, value: str, error: BaseException, impleme
 
 def reason(error: BaseException) -> str:
     """In one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {in_one_line(error)}"
 
 
 def hook_functions(implementation: object) -> dict[str, Callable[..., Any]]:

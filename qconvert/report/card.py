@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from qconvert.errors import printable
 from qconvert.ir import cuda
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.report import GENERATING, Report, Task
@@ -228,7 +229,7 @@ def _command(recipe: Recipe, model_name: str) -> str:
         words += ["--layout", recipe.layout]
     for gate in recipe.gates:
         words += ["--gate", str(gate)]
-    return wording.printable(shlex.join(words))  # one line, so that nothing in it can end the code block
+    return printable(shlex.join(words))  # one line, so that nothing in it can end the code block
 
 
 def _without_flags(recipe: Recipe) -> str:
@@ -249,14 +250,14 @@ def _data(flag: str, spec: DataSpec) -> list[str]:
 
 
 def _lost(name: str, relative_error: float) -> str:
-    return f"{wording.printable(name)}: relative error {relative_error:.3g}"
+    return f"{printable(name)}: relative error {relative_error:.3g}"
 
 
 def _plain(text: str) -> str:
     """Text that Markdown and HTML leave alone."""
-    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", wording.printable(text))
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", printable(text))
 
 
 def _code(text: str) -> str:
     """Text between backticks."""
-    return wording.printable(text).replace("`", "'")
+    return printable(text).replace("`", "'")

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qconvert.errors import printable
 from qconvert.ir.comparison import Comparison, Entry
 from qconvert.ir.report import GENERATING
 from qconvert.report import wording
@@ -40,7 +41,7 @@ def table(comparison: Comparison) -> RenderableType:
 def _notes(comparison: Comparison, decoder: bool) -> Iterator[str]:
     for entry in comparison.entries:
         if entry.error:
-            yield f"{entry.name}: [{entry.error.code}] {wording.printable(entry.error.message)}\n  next: {entry.error.hint}"
+            yield f"{entry.name}: [{entry.error.code}] {entry.error.message}\n  next: {entry.error.hint}"
         for gate in entry.report.gates if entry.report else ():
             if not gate.passed:
                 yield f"{entry.name}: {wording.gate(gate)}"
@@ -52,7 +53,7 @@ def _notes(comparison: Comparison, decoder: bool) -> Iterator[str]:
 def _cells(entry: Entry) -> dict[str, Text]:
     cells = {
         "recipe": Text(entry.name),
-        "quantizer, scheme": Text(f"{wording.printable(entry.quantizer)} {entry.scheme}"),
+        "quantizer, scheme": Text(f"{printable(entry.quantizer)} {entry.scheme}"),
         "result": _result(entry),
     }
     measured: dict[str, str] = {}

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qconvert.errors import printable
 from qconvert.ir import cuda
 from qconvert.report import wording
 
@@ -41,7 +42,7 @@ def table(plan: Plan) -> RenderableType:
             *([f"budget: {wording.assignment(plan.assignment)}"] if plan.assignment else []),
             *_cuda(plan),
             *(
-                f"{len(names)} kept in float, {wording.printable(reason)}: {wording.some(names)}"
+                f"{len(names)} kept in float, {printable(reason)}: {wording.some(names)}"
                 for reason, names in wording.reasons(plan.kept_float)
             ),
             *(
@@ -96,4 +97,4 @@ def _alike(plan: Plan) -> list[tuple[str, list[LayerPlan]]]:
     for layer in plan.layers.values():
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
         rows.setdefault((pattern, layer.out_features, layer.in_features, str(layer.scheme)), []).append(layer)
-    return [(wording.printable(key[0] if len(alike) > 1 else alike[0].name), alike) for key, alike in rows.items()]
+    return [(printable(key[0] if len(alike) > 1 else alike[0].name), alike) for key, alike in rows.items()]

@@ -16,6 +16,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from qconvert.errors import printable
 from qconvert.ir.comparison import Comparison, Entry
 from qconvert.ir.report import GENERATING
 from qconvert.report import wording
@@ -72,7 +73,7 @@ def _draw(axes: Axes, comparison: Comparison, entries: Sequence[Entry]) -> None:
     )
     _dots(axes, comparison, entries, points)
     # Names may hold dollars, which would be mathematics.
-    title = f"{wording.printable(comparison.model)}: lower left is better, dashed the Pareto front"
+    title = f"{printable(comparison.model)}: lower left is better, dashed the Pareto front"
     axes.set_title(title, parse_math=False)
     axes.set_xlabel(f"weights, {unit}")
     axes.ticklabel_format(axis="x", useOffset=False)

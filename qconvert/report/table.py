@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qconvert.errors import printable
 from qconvert.ir.report import Fidelity, Latency, LayerReport, Parity, Report
 from qconvert.report import wording
 
@@ -18,7 +19,7 @@ def table(report: Report) -> RenderableType:
     """The verdict, then its evidence, one section per row."""
     headline = Text.assemble(
         (wording.verdict(report), verdict_style(report)),
-        f" - {wording.printable(report.quantizer)}, {wording.title(report)}, {report.task}",
+        f" - {printable(report.quantizer)}, {wording.title(report)}, {report.task}",
     )
     sections = Table.grid(padding=(0, 2))
     sections.add_column(style="bold", no_wrap=True)
@@ -60,7 +61,7 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
         yield (
             "float",
             Text("\n").join(
-                Text(f"{len(names)} kept, {wording.printable(reason)}: {wording.some(names)}")
+                Text(f"{len(names)} kept, {printable(reason)}: {wording.some(names)}")
                 for reason, names in wording.reasons(report.kept_float)
             ),
         )
@@ -83,5 +84,5 @@ def _worst(layers: list[LayerReport]) -> Table:
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True)
     for layer in layers:
-        grid.add_row(Text(wording.printable(layer.name)), layer.scheme, f"relative error {layer.relative_error:.3g}")
+        grid.add_row(Text(printable(layer.name)), layer.scheme, f"relative error {layer.relative_error:.3g}")
     return grid

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from qconvert.errors import printable
 from qconvert.ir.report import Assignment, Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Trial
 
 WORST_LAYERS = 5
-
-
-def printable(name: str) -> str:
-    """A name from a checkpoint, harmless on a terminal: control characters and the like are escaped."""
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def byte_size(count: int) -> str:

@@ -50,19 +50,28 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def write(
-    path: Path, module: torch.nn.Module, *, architecture: str = "llama", extra: dict[str, np.ndarray] | None = None
+    path: Path,
+    module: torch.nn.Module,
+    *,
+    architecture: str = "llama",
+    extra: dict[str, np.ndarray] | None = None,
+    metadata: dict[str, int] | None = None,
 ) -> Path:
-    """A GGUF file of the module's weights: matrices as Q8_0, the rest as F32."""
+    """A GGUF file of the module's weights: matrices as Q8_0, the rest as F32; metadata: in place of what is true."""
     writer = GGUFWriter(path, architecture)
-    writer.add_context_length(CONFIG.max_position_embeddings)
-    writer.add_embedding_length(CONFIG.hidden_size)
-    writer.add_block_count(CONFIG.num_hidden_layers)
-    writer.add_feed_forward_length(CONFIG.intermediate_size)
-    writer.add_head_count(CONFIG.num_attention_heads)
-    writer.add_head_count_kv(CONFIG.num_key_value_heads)
+    counts = {
+        "context_length": CONFIG.max_position_embeddings,
+        "embedding_length": CONFIG.hidden_size,
+        "block_count": CONFIG.num_hidden_layers,
+        "feed_forward_length": CONFIG.intermediate_size,
+        "attention.head_count": CONFIG.num_attention_heads,
+        "attention.head_count_kv": CONFIG.num_key_value_heads,
+        "vocab_size": CONFIG.vocab_size,
+    }
+    for key, value in ({f"{architecture}.{key}": value for key, value in counts.items()} | (metadata or {})).items():
+        writer.add_uint32(key, value)
     writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(CONFIG.vocab_size)
     for name, value in module.state_dict().items():
         if name == "lm_head.weight":
             continue
@@ -180,6 +189,52 @@ def test_a_count_that_the_file_can_not_hold_ends_at_the_end_of_the_file(tmp_path
         header + len(key).to_bytes(8, "little") + key + int8_array + (2**60).to_bytes(8, "little")
     )
     rejected(tmp_path / "x.gguf", "QC-GGUF-001")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "limit"),
+    [
+        ("block_count", 2**31, 2),
+        ("block_count", 3, 2),
+        ("vocab_size", 2**32 - 1, 128),
+        ("embedding_length", 2**31, 128),
+        ("feed_forward_length", 2**31, 128),
+        ("attention.head_count", 2**31, 128),
+        ("attention.head_count_kv", 2**31, 128),
+        ("rope.dimension_count", 2**31, 128),
+        ("attention.key_length", 2**31, 128),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_anything_is_built(
+    tmp_path: Path, llama: transformers.LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, key: str, value: int, limit: int
+) -> None:
+    monkeypatch.setattr(qconvert_gguf, "read_config", None)  # what comes next
+    path = write(tmp_path / "x.gguf", llama, metadata={f"llama.{key}": value})
+    message = rejected(path, "QC-GGUF-001")
+    assert f"'llama.{key}' is {value}, where its tensors have {limit} at most" in message
+
+
+@pytest.mark.parametrize("kind", [7, 8, 9], ids=["bool", "string", "array"])  # as GGUF numbers them
+def test_a_count_that_no_metadata_have_is_refused_though_the_file_is_long_enough(
+    tmp_path: Path, llama: transformers.LlamaForCausalLM, kind: int
+) -> None:
+    """Else zeros, which a file of tensors is full of, would be read as values, one by one to its end."""
+    key, array = b"general.x", (9).to_bytes(4, "little") + kind.to_bytes(4, "little")
+    header = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header + len(key).to_bytes(8, "little") + key + array + (2**23).to_bytes(8, "little"))
+    with path.open("r+b") as file:
+        file.truncate(2**28)
+    assert "claims an array of 8388608" in rejected(path, "QC-GGUF-001")
+
+
+@pytest.mark.parametrize(("tensors", "keys"), [(2**23, 0), (0, 2**23)], ids=["tensors", "keys"])
+def test_so_are_counts_of_tensors_and_keys(tmp_path: Path, tensors: int, keys: int) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + tensors.to_bytes(8, "little") + keys.to_bytes(8, "little"))
+    with path.open("r+b") as file:
+        file.truncate(2**28)
+    assert "claims 8388608 " in rejected(path, "QC-GGUF-001")
 
 
 def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
