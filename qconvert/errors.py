@@ -14,7 +14,11 @@ where (file, tensor, numbers), and what to do next. `docs/errors.md` lists the c
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# What torch, ONNX Runtime, CUDA and the system say when there is no memory left, in errors of many types.
+_NO_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad[_ ]alloc|out of memory", re.IGNORECASE)
 
 
 class QConvertError(Exception):
@@ -85,13 +89,23 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left for something, perhaps in a library that wraps this in an error of its own."""
+    cause = error.__cause__ or error.__context__
+    return (
+        isinstance(error, MemoryError)
+        or _NO_MEMORY.search(str(error)) is not None
+        or (cause is not None and is_out_of_memory(cause))
+    )
+
+
 def unexpected(error: Exception) -> QConvertError:
     """What to tell the user of an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+    if is_out_of_memory(error):
         return ResourceError(
             "QC-MEMORY-001",
-            f"not enough memory: {in_one_line(error)}",
-            hint="free some, or convert on a larger machine; qconvert plan tells the peak",
+            f"not enough memory: {in_one_line(error) or type(error).__name__}",
+            hint="free some, or take a larger machine (qconvert plan tells the peak); the same run again resumes",
         )
     return QConvertError(
         "QC-INTERNAL-001",

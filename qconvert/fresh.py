@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import errors
-from qconvert.errors import QConvertError, ResourceError
+from qconvert.errors import QConvertError, ResourceError, unexpected
 from qconvert.ir.garbage import importing
 from qconvert.ir.process import end_with_parent, import_path
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
 from qconvert.plugin import watch
 from qconvert.recipe import Recipe
+
+NO_MEMORY = (
+    "free some and run the same command again, which resumes, or take --no-verify and run qconvert verify on a larger machine"
+)
 
 
 def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Report:
@@ -56,8 +60,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         raise ResourceError(
             "QC-VERIFY-002",
             f"the verifying process ended with code {child.returncode} and no answer",
-            hint="a negative code is a signal, -9 often a lack of memory: free some, or take --no-verify and run "
-            "qconvert verify on a larger machine",
+            hint=f"a negative code is a signal, -9 often a lack of memory: {NO_MEMORY}",
         )
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "error" in answer:
@@ -106,22 +109,20 @@ def main() -> None:
         report = pipeline.measure(Path(request["folder"]), recipe, _ToParent())
         answer = {"report": report.model_dump(mode="json")}
     except QConvertError as error:
-        known = next(
-            kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind
-        )  # plugins have their own
-        answer = {"error": {"class": known.__name__, "code": error.code, "message": error.message, "hint": error.hint}}
+        answer = {"error": _document(error)}
     except Exception as error:
         if os.environ.get("QCONVERT_DEBUG"):
             traceback.print_exc()
-        answer = {
-            "error": {
-                "class": "QConvertError",
-                "code": "QC-INTERNAL-001",
-                "message": f"internal error while verifying: {type(error).__name__}: {error}",
-                "hint": "this is a bug of qconvert: set QCONVERT_DEBUG=1 to see the traceback, and report it",
-            }
-        }
+        found = unexpected(error)
+        hint = NO_MEMORY if isinstance(found, ResourceError) else found.hint
+        answer = {"error": _document(type(found)(found.code, f"while verifying: {found.message}", hint=hint))}
     Path(request["result"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _document(error: QConvertError) -> dict[str, str]:
+    """What the parent raises it from again; in the place of a plugin's own class the one that it extends."""
+    known = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    return {"class": known.__name__, "code": error.code, "message": error.message, "hint": error.hint}
 
 
 if __name__ == "__main__":

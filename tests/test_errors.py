@@ -52,6 +52,27 @@ def test_what_is_not_printable_in_a_name_is_escaped() -> None:
     assert errors.InputError("QC-INPUT-001", "wéight", hint="東京").message == "wéight"
 
 
+NO_MEMORY = [
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"),
+    RuntimeError("[ONNXRuntimeError] : 1 : FAIL : bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 8"),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_lack_of_memory_is_known_in_the_words_of_every_library_and_behind_another_error(error: Exception) -> None:
+    assert errors.is_out_of_memory(error)
+    wrapped = ValueError("the file can't be read")
+    wrapped.__cause__ = error
+    assert errors.is_out_of_memory(wrapped)
+    found = errors.unexpected(wrapped)
+    assert (found.code, found.exit_code) == ("QC-MEMORY-001", 6)
+    assert errors.unexpected(IndexError("index 3 is out of range")).code == "QC-INTERNAL-001"
+
+
 def test_the_tree_drawn_in_the_docstring_is_the_tree() -> None:
     drawn = {name: int(exit_code) for name, exit_code in re.findall(r"── (\w+) +(\d+)", errors.__doc__ or "")}
     assert drawn == {kind.__name__: kind.exit_code for kind in QConvertError.__subclasses__()}

@@ -158,6 +158,7 @@ def one(): return made, torch.ones(5, 4)
 def named(): return made, {"mask": torch.ones(5, 4), "x": torch.ones(5, 4)}
 def raises(): raise ValueError("no weights here")
 def exits(): raise SystemExit("gone")
+def large(): raise MemoryError("8 GiB")
 def nothing(): return None
 def module_only(): return made
 def no_inputs(): return made, ()
@@ -268,6 +269,11 @@ def test_the_skeleton_is_a_copy_without_weights(factories: str) -> None:
 )
 def test_a_factory_that_does_not_work(factories: str, function: str, said: str) -> None:
     assert said in rejected(f"module:{factories}:{function}", "QC-INPUT-021")
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_factory(factories: str) -> None:
+    with pytest.raises(MemoryError):
+        load(f"module:{factories}:large", no_plugin)
 
 
 @pytest.mark.parametrize("source", ["module:", "module:x", "module:a b", "module:no_such_module:f", "module:no_such.py:f"])

@@ -442,6 +442,40 @@ def test_an_artifact_that_is_wrong_is_never_published(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick")
+def test_where_memory_runs_out_in_verification_the_work_is_kept(
+    uninterrupted: dict[str, bytes], sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any) -> float:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc")
+
+    mine = recipe(sources / "llama", tmp_path / "out", quantizer="awq")
+    (tmp_path / "recipe.yaml").write_text(mine.model_dump_json())
+    command = ["run", str(tmp_path / "recipe.yaml"), "--json"]
+    with monkeypatch.context() as patched:
+        patched.setattr("qconvert.verify.graph_parity", no_memory)
+        failed = CliRunner().invoke(main, command)
+    assert failed.exit_code == 6
+    error = json.loads(failed.stdout)["error"]
+    assert error["code"] == "QC-MEMORY-001"
+    assert "std::bad_alloc" in error["message"]
+    assert not (tmp_path / "out").exists()
+
+    real, again = pipeline.quantize, []
+
+    def watched(*args: Any, **options: Any) -> Iterator[Any]:
+        for block in real(*args, **options):
+            again.append(block)
+            yield block
+
+    monkeypatch.setattr(pipeline, "quantize", watched)
+    resumed = CliRunner().invoke(main, command)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert again == []
+    weights = contents(tmp_path / "out")
+    assert weights[WEIGHTS] == uninterrupted[WEIGHTS]
+
+
 class Spy(PluginManager):
     """Remembers what conversion_finished was told."""
 

@@ -161,6 +161,16 @@ def test_a_model_that_no_form_gets_right_is_an_error_with_every_reason(monkeypat
     assert caught.value.message.count("differs from the model by 2.5e-01 of its largest output") == len(FORMS["encoder"])
 
 
+def test_a_lack_of_memory_is_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("qconvert.trace.capture", no_memory)
+    _, model = build("bert")
+    with pytest.raises(MemoryError):
+        trace(model)
+
+
 class DataDependent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -108,6 +108,14 @@ def test_a_graph_that_can_not_be_run_fails() -> None:
     assert (part.status, part.reason) == ("failed", "it can't be run: RuntimeError: no kernel image")
 
 
+def test_a_lack_of_memory_says_nothing_about_the_graph() -> None:
+    def compare() -> Any:
+        raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 4096")
+
+    with pytest.raises(RuntimeError, match="requested buffer"):
+        narrow_parity("cuda", "encoder", compare)
+
+
 # --- what ran where ---
 
 

@@ -159,6 +159,16 @@ def test_a_bug_is_an_internal_error_not_a_lack_of_memory(monkeypatch: pytest.Mon
     assert "IndexError: out of range" in error["message"]
 
 
+def test_a_lack_of_memory_is_told_as_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(folder: Path, given: Recipe, progress: Any) -> Report:
+        raise MemoryError("std::bad_alloc")
+
+    error = child_answer(monkeypatch, tmp_path, measure)["error"]
+    assert (error["class"], error["code"]) == ("ResourceError", "QC-MEMORY-001")
+    assert error["message"] == "while verifying: not enough memory: std::bad_alloc"
+    assert "--no-verify" in error["hint"]
+
+
 def test_the_child_does_not_outlive_an_interrupted_parent(child: Any, tmp_path: Path) -> None:
     child("print('{\"advance\": 1}', flush=True)\ntime.sleep(60)")
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qconvert.errors import InputError, in_one_line
+from qconvert.errors import InputError, in_one_line, is_out_of_memory
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.reader import tensor_bytes
 
@@ -45,6 +45,8 @@ def load_factory(source: str) -> Model:
     try:
         returned = factory()
     except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             "QC-INPUT-021",
             f"{source!r} raised {type(error).__name__}: {in_one_line(error)}",
@@ -176,6 +178,8 @@ def _skeleton(source: str, module: nn.Module) -> nn.Module:
         memo: dict[int, Any] = {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
         skeleton = copy.deepcopy(module, memo)
     except Exception as error:  # whatever __deepcopy__ of the user's classes raises
+        if is_out_of_memory(error):
+            raise
         raise _broken(source, f"the module can't be copied: {type(error).__name__}: {in_one_line(error)}") from error
     for part in skeleton.modules():
         for name, buffer in part.named_buffers(recurse=False):

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qconvert.errors import PluginError, QConvertError, in_one_line
+from qconvert.errors import PluginError, QConvertError, in_one_line, is_out_of_memory
 from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import watch
 from qconvert.plugin.discovery import FAILURES
-from qconvert.plugin.distribution import distribution_of
+from qconvert.plugin.distribution import builtin, distribution_of
 from qconvert.plugin.quantizer import Quantizer
 
 
@@ -155,6 +155,8 @@ def _guarded(
     except QConvertError:
         raise
     except FAILURES as error:
+        if is_out_of_memory(error) and distribution_of(quantizer) == builtin():
+            raise  # the machine has no more; what others may take is limited (plugin/watch.py), and they are named
         raise PluginError(
             "QC-PLUGIN-007",
             f"{_title(quantizer)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",

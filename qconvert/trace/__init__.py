@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qconvert.errors import InputError
+from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, InputGroup, Template
 from qconvert.trace.capture import FORMS, Captured, capture
@@ -66,6 +66,8 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
         except InputError:
             raise
         except Exception as failure:
+            if is_out_of_memory(failure):
+                raise
             # Any form may meet something that it can't trace, and the exporter raises all kinds of errors; the next
             # form is tried, and if none is left, all reasons are told.
             failures.append(f"{form}: {_first_cause(failure)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from qconvert.ir.reader import read_index, read_manifest, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template
+from qconvert.verify.attempt import attempt
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
@@ -33,8 +33,6 @@ from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.narrow_parity import narrow_parity
 from qconvert.verify.parity import TOLERANCE, cluster_parity, float_parity, graph_parity, torch_outputs
 from qconvert.verify.placement import Placement, measure_placement
-
-logger = logging.getLogger("qconvert")
 
 # Of two sessions that alternate, so that neither's idle threads take cores from the other.
 SHARING = SessionSettings(spinning=False)
@@ -182,12 +180,11 @@ def _check_source(folder: Path, model: Model) -> None:
 
 
 def _parity(target: str, measure: Callable[[], float]) -> Parity:
-    """A measured difference, or what went wrong: an artifact that can't be run has failed, whatever the reason."""
-    try:
-        error = measure()
-    except Exception as failure:
-        logger.debug("parity on %s could not be measured", target, exc_info=True)
-        return Parity(target=target, status="failed", reason=f"it can't be run: {type(failure).__name__}: {failure}")
+    """A measured difference, or what went wrong: an artifact that can't be run has failed."""
+    return attempt(target, lambda: _judged(target, measure()))
+
+
+def _judged(target: str, error: float) -> Parity:
     if error <= TOLERANCE:
         return Parity(target=target, status="passed", max_relative_error=error)
     reason = f"outputs differ by {error:.1e} of the largest, the limit is {TOLERANCE:.0e}"

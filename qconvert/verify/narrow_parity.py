@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from qconvert.ir.agreement import largest_difference
 from qconvert.ir.divergence import kl_divergence, log_probabilities
 from qconvert.ir.report import GENERATING, Parity, Task
+from qconvert.verify.attempt import attempt
 
 SMALLEST_COSINE = 0.999
 LARGEST_KL = 1e-3
 
 Pairs = Sequence[tuple[np.ndarray[Any, Any], ...]]
-logger = logging.getLogger("qconvert")
 
 
 def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs]) -> Parity:
@@ -25,11 +24,10 @@ def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs]) -> Pari
 
     compare: gives (output, reference) pairs, see ir.agreement.compared. A graph that can't be run has failed.
     """
-    try:
-        pairs = compare()
-    except Exception as failure:
-        logger.debug("parity on %s could not be measured", target, exc_info=True)
-        return Parity(target=target, status="failed", reason=f"it can't be run: {type(failure).__name__}: {failure}")
+    return attempt(target, lambda: _judged(target, task, compare()))
+
+
+def _judged(target: str, task: Task, pairs: Pairs) -> Parity:
     error = max(largest_difference(found, reference) for found, reference in pairs)
     if error == float("inf"):
         return Parity(target=target, status="failed", reason="outputs are not finite, or of another shape")
