@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 import transformers
-from calibrate_models import model_of
 from torch import nn
+from transformers import PreTrainedModel
 
 from qconvert.ir.model import Model
+from qconvert.load.hugging_face import load_folder
 
 VOCABULARY, LAYERS = 100, 4
 DECODER = {
@@ -37,22 +41,22 @@ ENCODER = {
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
-def _decoder(name: str, model: str = "", config: str = "", **settings: object) -> Callable[[], nn.Module]:
+def _decoder(name: str, model: str = "", config: str = "", **settings: object) -> Callable[[], PreTrainedModel]:
     """model, config: the classes, where they are not named as usual."""
 
-    def build() -> nn.Module:
+    def build() -> PreTrainedModel:
         made = getattr(transformers, config or f"{name}Config")(**settings)
         return getattr(transformers, model or f"{name}ForCausalLM")(made)  # type: ignore[no-any-return]
 
     return build
 
 
-def _encoder(name: str, **settings: object) -> Callable[[], nn.Module]:
+def _encoder(name: str, **settings: object) -> Callable[[], PreTrainedModel]:
     return lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
 
 
 # name -> (where its blocks are, what builds it, what is special about it)
-DECODERS: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
+DECODERS: dict[str, tuple[str, Callable[[], PreTrainedModel], str]] = {
     "llama": ("model.layers", _decoder("Llama", **DECODER), ""),
     "mistral": ("model.layers", _decoder("Mistral", **DECODER, sliding_window=4), "sliding window"),
     "qwen2": ("model.layers", _decoder("Qwen2", **DECODER), "biases of query, key and value"),
@@ -107,7 +111,7 @@ DECODERS: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "learned positions, ReLU",
     ),
 }
-ENCODERS: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
+ENCODERS: dict[str, tuple[str, Callable[[], PreTrainedModel], str]] = {
     "bert": ("encoder.layer", _encoder("Bert", **ENCODER), ""),
     "distilbert": (
         "transformer.layer",
@@ -134,14 +138,14 @@ BART = {
 }
 
 
-def _encoder_decoder(name: str, model: str = "", **settings: object) -> Callable[[], nn.Module]:
+def _encoder_decoder(name: str, model: str = "", **settings: object) -> Callable[[], PreTrainedModel]:
     return _decoder(name, model or f"{name}ForConditionalGeneration", **settings)
 
 
 T5_STACKS, BART_STACKS = ("encoder.block", "decoder.block"), ("model.encoder.layers", "model.decoder.layers")
 
 # name -> (where the blocks of both halves are, what builds it, what is special about it)
-ENCODER_DECODERS: dict[str, tuple[tuple[str, str], Callable[[], nn.Module], str]] = {
+ENCODER_DECODERS: dict[str, tuple[tuple[str, str], Callable[[], PreTrainedModel], str]] = {
     "t5": (T5_STACKS, _encoder_decoder("T5", **T5), "relative positions, shared by all blocks"),
     "mt5": (
         T5_STACKS,
@@ -155,19 +159,19 @@ ENCODER_DECODERS: dict[str, tuple[tuple[str, str], Callable[[], nn.Module], str]
 }
 
 
+@cache
+def _checkpoints() -> tempfile.TemporaryDirectory[str]:
+    """Where they are saved; the folder goes when Python ends."""
+    return tempfile.TemporaryDirectory()
+
+
 def build(name: str) -> Model:
-    """The model of that name, its weights in memory, its norms and biases random as well."""
-    task = "causal-lm" if name in DECODERS else "encoder" if name in ENCODERS else "seq2seq-lm"
-    places, make, _ = ({**DECODERS, **ENCODERS, **ENCODER_DECODERS})[name]
+    """The model of that name, loaded from the folder to which transformers saved it; its norms and biases are random, too."""
+    _, make, _ = ({**DECODERS, **ENCODERS, **ENCODER_DECODERS})[name]
     torch.manual_seed(0)
     module = make().eval()
     for parameter in module.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, std=0.2)
-        else:
-            nn.init.normal_(parameter, std=0.15)
-    stacks = (places,) if isinstance(places, str) else places
-    blocks = tuple(f"{stack}.{i}" for stack in stacks for i in range(len(module.get_submodule(stack))))  # type: ignore[arg-type]
-    other = "decoder_input_ids" if task == "seq2seq-lm" else "token_type_ids" if name in ("bert", "electra") else None
-    inputs = ("input_ids", "attention_mask", *([other] if other else []))
-    return model_of(module, task, blocks=blocks, input_names=inputs)
+        nn.init.normal_(parameter, std=0.2 if parameter.dim() == 1 else 0.15)
+    folder = Path(_checkpoints().name) / name
+    module.save_pretrained(folder)
+    return load_folder(folder)

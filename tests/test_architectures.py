@@ -1,4 +1,6 @@
-"""Every architecture, tiny and random: stamped, exported, the same as torch, and the same text. Makes docs/architectures.md:
+"""Every architecture, tiny and random, from a folder: stamped, exported, the same as torch, and the same text.
+
+Makes docs/architectures.md:
 
 python tests/test_architectures.py > docs/architectures.md
 """
@@ -31,7 +33,7 @@ from qconvert.ir import cuda
 from qconvert.ir.agreement import largest_difference
 from qconvert.ir.dequantized import Artifact
 from qconvert.ir.float_graph import float_graph
-from qconvert.ir.model import Model
+from qconvert.ir.model import Model, stack_of
 from qconvert.ir.narrow import narrow
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
@@ -68,6 +70,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])
 def test_blocks_are_traced_once_per_kind_and_stamped(name: str) -> None:
     model, template = traced(name)
+    places, *_ = ({**DECODERS, **ENCODERS, **ENCODER_DECODERS})[name]
+    assert [stack_of(stack[0]) for stack in model.stacks] == ([places] if isinstance(places, str) else list(places))
     kinds = set(template.representatives.values())
     assert list(template.representatives) == list(model.blocks)
     assert len(kinds) < len(model.blocks)
@@ -138,10 +142,10 @@ def document() -> str:
         "# Architectures",
         "",
         "Made from the tests (`python tests/test_architectures.py > docs/architectures.md`): of each, a tiny random model is",
-        "traced one block per kind, exported with int4 weights and compared with torch; decoders and encoder-decoders also",
-        "write the same text as torch in ONNX Runtime, decoders in onnxruntime-genai too. There is no list in the code: others",
-        "that transformers has a class for are tried in the same way, and a graph that does not compute what torch computes is",
-        "refused.",
+        "loaded from a folder that transformers saved, traced one block per kind, exported with int4 weights and compared with",
+        "torch; decoders and encoder-decoders also write the same text as torch in ONNX Runtime, decoders in onnxruntime-genai",
+        "too. There is no list in the code: others that transformers has a class for are tried in the same way, and a graph",
+        "that does not compute what torch computes is refused.",
         "",
         "| architecture | task | attention | with |",
         "|---|---|---|---|",

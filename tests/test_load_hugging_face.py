@@ -102,6 +102,24 @@ def test_a_decoder_in_words(tmp_path: Path) -> None:
     assert model.config["hidden_size"] == 64
 
 
+def test_a_decoder_of_a_family_that_sees_is_a_decoder(tmp_path: Path) -> None:
+    """transformers declares images as an input of Gemma 3's language model as well."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    folder = save_checkpoint(transformers.Gemma3ForCausalLM(config).eval(), tmp_path)
+    loaded = load_folder(folder)
+    assert loaded.task == "causal-lm"
+    assert loaded.input_names == ("input_ids", "attention_mask")
+    torch.testing.assert_close(outputs(loaded), expected(folder), rtol=0, atol=0)
+
+
 def test_an_encoder_in_words(tmp_path: Path) -> None:
     model = load_folder(tiny_bert(tmp_path))
     assert model.task == "encoder"
@@ -236,11 +254,33 @@ def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
     assert "pooler.dense.bias" in rejected(folder, "QC-INPUT-017")
 
 
-def test_missing_parameters_are_named(tmp_path: Path) -> None:
-    lost = "model.layers.1.mlp.up_proj.weight"
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_missing_parameters_are_named(tmp_path: Path, lost: str) -> None:
     folder = rewrite(tiny_llama(tmp_path), lambda tensors: {name: value for name, value in tensors.items() if name != lost})
     message = rejected(folder, "QC-INPUT-015")
     assert f"lacks 1 parameters of LlamaForCausalLM: '{lost}'" in message
+
+
+POSITIONS = ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight")
+
+
+@pytest.mark.parametrize(
+    ("model", "absent"),
+    [
+        pytest.param("MarianMTModel", POSITIONS, id="marian, as transformers saves it"),
+        pytest.param("PegasusForConditionalGeneration", POSITIONS, id="pegasus, as older versions saved it"),
+        pytest.param("BartForConditionalGeneration", ("final_logits_bias",), id="bart, as older versions saved it"),
+    ],
+)
+def test_what_is_computed_need_not_be_stored(tmp_path: Path, model: str, absent: tuple[str, ...]) -> None:
+    layers = {f"{half}_{what}": size for half in ("encoder", "decoder") for what, size in (("layers", 1), ("ffn_dim", 32))}
+    model_class = getattr(transformers, model)
+    config = model_class.config_class(vocab_size=384, d_model=32, pad_token_id=0, decoder_start_token_id=1, **layers)
+    folder = save_checkpoint(model_class(config).eval(), tmp_path)
+    rewrite(folder, lambda tensors: {name: value for name, value in tensors.items() if name not in absent})
+    loaded, reference = load_folder(folder), model_class.from_pretrained(folder).state_dict()
+    for name in absent:
+        torch.testing.assert_close(loaded.source.read(name), reference[name], rtol=0, atol=0)
 
 
 def test_a_shape_that_the_config_contradicts_is_named(tmp_path: Path) -> None:
@@ -413,6 +453,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
         ("T5Model", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "encoder-decoder (sequence to sequence)"),
         ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 0, "num_heads": 2}, "repeated blocks on both"),
         ("WhisperForConditionalGeneration", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "encoder-decoder"),
+        ("Gemma3ForConditionalGeneration", {}, "a model of image, text"),
         ("ViTModel", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "pixel_values"),
         ("Wav2Vec2Model", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "input_values"),
         ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}, "recurrent"),

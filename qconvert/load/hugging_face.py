@@ -15,6 +15,7 @@ from qconvert.ir.agreement import vocabulary_size
 from qconvert.ir.model import Model, TensorSource
 from qconvert.ir.report import GENERATING, Task
 from qconvert.load import names, skeleton
+from qconvert.load.computed import computed_tensors
 from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json, refuse_adapter
 from qconvert.load.names import RenamedSource
 from qconvert.load.safetensors import open_folder
@@ -140,12 +141,14 @@ def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
         base = skeleton.base_class_name(config["model_type"])
         log.warning("the checkpoint holds no complete head for %s: loaded as %s", type(module).__name__, base)
         return _fit({**config, "architectures": [base]}, source)
-    renamed = RenamedSource(source, stored)
+    computed = computed_tensors(module, missing)
+    missing = [name for name in missing if name not in computed]
+    renamed = RenamedSource(source, stored, computed)
     unplaced = unplaced_tensors(module, renamed, missing)
     names.refuse_missing(module, missing)
     names.check_shapes(module, renamed)
     _fill_buffers(module, renamed)
-    return _Fitted(config, module, task, renamed, tied, unplaced)
+    return _Fitted(config, module.requires_grad_(False), task, renamed, tied, unplaced)
 
 
 def _only_head(module: PreTrainedModel, missing: list[str]) -> bool:

@@ -20,20 +20,24 @@ log = logging.getLogger("qconvert")
 
 @dataclass(frozen=True, eq=False)
 class RenamedSource:
-    """A TensorSource under other names.
+    """A TensorSource under other names, completed by what no file holds.
 
     stored: name -> name in `inner`. Tensors of `inner` that are not in it are left out.
+    computed: name -> tensor that is not stored (see qconvert.load.computed).
     """
 
     inner: TensorSource
     stored: Mapping[str, str]
+    computed: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, TensorInfo] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", {name: self.inner.tensors[old] for name, old in self.stored.items()})
+        stored = {name: self.inner.tensors[old] for name, old in self.stored.items()}
+        computed = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self.computed.items()}
+        object.__setattr__(self, "tensors", {**stored, **computed})
 
     def read(self, name: str) -> Tensor:
-        return self.inner.read(self.stored[name])
+        return self.computed[name] if name in self.computed else self.inner.read(self.stored[name])
 
 
 def module_names(module: PreTrainedModel, source: TensorSource) -> dict[str, str]:

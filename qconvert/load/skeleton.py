@@ -27,6 +27,8 @@ CODE_KEYS = re.compile(
 )
 # Keys that say that weights are stored in a quantized form.
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
+# How forwards name what they take beside text.
+OTHER_MEDIA = re.compile("pixel|image|video|visual|audio|input_features|input_values")
 
 log = logging.getLogger("qconvert")
 
@@ -82,8 +84,8 @@ def _without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[s
 def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
     """The module that a checked config describes, in eval mode, and its task.
 
-    Parameters are on the meta device, buffers real. Raises InputError: QC-INPUT-011 for values that the class does not
-    take, 014 for kinds of models that are not converted.
+    Parameters are on the meta device, buffers real; parameters that are computed and never trained need no gradient. Raises
+    InputError: QC-INPUT-011 for values that the class does not take, 014 for kinds of models that are not converted.
     """
     try:
         parsed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
@@ -103,7 +105,7 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
     task = _task(model_class)
     if task == "seq2seq-lm" and not all(_stack(module, half) for half in _halves(module)):
         raise _not_converted(model_class.__name__, "an encoder-decoder without repeated blocks on both sides")
-    return module.eval().requires_grad_(False), task
+    return module.eval(), task
 
 
 def _task(model_class: type[PreTrainedModel]) -> Task:
@@ -150,13 +152,27 @@ def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel
 def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
     if getattr(parsed, "is_encoder_decoder", False) and _task(model_class) != "seq2seq-lm":
         return "an encoder-decoder (sequence to sequence) model without a language model's head"
-    modalities = model_class.input_modalities
-    if modalities not in ("text", ["text"], ("text",)) or model_class.main_input_name != "input_ids":
+    if not _reads_text_alone(model_class):
+        modalities = model_class.input_modalities
         kinds = modalities if isinstance(modalities, str) else ", ".join(modalities)
         return f"a model of {kinds} that reads {model_class.main_input_name}"
     if model_class._is_stateful:
         return "a recurrent model (state-space layers instead of a KV cache)"
     return None
+
+
+def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
+    """Whether token ids are all that a model takes.
+
+    A family that sees or hears declares that for all its classes, its language models included (Gemma3ForCausalLM): of
+    those the forward tells.
+    """
+    if model_class.main_input_name != "input_ids":
+        return False
+    if model_class.input_modalities in ("text", ["text"], ("text",)):
+        return True
+    taken = inspect.signature(model_class.forward).parameters
+    return _task(model_class) == "causal-lm" and not any(map(OTHER_MEDIA.search, taken))
 
 
 def _experts(module: nn.Module) -> str | None:

@@ -45,7 +45,7 @@ def unplaced_tensors(module: PreTrainedModel, source: RenamedSource, missing: Co
     places = module.state_dict().keys()
     reasons = {name: _expendable(module, name, info) for name, info in source.tensors.items() if name not in places}
     if refused := [name for name, reason in reasons.items() if reason is None]:
-        raise _no_place(module, refused, len(source.tensors), missing)
+        raise _no_place(module, refused, len(source.stored), missing)
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
