@@ -45,6 +45,28 @@ def test_shards_are_one_source(sharded: Path) -> None:
     assert source.read("b").tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("left", "where"), [("model.safetensors", "in model.safetensors"), (None, "in model.safetensors.index")]
+)
+def test_other_files_of_weights_are_named(
+    sharded: Path, caplog: pytest.LogCaptureFixture, left: str | None, where: str
+) -> None:
+    """Shards of an earlier save, weights in another program's names, an adapter without its settings."""
+    save_file({"c": torch.ones(2)}, sharded / (left or "adapter_model.safetensors"))
+    with caplog.at_level(logging.WARNING, "qconvert"):
+        open_folder(sharded)
+    unread = "'1.safetensors', '2.safetensors'" if left else "'adapter_model.safetensors'"
+    assert f"not read: {unread}; the model is {where}" in caplog.text
+
+
+def test_a_checkpoint_without_other_files_of_weights_is_nothing_to_speak_of(
+    sharded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "qconvert"):
+        open_folder(sharded)
+    assert caplog.text == ""
+
+
 # Fault 8
 
 

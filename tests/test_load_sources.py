@@ -168,6 +168,8 @@ def no_tensor(): return made, ([1, 2],)
 def scalar_input(): return made, (torch.tensor(1.0),)
 def uneven(): return made, (torch.ones(5, 4), torch.ones(6, 4))
 def no_rows(): return made, torch.ones(0, 4)
+def compiled(): return torch.compile(nn.Linear(2, 2)), torch.ones(1, 2)
+def parallel(): return nn.DataParallel(nn.Linear(2, 2)), torch.ones(1, 2)
 def on_meta(): return nn.Linear(2, 2, device="meta"), torch.ones(1, 2)
 constant = 3
 '''
@@ -298,6 +300,8 @@ def test_a_module_that_fails_to_import_says_why(factories: str, tmp_path: Path) 
         ("scalar_input", "'x' is a tensor of shape []"),
         ("uneven", "5, 6 rows"),
         ("no_rows", "0 rows"),
+        ("compiled", "returned OptimizedModule, a wrapper: return the module inside, its ._orig_mod"),
+        ("parallel", "returned DataParallel, a wrapper: return the module inside, its .module"),
         ("on_meta", "'weight' is on the meta device"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,6 +213,15 @@ def expendable_of(folder: Path, extra: dict[str, Tensor]) -> dict[str, str]:
     return dict(load_folder(rewrite(folder, add(extra))).unplaced)
 
 
+BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
 def test_the_expendable_are_known_by_name_and_reason(tmp_path: Path) -> None:
     rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
     reason = "rotary frequencies, which config.json determines"
@@ -225,6 +235,12 @@ def test_the_expendable_are_known_by_name_and_reason(tmp_path: Path) -> None:
         "a causal mask",
         "the score of masked tokens, a constant",
     ]
+    head = save_checkpoint(transformers.BertForMaskedLM(transformers.BertConfig(**BERT)).eval(), tmp_path / "head")
+    others = {"bert.pooler.dense.weight": torch.ones(32, 32), "cls.seq_relationship.bias": torch.ones(2)}
+    assert expendable_of(head, others) == {
+        "bert.pooler.dense.weight": "a pooler, which this class does not have",
+        "cls.seq_relationship.bias": "BERT's next-sentence head, which this class does not have",
+    }
     t5 = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(32, 4)}
     assert list(expendable_of(tiny_t5(tmp_path / "t5"), t5).values()) == [
         "T5ForConditionalGeneration of transformers leaves it out"
@@ -238,20 +254,47 @@ def test_a_bias_of_the_shape_of_a_mask_alone_is_expendable(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("quick")
 def test_expendable_tensors_change_nothing_travel_along_and_are_listed(tmp_path: Path) -> None:
+    ids = [[5, 6, 7, 8]]
+    folder = tiny_llama(tmp_path / "model")
+    with torch.no_grad():
+        expected = transformers.LlamaForCausalLM.from_pretrained(folder)(torch.tensor(ids)).logits.flatten()
     extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.full((8,), 7.0) for layer in range(2)}
-    sources = {"plain": tiny_llama(tmp_path / "plain"), "extra": rewrite(tiny_llama(tmp_path / "extra"), add(extra))}
-    logits = {}
-    for name, source in sources.items():
-        output = tmp_path / f"{name}-out"
-        pipeline.convert(Recipe(model=str(source), output=output, scheme="int8-channel", verify=False))
-        session = file_session(output / "model.onnx")
-        feeds = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
-        past = {part.name: np.zeros((1, 2, 0, 16), np.float32) for part in session.get_inputs() if "past" in part.name}
-        logits[name] = session.run(["logits"], feeds | past)[0]
-    np.testing.assert_array_equal(logits["extra"], logits["plain"])
-    assert extra.keys() <= load_file(tmp_path / "extra-out" / "model.safetensors").keys()
-    shown = qconvert_plan(sources["extra"])
+    rewrite(folder, add(extra))
+    recipe = Recipe(model=str(folder), output=tmp_path / "out", scheme="int8-channel", verify=False)
+    pipeline.convert(recipe)
+    session = file_session(tmp_path / "out" / "model.onnx")
+    past = {part.name: np.zeros((1, 2, 0, 16), np.float32) for part in session.get_inputs() if "past" in part.name}
+    feeds = {"input_ids": np.array(ids), "attention_mask": np.ones((1, 4), np.int64)}
+    found = torch.from_numpy(session.run(["logits"], feeds | past)[0]).flatten()
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.99
+    assert extra.keys() <= load_file(tmp_path / "out" / "model.safetensors").keys()
+    shown = qconvert_plan(folder)
     assert "2 tensors carried along unused, rotary frequencies, which config.json determines: model.layers.0" in shown
+
+
+SCALED = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    module[0].register_buffer("weight_scale", torch.ones(1))
+    return module, torch.randn(64, 32)
+"""
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("scheme", ["int8-channel", "int8-channel-a8"])
+def test_a_layer_with_a_tensor_of_a_quantized_layers_name_stays_in_float(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "net.py").write_text(SCALED)
+    settings = {"model": f"module:{tmp_path / 'net.py'}:net", "output": str(tmp_path / "out"), "scheme": scheme}
+    data = {"samples": 8}
+    report = pipeline.convert(Recipe.from_settings({**settings, "calibration": data, "evaluation": data}))
+    assert report.passed
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert "0.weight_scale" in report.kept_float[0].reason
+    assert load_file(tmp_path / "out" / "model.safetensors")["0.weight_scale"].tolist() == [1.0]
 
 
 MODULE = """

@@ -53,6 +53,8 @@ def load_model(source: str) -> Model | None:
     if not path.is_file():
         raise InputError("QC-INPUT-001", f"source {source!a} does not exist", hint="check the path")
     reader = open_reader(path)
+    if "adapter.type" in reader.fields:
+        raise _unsupported(path, f"it is an adapter ({reader.fields['adapter.type'].contents()!a}), not a model")
     config = read_config(path)
     files = carried_files(path, reader, config)
     return model_from_config(

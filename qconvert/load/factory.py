@@ -55,6 +55,9 @@ def load_factory(source: str) -> Model:
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], nn.Module)):
         raise _broken(source, f"returned {_kind(returned)}")
     module, inputs = returned
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        inside = "_orig_mod" if hasattr(module, "_orig_mod") else "module"
+        raise _broken(source, f"returned {_kind(module)}, a wrapper: return the module inside, its .{inside}")
     example_inputs = _named_inputs(source, module, inputs)
     tensors = MemorySource(module, source)
     return Model(

@@ -93,13 +93,15 @@ class SafetensorsSource:
 def open_folder(folder: Path) -> SafetensorsSource:
     """The weights of a checkpoint folder, sharded or not.
 
-    Raises InputError QC-INPUT-002 to 010; paths are checked before a shard is opened.
+    Raises InputError QC-INPUT-002 to 010; paths are checked before a shard is opened. Warns of other safetensors files.
     """
     weight_map = read_weight_map(folder)
-    if weight_map is None:
-        return SafetensorsSource(weight_files(folder, [SINGLE]))
-    source = SafetensorsSource(weight_files(folder, sorted(set(weight_map.values()))))
-    _check_index(weight_map, source)
+    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    if others := sorted({path.name for path in folder.glob("*.safetensors")} - set(names)):
+        log.warning("not read: %s; the model is in %s", ", ".join(map(ascii, others)), SINGLE if weight_map is None else INDEX)
+    source = SafetensorsSource(weight_files(folder, names))
+    if weight_map is not None:
+        _check_index(weight_map, source)
     return source
 
 

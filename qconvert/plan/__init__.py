@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 import torch
@@ -102,6 +103,8 @@ def _sort_modules(
             reason = "the exported graph does not use it as a layer"
         elif scheme is None:
             reason = "a rule keeps it in float"
+        elif taken := _taken_names(model, name):
+            reason = f"the model itself has {taken[0]}, as a tensor of the quantized layer would be called"
         elif name == model.output_head and named is None:
             reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
         else:
@@ -111,6 +114,12 @@ def _sort_modules(
             continue
         kept.append(KeptFloat(name=name, reason=reason))
     return layers, kept, shared
+
+
+def _taken_names(model: Model, layer: str) -> list[str]:
+    """Tensors of the model that have a name which the quantized layer needs for one of its own."""
+    own = re.compile(re.escape(layer) + r"\.((weight|kernel|outlier|cuda)_\w+|input_factor)")
+    return [name for name in (*model.source.tensors, *model.tied) if own.fullmatch(name)]
 
 
 def _unread(model: Model, template: Template) -> dict[str, str]:

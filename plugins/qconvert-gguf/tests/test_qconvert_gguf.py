@@ -237,9 +237,24 @@ def test_so_are_counts_of_tensors_and_keys(tmp_path: Path, tensors: int, keys: i
     assert "claims 8388608 " in rejected(path, "QC-GGUF-001")
 
 
-def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
-    path = write(tmp_path / "x.gguf", llama, extra={"rope_freqs.weight": np.ones(8, np.float32)})
-    assert "'rope_freqs.weight'" in rejected(path, "QC-GGUF-002")
+@pytest.mark.parametrize(
+    "name", ["rope_freqs.weight", "blk.0.attn_q.bias", "blk.2.attn_norm.weight", "blk.0.attn_q.weight.lora_a"]
+)
+def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, llama: transformers.LlamaForCausalLM, name: str) -> None:
+    path = write(tmp_path / "x.gguf", llama, extra={name: np.ones(64, np.float32)})
+    assert repr(name) in rejected(path, "QC-GGUF-002")
+
+
+def test_an_adapter_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((4, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "it is an adapter ('lora'), not a model" in rejected(tmp_path / "lora.gguf", "QC-GGUF-002")
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
