@@ -283,6 +283,18 @@ def test_what_is_computed_need_not_be_stored(tmp_path: Path, model: str, absent:
         torch.testing.assert_close(loaded.source.read(name), reference[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("make", "key"), [(tiny_llama, "num_hidden_layers"), (tiny_gpt2, "n_layer"), (tiny_t5, "num_layers")])
+@pytest.mark.parametrize("readable", [True, False])
+def test_layers_that_no_tensors_can_fill_are_refused_before_they_are_built(
+    make: Callable[[Path], Path], key: str, readable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qconvert.load.skeleton.build_skeleton", None)
+    folder = configure(make(tmp_path), **{key: 10**9})
+    if not readable:
+        (folder / "model.safetensors").write_bytes(b"")
+    assert f"{key} is 1000000000, far more layers than the checkpoint has tensors for" in rejected(folder, "QC-INPUT-015")
+
+
 def test_a_shape_that_the_config_contradicts_is_named(tmp_path: Path) -> None:
     message = rejected(configure(tiny_llama(tmp_path), intermediate_size=96), "QC-INPUT-016")
     assert "'model.layers.0.mlp.down_proj.weight' is [64, 128], config.json says [64, 96]" in message

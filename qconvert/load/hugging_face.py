@@ -22,6 +22,8 @@ from qconvert.load.safetensors import open_folder
 from qconvert.load.tokenizer import TextEncoder, text_encoder
 from qconvert.load.unplaced import unplaced_tensors
 
+UNREAD_TENSORS = 100  # in a checkpoint that can't be opened: no more layers than they can fill are built for a better message
+
 log = logging.getLogger("qconvert")
 
 
@@ -40,6 +42,7 @@ def load_folder(folder: Path) -> Model:
     try:
         source = open_folder(folder)
     except InputError:  # a kind of model that no weights would make convertible is told first
+        skeleton.refuse_empty_layers(config, UNREAD_TENSORS)
         skeleton.build_skeleton(skeleton.checked_config(config))
         raise
     files = carried_files(folder)
@@ -93,6 +96,7 @@ def model_from_config(
     config: what config.json says; source: its tensors under names that transformers' from_pretrained would accept;
     files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017, 023 to 025.
     """
+    skeleton.refuse_empty_layers(config, len(source.tensors))
     fitted = _fit(skeleton.checked_config(config), source)
     module, task = fitted.module, fitted.task
     model = Model(

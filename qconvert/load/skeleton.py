@@ -29,6 +29,8 @@ CODE_KEYS = re.compile(
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 # How forwards name what they take beside text.
 OTHER_MEDIA = re.compile("pixel|image|video|visual|audio|input_features|input_values")
+# Under which names configs count the layers of a stack.
+LAYER_COUNTS = re.compile(r"(num_|n_)?((hidden|encoder|decoder)_)?layers?")
 
 log = logging.getLogger("qconvert")
 
@@ -112,6 +114,21 @@ def _task(model_class: type[PreTrainedModel]) -> Task:
     if model_class.__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
         return "seq2seq-lm"
     return "causal-lm" if model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
+
+
+def refuse_empty_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """Raises InputError QC-INPUT-015 where a config counts far more layers than there are tensors to fill them: building
+    them alone could take hours. Tenfold, since layers may share their weights (ALBERT).
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_empty_layers(value, tensors)
+        elif LAYER_COUNTS.fullmatch(key) and isinstance(value, int) and value > 10 * tensors:
+            raise InputError(
+                "QC-INPUT-015",
+                f"config.json: {key} is {value}, far more layers than the checkpoint has tensors for",
+                hint="compare config.json with the publisher's, and the weights",
+            )
 
 
 def can_untie(config: Mapping[str, Any]) -> bool:
