@@ -99,7 +99,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def unexpected(error: Exception) -> QConvertError:
+def unexpected(error: BaseException) -> QConvertError:
     """What to tell the user of an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
     if is_out_of_memory(error):
         return ResourceError(

@@ -20,15 +20,15 @@ from typing import Any
 from qconvert import errors
 from qconvert.errors import QConvertError, ResourceError, unexpected
 from qconvert.ir.garbage import importing
-from qconvert.ir.process import end_with_parent, import_path
+from qconvert.ir.process import become_watched, end_with_parent, import_path, watched_too
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
-from qconvert.plugin import watch
 from qconvert.recipe import Recipe
 
 NO_MEMORY = (
     "free some and run the same command again, which resumes, or take --no-verify and run qconvert verify on a larger machine"
 )
+DONE = '{"done": true}\n'
 
 
 def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Report:
@@ -43,8 +43,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **import_path(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        pass_fds=watch.descriptors(),
+        env={**os.environ, **import_path(), **watched_too(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -52,6 +51,8 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
             json.dump(request, child.stdin)
         try:
             for line in child.stdout:
+                if line == DONE:  # and not the end of stdout, which what a plugin has started may hold
+                    break
                 _pass_on(line, progress)
         except BaseException:  # Ctrl-C: nobody waits for the answer any more
             child.kill()
@@ -95,6 +96,7 @@ class _ToParent:
 
 def main() -> None:
     """Answer one request."""
+    become_watched()
     end_with_parent()
     # The parent has shown every warning already, and takes stdout for progress.
     logging.getLogger().addHandler(logging.NullHandler())
@@ -110,7 +112,9 @@ def main() -> None:
         answer = {"report": report.model_dump(mode="json")}
     except QConvertError as error:
         answer = {"error": _document(error)}
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         if os.environ.get("QCONVERT_DEBUG"):
             traceback.print_exc()
         found = unexpected(error)
@@ -126,5 +130,9 @@ def _document(error: QConvertError) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # the parent got it too, and says so
-        main()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # the parent got it too, and says so
+            main()
+    finally:
+        print(DONE, end="", flush=True)
+        os._exit(0)  # the answer is there or not: what plugins have left behind in this process is not waited for

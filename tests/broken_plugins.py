@@ -48,6 +48,7 @@ UNUSABLE = {
         "its register_quantizers exited with code 0",
         0,
     ),
+    "detaches": ("import os; os.closerange(3, 4096)", "its import closed files that it did not open", 0),
     "dies": ("import os\nos.abort()", "its import crashed with SIGABRT", 0),
 }
 # Plugins that fail when they are used: name -> (source, error code, what is said of it).
@@ -59,6 +60,11 @@ FAILING = {
         "crashed with SIGSEGV: quantize '",
     ),
     "exits": (quantizing("exits", "import os; os._exit(0)"), "QC-PLUGIN-010", "exited with code 0: quantize '"),
+    "closes": (
+        quantizing("closes", "import os; os.closerange(0, 4096)"),
+        "QC-PLUGIN-010",
+        "closed files that it did not open: ",
+    ),
     "shapes": (
         quantizing("shapes", "import dataclasses; tensor = dataclasses.replace(tensor, q=tensor.q.T)"),
         "QC-PLUGIN-008",
@@ -73,6 +79,17 @@ FAILING = {
 }
 # One that prints, which is no fault that stops it, but must not reach stdout.
 PRINTING = quantizing("prints", "print('hello'); import os; os.write(2, b'')")
+# One that changes what belongs to the whole process, and leaves threads, processes and exit handlers behind.
+RUDE = """
+import atexit, builtins, os, signal, subprocess, sys, threading, time, torch
+
+os.umask(0)
+sys.setrecursionlimit(150)
+torch.set_default_dtype(torch.float64)
+threading.Thread(target=time.sleep, args=(1000,), name="poll").start()
+atexit.register(time.sleep, 1000)
+subprocess.Popen([sys.executable, "-c", "import time; print('from a process', flush=True); time.sleep(1000)"])
+""" + quantizing("rude", "os.close(1); sys.stdout.close(); sys.setrecursionlimit(150); signal.alarm(2)")
 
 
 def install(folder: Path, name: str, source: str, *, version: str = "0.3", value: str = "") -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from broken_plugins import FAILING, PRINTING, UNUSABLE, install
+from broken_plugins import FAILING, PRINTING, RUDE, UNUSABLE, install
 
 FACTORY = """
 import torch
@@ -94,6 +94,26 @@ def test_what_one_prints_is_not_on_stdout(plugins: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["quantizer"] == "prints"
     assert "hello" in done.stderr
+
+
+def test_what_one_does_to_the_process_reaches_nobody_else(plugins: Path) -> None:
+    install(plugins, "rude", RUDE)
+    umask = os.umask(0o027)
+    try:
+        done = run(plugins, "--quantizer", "rude")
+    finally:
+        os.umask(umask)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is True
+    out = plugins.parent / "out"
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+    assert out.stat().st_mode & 0o777 == 0o750
+    assert (
+        "plugin qconvert-rude 0.3 changed what belongs to the whole process, and is put back: the recursion limit"
+        in done.stderr
+    )
+    assert "from a process" in done.stderr
+    assert "warning: thread 'poll' of plugin qconvert-rude 0.3 ran on for 10 seconds after the command was done" in done.stderr
 
 
 def test_watching_changes_no_byte(plugins: Path) -> None:

@@ -193,7 +193,7 @@ MUTANTS: dict[str, Quantizer] = {
     "leaves-statistics": doing(lambda layer: gram(layer).add_(1)),
     "shares-no-memory": returning(lambda tensor, layer, _: replace(tensor, scale=layer.weight[:, :1])),
     "prints-nothing": doing(lambda layer: print(layer.name)),
-    "leaves-torch-settings": doing(lambda layer: torch.set_grad_enabled(False)),
+    "leaves-process-settings": doing(lambda layer: torch.set_grad_enabled(False)),
     "results-have-no-gradients": returning(lambda tensor, *_: replace(tensor, scale=tensor.scale.requires_grad_())),
     "zero-weight": returning(lambda tensor, layer, _: tensor if layer.weight.any() else replace(tensor, q=tensor.q + 1)),
     "zero-row": returning(with_ones_for_zero_rows),

@@ -13,7 +13,7 @@ import click
 
 from qconvert.cli import watched
 from qconvert.cli.exits import exit_codes
-from qconvert.ir.process import import_path
+from qconvert.ir.process import import_path, tell_done
 
 COMMANDS = {
     "run": "qconvert.cli.run",
@@ -42,8 +42,12 @@ class Commands(click.Group):
             if watched.is_needed(sys.argv[1:]):
                 with exit_codes(as_json="--json" in sys.argv):
                     sys.exit(watched.run(sys.argv[1:]))
-        watched.become_watched()
-        return super().main(args, *others, **settings)
+            watched.begin()
+        try:
+            return super().main(args, *others, **settings)
+        except SystemExit as leaving:
+            tell_done(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         # Errors in flags come before --json is parsed, hence the look at the arguments themselves.

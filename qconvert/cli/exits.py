@@ -51,7 +51,7 @@ def exit_codes(*, as_json: bool) -> Iterator[None]:
         _fail("QC-INTERRUPT-001", "interrupted", "run the same command again to resume", INTERRUPTED, as_json)
     except (click.exceptions.Exit, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         found = unexpected(error)
         _fail(found.code, found.message, found.hint, found.exit_code, as_json)
 

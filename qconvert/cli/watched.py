@@ -3,7 +3,8 @@
 The command's process says which call of which plugin it is in (plugin/watch.py). If that takes longer than it may, the process
 is ended; if the process dies, it is known of what. Either way the output folder is what it was, what was quantized is kept for
 the next run, the terminal is usable, and the error names the plugin. A plugin that can't even be imported is set aside, and
-the command begins again without it.
+the command begins again without it. A command that is done says so: threads, exit handlers and processes that a plugin has left
+behind don't keep the user waiting, and its exit code is the one that it gave.
 """
 
 from __future__ import annotations
@@ -11,41 +12,52 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import click
+
 from qconvert.errors import PluginError, QConvertError, ResourceError
-from qconvert.ir.process import SET_ASIDE, WATCH, end_with_parent
+from qconvert.ir.process import EXIT_SECONDS, SET_ASIDE, WATCH, Channel, become_watched, end_with_parent
 
 # Calls of every plugin there is, whatever the command: one that dies in them is left out.
 WITHOUT_IT = ("import", "register_quantizers")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.1
 SHOW_CURSOR = "\x1b[?25h"  # ECMA-48 DECTCEM: progress bars hide it
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the command's process ended: its exit code, negative for a signal, and the plugin's call that it died in.
+    """How the command's process ended: its exit code, negative for a signal, and what it told last (process.Channel.state).
 
-    timed_out: it was ended because that call took too long.
+    told: {} where it could not open the channel.
+    timed_out: it was ended because the call that it was in, or its end, took too long.
     signals: what this process was sent meanwhile, and passed on.
     """
 
     code: int
-    call: Mapping[str, Any]
+    told: Mapping[str, Any]
     timed_out: bool
     signals: Sequence[int]
 
     @property
+    def call(self) -> Mapping[str, Any]:
+        """The plugin's call that it died in, {} for none."""
+        return self.told.get("call") or {}
+
+    @property
     def how(self) -> str:
+        if "how" in self.call:
+            return str(self.call["how"])
         if self.timed_out:
             return f"was ended after {self.call['seconds']:g} seconds"
         return f"crashed with {signal.Signals(-self.code).name}" if self.code < 0 else f"exited with code {self.code}"
@@ -57,9 +69,10 @@ def is_needed(arguments: Sequence[str]) -> bool:
     return os.name == "posix" and not asks and WATCH not in os.environ and "QCONVERT_DEBUG" not in os.environ
 
 
-def become_watched() -> None:
+def begin() -> None:
     """What the command's process does first. It is no process of the terminal's foreground, but may write to it."""
     if WATCH in os.environ:
+        become_watched()
         end_with_parent()
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 
@@ -73,51 +86,73 @@ def run(arguments: Sequence[str]) -> int:
     set_aside: list[tuple[str, str, str, str]] = []
     while True:
         ending = _watch(arguments, set_aside)
-        if ending.code >= 0 and not ending.call:
+        if not ending.told and ending.code >= 0:
             return ending.code
+        if "exit" in ending.told and not ending.call:
+            if ending.timed_out:
+                _warn_of_what_was_left(ending.told["left"])
+            return int(ending.told["exit"])
         _restore_terminal()
         if ending.signals:
             return 128 + ending.signals[0]
         verb, _, value = str(ending.call.get("call", "")).partition(" ")
-        if verb not in WITHOUT_IT:
+        known = [(plugin, entry) for plugin, _, entry, _ in set_aside]
+        if verb not in WITHOUT_IT or (ending.call["plugin"], value) in known:
             raise _error(ending)
         set_aside.append((ending.call["plugin"], ending.call["version"], value, f"its {verb} {ending.how}"))
 
 
 def _watch(arguments: Sequence[str], set_aside: list[tuple[str, str, str, str]]) -> Ending:
-    reading, writing = os.pipe()
-    environment = {**os.environ, WATCH: str(writing), SET_ASIDE: json.dumps(set_aside)}
-    command = [sys.executable, "-m", "qconvert", *arguments]
-    # A process group of its own, so that those which it starts end with it.
-    child = subprocess.Popen(command, env=environment, pass_fds=(writing,), process_group=0)
-    os.close(writing)
-    with _forwarded(child) as signals, os.fdopen(reading, "rb", buffering=0) as pipe:
-        call, timed_out = _follow(pipe.fileno(), child)
-        if timed_out:
-            os.killpg(child.pid, signal.SIGKILL)
-        return Ending(child.wait(), call, timed_out, signals)
+    with _shared_file() as path:
+        channel = Channel(path)
+        environment = {**os.environ, WATCH: str(path), SET_ASIDE: json.dumps(set_aside)}
+        command = [sys.executable, "-m", "qconvert", *arguments]
+        # A process group of its own, so that those which it starts end with it.
+        child = subprocess.Popen(command, env=environment, process_group=0)
+        with _forwarded(child) as signals:
+            told, timed_out = _follow(channel, child)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of the group
+                os.killpg(child.pid, signal.SIGKILL)
+            return Ending(child.wait(), told, timed_out, signals)
 
 
-def _follow(pipe: int, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bool]:
-    """The call that the command's process is in when it ends, {} for none, or that has taken too long."""
-    call: dict[str, Any] = {}
-    deadline, rest = float("inf"), b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            if not selector.select(min(max(deadline - time.monotonic(), 0), LOOK_SECONDS)):
-                if child.poll() is not None:  # and what it started holds the pipe
-                    return call, False
-                if time.monotonic() >= deadline:
-                    return call, True
-                continue
-            data = os.read(pipe, 65536)
-            if not data:
-                return call, False
-            *lines, rest = (rest + data).split(b"\n")
-            if lines:
-                call = json.loads(lines[-1])
-                deadline = time.monotonic() + call["seconds"] if call else float("inf")
+@contextmanager
+def _shared_file() -> Iterator[Path]:
+    """A file for a channel, which lies in memory where there are such files; those of another process are opened in /proc."""
+    with ExitStack() as closing:
+        if sys.platform == "linux":
+            descriptor = os.memfd_create("qconvert")
+            closing.callback(os.close, descriptor)
+            path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        else:
+            path = Path(closing.enter_context(NamedTemporaryFile(prefix="qconvert-")).name)
+        os.truncate(path, Channel.SIZE)
+        yield path
+
+
+def _follow(channel: Channel, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bool]:
+    """What the command's process told last before it ended, or that it took too long for."""
+    told: dict[str, Any] = {}
+    while True:
+        ended = _has_ended(child)
+        told = channel.state() or told
+        if ended:
+            return told, False
+        if time.monotonic() >= told.get("until", float("inf")):
+            return told, True
+
+
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    try:
+        child.wait(LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _warn_of_what_was_left(threads: str) -> None:
+    left = threads or "an exit handler of a plugin or a library"
+    click.echo(f"warning: {left} ran on for {EXIT_SECONDS} seconds after the command was done, and was ended", err=True)
 
 
 @contextmanager

@@ -274,7 +274,8 @@ def _build(kind: type[Quantizer], plugin: Plugin, options: Mapping[str, object])
     if unknown:
         raise UsageError("QC-PLUGIN-004", f"quantizer '{kind.name}' has no option {', '.join(map(repr, unknown))}", hint=hint)
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        with watch.calling(plugin.distribution, f"set up '{kind.name}'"):
+            return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or kind.name}: {item['msg']}, got {item['input']!r}" for item in error.errors()

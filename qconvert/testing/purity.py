@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qconvert.ir.layer import LinearGroup
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.settings import settings_kept
 from qconvert.testing.failure import CheckFailure
 from qconvert.testing.samples import (
     Outcome,
@@ -117,14 +118,15 @@ def check_prints_nothing(quantizer: Quantizer) -> None:
             raise CheckFailure(f"{outcomes[0].place}: it printed {len(text)} characters, {text[:40]!r}")
 
 
-def check_leaves_torch_settings(quantizer: Quantizer) -> None:
-    """Threads, default dtype, gradients and determinism of torch are as they were."""
-    before = _torch_settings()
-    for outcome in every_outcome(quantizer, typical()):
-        after = _torch_settings()
-        if after != before:
-            name = next(name for name in before if after[name] != before[name])
-            raise CheckFailure(f"{outcome.place}: {name} was {before[name]} and is {after[name]}")
+def check_leaves_process_settings(quantizer: Quantizer) -> None:
+    """What belongs to the whole process is as it was: umask, signal handlers, torch's threads, its default dtype and so on."""
+    for scheme in schemes_of(quantizer):
+        group = typical().group(quantizer)
+        with settings_kept() as changed:
+            quantizer.prepare(group, (scheme,) * len(group.layers))
+            quantizer.quantize(group.layers[0], scheme)
+        if changed:
+            raise CheckFailure(f"layer {group.layers[0].name!r}, scheme {scheme}: it changed {', '.join(changed)}")
 
 
 def check_results_have_no_gradients(quantizer: Quantizer) -> None:
@@ -183,12 +185,3 @@ def _random_states_kept() -> Iterator[None]:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
-
-
-def _torch_settings() -> dict[str, object]:
-    return {
-        "torch.get_num_threads()": torch.get_num_threads(),
-        "torch.get_default_dtype()": torch.get_default_dtype(),
-        "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-    }
