@@ -269,7 +269,7 @@ def test_expendable_tensors_change_nothing_travel_along_and_are_listed(tmp_path:
     assert torch.cosine_similarity(found, expected, dim=0) > 0.99
     assert extra.keys() <= load_file(tmp_path / "out" / "model.safetensors").keys()
     shown = qconvert_plan(folder)
-    assert "2 tensors carried along unused, rotary frequencies, which config.json determines: model.layers.0" in shown
+    assert "2 stored but not read, rotary frequencies, which config.json determines: model.layers.0" in shown
 
 
 SCALED = """
@@ -319,7 +319,7 @@ def net():
 def test_parameters_that_a_module_does_not_compute_with_are_listed(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(MODULE)
     shown = qconvert_plan(f"module:{tmp_path / 'net.py'}:net")
-    assert "3 tensors carried along unused, the exported graph does not read them: scale, unused.weight, unused.bias" in shown
+    assert "3 stored but not read, the exported graph has no use for it: scale, unused.weight, unused.bias" in shown
 
 
 def qconvert_plan(source: object) -> str:

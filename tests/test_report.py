@@ -439,7 +439,7 @@ def test_the_plan_says_what_it_costs_and_what_stays() -> None:
 
 def test_the_plan_lists_tensors_that_no_graph_reads() -> None:
     some = dataclasses.replace(plan(), unread={"a\0": "position numbers", "b": "position numbers"})
-    assert r"2 tensors carried along unused, position numbers: a\x00, b" in on_terminal(plan_view.table(some))
+    assert r"2 stored but not read, position numbers: a\x00, b" in on_terminal(plan_view.table(some))
     assert plan_view.document(some)["unread"][1] == {"name": "b", "reason": "position numbers"}
     assert plan_view.document(plan())["unread"] == []
 

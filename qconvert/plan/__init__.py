@@ -126,7 +126,7 @@ def _unread(model: Model, template: Template) -> dict[str, str]:
     """Stored tensors that no graph computes with -> why. Not buffers: tracing makes them constants of other names."""
     read = {model.stored_name(name) for name in template.parameters_read()}
     parameters = {model.stored_name(name) for name in model.parameter_shapes}
-    unread = {name: "the exported graph does not read them" for name in model.source.tensors if name in parameters - read}
+    unread = {name: "the exported graph has no use for it" for name in model.source.tensors if name in parameters - read}
     return {**unread, **model.unplaced}
 
 
