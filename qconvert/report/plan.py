@@ -46,7 +46,7 @@ def table(plan: Plan) -> RenderableType:
                 for reason, names in wording.reasons(plan.kept_float)
             ),
             *(
-                f"{len(names)} tensors carried along unused, {printable(reason)}: {wording.some(names)}"
+                f"{len(names)} stored but not read, {printable(reason)}: {wording.some(names)}"
                 for reason, names in wording.by_reason(plan.unread)
             ),
         )
