@@ -17,8 +17,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
+from tiny_models import save_tensors, tiny_bert, tiny_gpt2, tiny_llama
+from tokenizers import Tokenizer
 from torch import nn
 
 from qconvert import pipeline
@@ -474,6 +476,52 @@ def test_where_memory_runs_out_in_verification_the_work_is_kept(
     assert again == []
     weights = contents(tmp_path / "out")
     assert weights[WEIGHTS] == uninterrupted[WEIGHTS]
+
+
+@pytest.fixture
+def overflowing(sources: Path, tmp_path: Path) -> Path:
+    """A BERT whose norms overflow where the text has a tilde, and such a text beside it."""
+    shutil.copytree(sources / "bert", tmp_path / "bert")
+    shutil.copy(sources / "text.txt", tmp_path)
+    (tmp_path / "tilde.txt").write_text(
+        "".join(f"Sentence {n} has ~{n * n} words, {n % 7} of them short.\n" for n in range(60))
+    )
+    (tilde,) = Tokenizer.from_file(str(tmp_path / "bert" / "tokenizer.json")).encode("~", add_special_tokens=False).ids
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "bert" / WEIGHTS).items()}
+    tensors["embeddings.word_embeddings.weight"][tilde] = torch.finfo(torch.float32).max
+    save_tensors(tensors, tmp_path / "bert")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_float_model_that_gives_nan_for_a_token_is_blamed_itself_and_the_work_is_kept(
+    overflowing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"source": str(overflowing / "tilde.txt"), "samples": 4, "length": 32}
+    mine = recipe(overflowing / "bert", overflowing / "out", evaluation=evaluation)
+    (overflowing / "recipe.yaml").write_text(mine.model_dump_json())
+    command = ["run", str(overflowing / "recipe.yaml")]
+    failed = CliRunner().invoke(main, [*command, "--json"])
+    assert failed.exit_code == 3
+    error = json.loads(failed.stdout)["error"]
+    assert error["code"] == "QC-FLOAT-001"
+    assert "NaN or infinity comes out of the float model for evaluation sample 1" in error["message"]
+    assert not (overflowing / "out").exists()
+
+    monkeypatch.setattr("qconvert.quantize.quantize_block", None)  # nothing is left to quantize
+    assert CliRunner().invoke(main, [*command, "--no-verify"]).exit_code == 0
+    verified = CliRunner().invoke(main, ["verify", str(overflowing / "out"), "--evaluation", str(overflowing / "text.txt")])
+    assert verified.exit_code == 0, verified.stderr
+    assert json.loads((overflowing / "out" / REPORT).read_text())["passed"] is True
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("quantizer", ["gptq", "smoothquant"])
+def test_nan_in_calibration_is_not_blamed_on_the_quantizer(quantizer: str, overflowing: Path) -> None:
+    calibration = {"source": str(overflowing / "tilde.txt"), "samples": 4, "length": 32}
+    with pytest.raises(InputError, match=r"goes into 'encoder\.layer\.0\.attention\.self\.query' during calibration") as caught:
+        pipeline.convert(recipe(overflowing / "bert", overflowing / "out", quantizer=quantizer, calibration=calibration))
+    assert caught.value.code == "QC-FLOAT-001"
 
 
 class Spy(PluginManager):

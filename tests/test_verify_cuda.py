@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 from exporting import publish, quantize_nearest
 from narrow_graphs import CUDA_GRAPH
 from onnx import TensorProto, helper
-from tiny_models import tiny_llama
+from safetensors.torch import load_file
+from tiny_models import save_tensors, tiny_llama
 
 from qconvert import pipeline
-from qconvert.errors import ParityError, TargetError
+from qconvert.errors import ParityError, TargetError, UsageError
 from qconvert.ir import agreement, runtime
 from qconvert.ir.artifact import GRAPH, MANIFEST, REPORT
 from qconvert.ir.report import Latency, Report
@@ -98,6 +100,14 @@ def test_the_worst_cosine_counts() -> None:
 @pytest.mark.parametrize("found", [LOGITS[:1], LOGITS * np.nan], ids=["shape", "not-finite"])
 def test_outputs_that_can_not_be_compared_fail(found: Any) -> None:
     assert narrow_parity("cuda", "encoder", lambda: [(found, LOGITS)]).status == "failed"
+
+
+def test_what_float16_can_not_hold_is_the_recipes_choice() -> None:
+    with pytest.raises(UsageError, match="activations leave the range of float16, which ends at 65504") as caught:
+        narrow_parity("cuda", "encoder", lambda: [(np.full_like(LOGITS, np.inf), LOGITS)], in_float16=True)
+    assert caught.value.code == "QC-CUDA-004"
+    for found, wanted in [(LOGITS[:1], LOGITS), (LOGITS * np.nan, LOGITS * np.nan)]:  # another shape; wrong weights
+        assert narrow_parity("cuda", "encoder", lambda p=(found, wanted): [p], in_float16=True).status == "failed"
 
 
 def test_a_graph_that_can_not_be_run_fails() -> None:
@@ -219,6 +229,21 @@ def test_a_node_that_computes_on_the_cpu_instead_is_a_failure(
     assert (latency.status, latency.reason) == ("failed", "these nodes ran on the CPU: Elu b")
     assert (latency.device_nodes, latency.cpu_nodes, latency.copies) == (60, ("Shape a", "Elu b"), 2)
     assert report.passed is False
+
+
+@pytest.mark.usefixtures("quick", "stand_in")
+def test_a_model_whose_activations_leave_float16_needs_bfloat16(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source.parent, tmp_path / "source")
+    large = tmp_path / "source" / "llama"
+    tensors = {name: tensor.clone() for name, tensor in load_file(large / "model.safetensors").items()}
+    for name, factor in (("gate_proj", 300.0), ("up_proj", 300.0), ("down_proj", 1e-3)):
+        tensors[f"model.layers.0.mlp.{name}.weight"] *= factor
+    save_tensors(tensors, large)
+    with pytest.raises(UsageError) as caught:
+        pipeline.convert(recipe(large, tmp_path / "out", targets=["cpu", "cuda"]))
+    assert (caught.value.code, caught.value.exit_code) == ("QC-CUDA-004", 2)
+    assert "bfloat16" in caught.value.hint
+    assert pipeline.convert(recipe(large, tmp_path / "out", targets=["cpu"])).passed
 
 
 def scaled_attention(graph: bytes) -> bytes:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconvert.errors import InputError
 from qconvert.ir.progress import silent
 from qconvert.ir.report import Fidelity, Task
 from qconvert.verify.fidelity import ROWS_AT_ONCE, measure_fidelity
@@ -160,8 +161,30 @@ def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: Task) -
     broken = FakeSession(0)
     broken.table[:] = np.nan
     result = measured(task, broken, [{"x": torch.ones(2, VOCABULARY)}] if task == "module" else None)
-    assert result.status == "failed"
-    assert "not finite" in (result.reason or "")
+    assert result == Fidelity(target="cpu", status="failed", reason=result.reason)  # NaN is no JSON
+    assert result.reason == "NaN or infinity comes out of it for evaluation sample 1, and not of the float model"
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "encoder"])
+def test_padding_may_be_nan_and_the_sample_that_is_not_finite_is_named(task: Task) -> None:
+    class Breaks(FakeSession):
+        """NaN at padding, and wherever the token 0 is none."""
+
+        def run(self, _: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+            (found,) = super().run(None, inputs)
+            found[inputs["input_ids"] == 0] = np.nan
+            return [found]
+
+    plain, broken = measured(task), measure_fidelity(Breaks(0), Breaks(1), batches(), task, "cpu", silent)
+    assert broken == plain
+    data = batches()
+    data[1]["input_ids"][0, 0] = 0  # the only token of the third sample
+    assert measure_fidelity(Breaks(0), FLOAT, data, task, "cpu", silent).reason == (
+        "NaN or infinity comes out of it for evaluation sample 3, and not of the float model"
+    )
+    with pytest.raises(InputError, match="float model for evaluation sample 3, though the weights are finite") as caught:
+        measure_fidelity(ARTIFACT, Breaks(1), data, task, "cpu", silent)
+    assert caught.value.code == "QC-FLOAT-001"
 
 
 def test_a_module_may_return_one_number_or_truth_value_per_row() -> None:

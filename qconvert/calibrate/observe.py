@@ -19,6 +19,7 @@ from qconvert.calibrate.products import coarse_products
 from qconvert.calibrate.tuning_samples import FloatOutputs, TuningSamples
 from qconvert.errors import UsageError
 from qconvert.ir import agreement
+from qconvert.ir.finite import not_finite
 from qconvert.ir.forward import BlockRunner, ReadParameter, StopForward, checked_device
 from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup
 from qconvert.ir.model import Model
@@ -54,7 +55,8 @@ def calibrate(
         must have been written when the next one is asked for.
     tuned: whether blocks carry the samples that they are tuned on.
 
-    Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, and what BlockRunner raises.
+    Raises UsageError QC-CALIB-001 for a planned layer whose input was never seen, InputError QC-FLOAT-001 for one whose input
+    is not finite, and what BlockRunner raises.
     """
     scaled = chooses_scales(quantizer)
     for block in observe(model, plan, groups, quantizer.observers, batches, device, done, written, tuned=tuned, scaled=scaled):
@@ -239,6 +241,8 @@ class _Watch:
             rows = self._token_rows(value).float()
             if not len(rows):
                 continue
+            if not torch.isfinite(torch.stack(rows.aminmax())).all():
+                raise not_finite(f"goes into {self.groups[index].layers[0]!r} during calibration")
             self.rows[index] += len(rows)
             fits = value.shape[:-1] == importance.shape
             counts = self._token_rows(importance[..., None])[:, 0] if fits else rows.new_ones(len(rows))

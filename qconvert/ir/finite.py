@@ -1,4 +1,4 @@
-"""Weights that hold NaN or infinity are refused, by name: every number made from them would be worthless."""
+"""What holds NaN or infinity is refused, by name, where it comes in: every number made from it would be worthless."""
 
 from __future__ import annotations
 
@@ -28,4 +28,17 @@ def require_finite(name: str, weight: Tensor) -> None:
         f"tensor {name} holds {nans} NaN and {count - nans} infinite values among {weight.numel()}, "
         f"first in channel {channels[0]} ({len(channels)} channels in all)",
         hint="the checkpoint is damaged or its training diverged: take an earlier one",
+    )
+
+
+def not_finite(where: str) -> InputError:
+    """The error QC-FLOAT-001 for what a model computes from finite weights.
+
+    where: "comes out of the float model for evaluation sample 3".
+    """
+    return InputError(
+        "QC-FLOAT-001",
+        f"NaN or infinity {where}, though the weights are finite: something overflows",
+        hint="take other data, or another checkpoint; with --no-verify what was quantized is kept, and qconvert verify OUT "
+        "takes another --evaluation",
     )

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 
 import onnx_ir
+import torch
 from torch import nn
 
 from qconvert.ir import agreement
-from qconvert.ir.finite import require_finite
+from qconvert.ir.finite import not_finite, require_finite
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.forward import graph_outputs
 from qconvert.ir.model import Model
@@ -25,7 +26,7 @@ def relative_error(model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: li
 
     graphs: part -> graph; blocks: those that they hold.
 
-    Raises InputError QC-WEIGHT-001 if that is because a weight is not.
+    Raises InputError QC-WEIGHT-001 if that is because a weight is not, QC-FLOAT-001 if it is so in torch as well.
     """
     # Prepacking would copy the largest tensors for a single use.
     session = joined(
@@ -40,6 +41,8 @@ def relative_error(model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: li
     if math.isinf(error):
         for name, parameter in module.named_parameters():
             require_finite(original_name(name, blocks), parameter)
+        if not all(bool(torch.isfinite(output).all()) for outputs in expected for output in outputs):
+            raise not_finite("comes out of the float model for the inputs that its trace is checked on")
     return error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
@@ -27,10 +28,11 @@ from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_se
 from qconvert.ir.template import Template
 from qconvert.verify.attempt import attempt
 from qconvert.verify.fidelity import measure_fidelity
+from qconvert.verify.finite import require_finite_float
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
-from qconvert.verify.narrow_parity import narrow_parity
+from qconvert.verify.narrow_parity import NOT_COMPARABLE, narrow_parity, overflow
 from qconvert.verify.parity import TOLERANCE, cluster_parity, float_parity, graph_parity, torch_outputs
 from qconvert.verify.placement import Placement, measure_placement
 
@@ -55,12 +57,15 @@ def verify(
     folder: an output folder or a stage with its manifest. evaluation: held-out samples.
     with_transformers: whether the folder promises to load in transformers.
 
-    Raises InputError QC-VERIFY-004 where the float model is not the one that the artifact was made from.
+    Raises InputError QC-VERIFY-004 where the float model is not the one that the artifact was made from, QC-FLOAT-001 where it
+    gives no finite numbers, and UsageError QC-CUDA-004 where float16 can't hold what the float model can.
     """
     _check_source(folder, model)
     artifact = Artifact(folder, model, plan, read_index(folder))
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
+    if not all(bool(torch.isfinite(each).all()) for outputs in dequantized for each in outputs):
+        _require_finite_float(model)
     paths = {target: _paths(folder, model, target) for target in targets}
     parity = []
     if "cpu" in targets and all(path.exists() for path in paths["cpu"].values()):
@@ -72,12 +77,14 @@ def verify(
     parity += [Parity(target=target, status="not-run", reason=reason) for target, reason in reasons.items() if reason]
     fidelity = {target: Fidelity(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
     latency = {target: Latency(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
+    in_float16 = read_manifest(folder)["recipe"]["cuda_dtype"] == "float16"
     runnable = [target for target in targets if reasons[target] is None]
     baseline = _open_float(template, model, SHARING)
     parity.append(_parity("float", lambda: float_parity(model, baseline, evaluation[0])))
     for target in list(runnable):
         if target != "cpu":
-            parity.append(narrow_parity(target, model.task, partial(_device_pairs, model, paths[target], target, dequantized)))
+            pairs = partial(_device_pairs, model, paths[target], target, dequantized)
+            parity.append(narrow_parity(target, model.task, pairs, in_float16=in_float16))
         if any(part.target == target and part.status == "failed" for part in parity):
             runnable.remove(target)
             fidelity[target] = Fidelity(target=target, status="not-run", reason=WRONG)
@@ -86,11 +93,19 @@ def verify(
         session = joined({part: session_at_all_positions(path, target, SHARING) for part, path in paths[target].items()})
         progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
         fidelity[target] = measure_fidelity(session, baseline, evaluation, model.task, target, progress)
+        if fidelity[target].status == "failed" and target != "cpu" and in_float16:
+            raise overflow(target, "the evaluation data")
     baseline = None  # before others are opened: float weights are large
     for target in runnable:
         progress.stage(f"latency on {target}", None)
         latency[target] = _measured(paths[target], template, model, evaluation, target)
     return Evidence(parity=tuple(parity), fidelity=tuple(fidelity.values()), latency=tuple(latency.values()))
+
+
+def _require_finite_float(model: Model) -> None:
+    for probe, outputs in zip(agreement.probes(model), torch_outputs(model, model.read), strict=True):
+        for output in outputs:
+            require_finite_float(output, probe, "built-in")
 
 
 def _cpu_error(artifact: Artifact, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]) -> float:
@@ -187,5 +202,7 @@ def _parity(target: str, measure: Callable[[], float]) -> Parity:
 def _judged(target: str, error: float) -> Parity:
     if error <= TOLERANCE:
         return Parity(target=target, status="passed", max_relative_error=error)
+    if error == float("inf"):
+        return Parity(target=target, status="failed", reason=NOT_COMPARABLE)
     reason = f"outputs differ by {error:.1e} of the largest, the limit is {TOLERANCE:.0e}"
-    return Parity(target=target, status="failed", max_relative_error=error if error != float("inf") else None, reason=reason)
+    return Parity(target=target, status="failed", max_relative_error=error, reason=reason)

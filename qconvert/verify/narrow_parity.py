@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qconvert.errors import UsageError
 from qconvert.ir.agreement import largest_difference
 from qconvert.ir.divergence import kl_divergence, log_probabilities
 from qconvert.ir.report import GENERATING, Parity, Task
@@ -15,22 +16,37 @@ from qconvert.verify.attempt import attempt
 
 SMALLEST_COSINE = 0.999
 LARGEST_KL = 1e-3
+NOT_COMPARABLE = "outputs are not finite, or of another shape"
 
 Pairs = Sequence[tuple[np.ndarray[Any, Any], ...]]
 
 
-def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs]) -> Parity:
+def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs], *, in_float16: bool = False) -> Parity:
     """The smallest cosine of any output, and for decoders the mean KL(reference || output) over positions, in nats.
 
     compare: gives (output, reference) pairs, see ir.agreement.compared. A graph that can't be run has failed.
+
+    Raises UsageError QC-CUDA-004 for a graph in float16 whose numbers do not fit into it.
     """
-    return attempt(target, lambda: _judged(target, task, compare()))
+    return attempt(target, lambda: _judged(target, task, compare(), in_float16))
 
 
-def _judged(target: str, task: Task, pairs: Pairs) -> Parity:
+def overflow(target: str, data: str) -> UsageError:
+    """The error QC-CUDA-004 for a graph in float16 that gives NaN or infinity where float32 does not. data: what for."""
+    return UsageError(
+        "QC-CUDA-004",
+        f"on {target}, NaN or infinity comes out of the graph for {data}, and not in float32: activations leave the range of "
+        f"float16, which ends at {torch.finfo(torch.float16).max:.0f}",
+        hint="write cuda_dtype: bfloat16 into the recipe, whose range is that of float32",
+    )
+
+
+def _judged(target: str, task: Task, pairs: Pairs, in_float16: bool) -> Parity:
     error = max(largest_difference(found, reference) for found, reference in pairs)
     if error == float("inf"):
-        return Parity(target=target, status="failed", reason="outputs are not finite, or of another shape")
+        if in_float16 and all(found.shape == wanted.shape and np.isfinite(wanted).all() for found, wanted in pairs):
+            raise overflow(target, "what its parity is checked on")
+        return Parity(target=target, status="failed", reason=NOT_COMPARABLE)
     cosine = min(_cosine(found, reference) for found, reference in pairs)
     kl = _mean_kl(pairs) if task in GENERATING else None
     reasons = [

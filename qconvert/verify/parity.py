@@ -34,6 +34,7 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.runtime import joined, memory_session, run_named
 from qconvert.ir.template import made_by
+from qconvert.verify.finite import require_finite_float
 
 TOLERANCE = 1e-4
 
@@ -60,11 +61,14 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
 
     session: over the float graph. The trace is checked on a few tokens only; what is lost beyond them (a long window, say)
     would be lost in the artifact and in the float graph that it is compared with.
+
+    Raises InputError QC-FLOAT-001 where torch gives no finite numbers either.
     """
     length = int(sample["attention_mask"][0].sum()) if "attention_mask" in sample else None
     row = {name: value[:1] if length is None else value[:1, :length] for name, value in sample.items()}
     found = session.run(None, agreement.feed(session, row))
     (expected,) = torch_outputs(model, model.read, [row])
+    require_finite_float(expected[0], row, "evaluation")
     # Caches follow a decoder's logits.
     return max(agreement.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 

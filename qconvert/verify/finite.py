@@ -1,0 +1,29 @@
+"""Outputs that are no finite numbers: of the artifact, which has failed then, or of the float model, which leaves nothing to
+compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qconvert.ir.finite import not_finite
+from qconvert.ir.layer import Batch
+
+
+def first_not_finite(output: Tensor, batch: Batch) -> int | None:
+    """The first row of an output [rows, ...] that holds NaN or infinity, and not where tokens of `batch` are padding."""
+    wrong = ~torch.isfinite(output)
+    if "attention_mask" in batch and output.ndim == 3:  # [rows, tokens, values]
+        wrong &= batch["attention_mask"][..., None].bool()
+    rows = wrong.reshape(len(wrong), -1).any(1).nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
+def require_finite_float(output: Tensor, batch: Batch, data: str, before: int = 0) -> None:
+    """Raises InputError QC-FLOAT-001 where an output of the float model is not finite.
+
+    data: what the rows of `batch` are samples of. before: samples that came before them.
+    """
+    row = first_not_finite(output, batch)
+    if row is not None:
+        raise not_finite(f"comes out of the float model for {data} sample {before + row + 1}")
