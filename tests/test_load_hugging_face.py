@@ -465,7 +465,11 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
         ("T5Model", {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2}, "encoder-decoder (sequence to sequence)"),
         ("T5ForConditionalGeneration", {"d_model": 32, "d_ff": 32, "num_layers": 0, "num_heads": 2}, "repeated blocks on both"),
         ("WhisperForConditionalGeneration", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "encoder-decoder"),
-        ("Gemma3ForConditionalGeneration", {"text_config": {"num_hidden_layers": 1}}, "a model of image, text"),
+        (
+            "Gemma3ForConditionalGeneration",
+            {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 1}},
+            "a model of image, text",
+        ),
         ("ViTModel", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "pixel_values"),
         ("Wav2Vec2Model", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "input_values"),
         ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}, "recurrent"),
