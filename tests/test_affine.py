@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -190,6 +191,33 @@ def test_float16_multiplies_int4_exactly(text: str, differences: range) -> None:
     scale = affine.round_scale(torch.logspace(-3.8, 3, 500).reshape(1, -1), QuantScheme.parse(text))
     for difference in differences:
         assert torch.equal((difference * scale.half()).float(), difference * scale)
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_scale_survives_the_dtype_of_the_model_and_the_codes_are_those_for_it(text: str, dtype: torch.dtype) -> None:
+    """transformers and vLLM cast scales to it. It costs most in small groups: their largest weight is no longer exact."""
+    scheme = replace(QuantScheme.parse(text), scale_bits=8 if dtype == torch.bfloat16 else 11)
+    weight = normal(512, 512)
+    q, scale, dequantized = roundtrip(weight, scheme)
+    assert torch.equal(scale.to(dtype).float(), scale)
+    assert torch.equal(affine.quantize(weight, scale, affine.choose_qparams(weight, scheme)[1], scheme), q)
+    exact = roundtrip(weight, QuantScheme.parse(text))[2]
+    lost = (dequantized - weight).square().mean() / (exact - weight).square().mean()
+    assert lost < (1.08 if "int8-g" in text else 1.01)
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e7, 1e30])
+def test_bfloat16_holds_scales_of_any_size(text: str, size: float) -> None:
+    scale, _ = affine.choose_qparams(normal() * size, replace(QuantScheme.parse(text), scale_bits=8))
+    assert torch.equal(scale.bfloat16().float(), scale)
+
+
+@pytest.mark.parametrize("text", [text for text in SCHEMES if QuantScheme.parse(text).scale_dtype == torch.float32])
+def test_without_a_narrow_model_a_float32_scale_stays_as_it_is(text: str) -> None:
+    scale = normal().abs() + 1e-6
+    assert torch.equal(affine.round_scale(scale, QuantScheme.parse(text)), scale)
 
 
 # Groups that have no range (fault 13)

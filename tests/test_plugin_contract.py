@@ -53,6 +53,20 @@ def test_an_honest_quantizer_passes_unchanged(scheme: str) -> None:
         assert contract.checked(honest, layer(), QuantScheme.parse(scheme), Nearest()) is honest
 
 
+def test_scales_keep_to_the_bits_that_the_model_has_room_for() -> None:
+    """A quantizer that has a scheme of its own makes scales as for any model: too fine, or right by chance."""
+
+    class Own(Nearest):
+        def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+            return round_to_nearest(layer.weight, QuantScheme.parse(str(scheme)))
+
+    asked = replace(QuantScheme.parse("int8-channel"), scale_bits=8)
+    with pytest.raises(PluginError, match=r"scale is not rounded .* apply qconvert\.ir\.affine\.round_scale"):
+        contract.quantize(Own(), replace(layer(), weight=layer().weight / 3), asked)
+    coarse = replace(layer(), weight=torch.ones(4, 32) * 127 / 128)
+    assert contract.quantize(Own(), coarse, asked).scheme.scale_bits == 8
+
+
 def outliers(columns: list[int], weight: torch.Tensor) -> dict[str, object]:
     return {"outliers": Outliers(torch.tensor(columns), weight)}
 

@@ -256,6 +256,12 @@ def test_a_seeded_bug_is_caught_by_the_check_that_is_named_for_it(name: str) -> 
     assert text.endswith(f"the rule: {check.doc}")
 
 
+def test_a_scale_that_is_too_fine_for_a_bfloat16_model_is_caught() -> None:
+    own = returning(lambda tensor, layer, scheme: round_to_nearest(layer.weight, QuantScheme.parse(str(scheme))))
+    with pytest.raises(CheckFailure, match=r"scheme int8-channel of a bfloat16 model: storing moves a scale by .*e-03"):
+        CHECKS["scale-is-as-stored"](own)
+
+
 @pytest.mark.parametrize(
     ("name", "where", "what"),
     [

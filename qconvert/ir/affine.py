@@ -87,20 +87,20 @@ def qparams_of(found: tuple[Tensor, ...], scheme: QuantScheme, clip: Tensor | fl
 def round_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
     """The value of `scale` as it will be stored; codes are computed with it, so they are right for what is stored.
 
-    float16 schemes: rounded to float16, or left in float32 where that under- or overflows. int4: rounded to 8 significant
-    bits, asymmetric to 7, so that (q - zero_point) * scale, 3 bits and a sign by 8 or 4 bits by 7, is exact even in float16
-    arithmetic; the range then moves by at most 0.4 or 0.8 %.
+    No scale has more than `scheme.scale_bits` significant bits: what a loader casts to the dtype of a bfloat16 model (8) then
+    is what the graph computes with, and the range moves by at most 0.4 %.
+    float16 schemes: rounded to float16, unless that under- or overflows. int4: rounded to 8 significant bits, asymmetric to
+    7, so that (q - zero_point) * scale, 3 bits and a sign by 8 or 4 bits by 7, is exact even in float16 arithmetic; the range
+    then moves by at most 0.4 or 0.8 %.
     Zero scales, and those that even float32 cannot divide by, become 1: their groups hold nothing but zeros to that
     precision.
     """
     scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    if scheme.scale_dtype == torch.float32 or not fits_float16(scale):
-        return scale
-    if scheme.bits != 4:
-        return scale.half().float()
+    bits = scheme.scale_bits
+    if scheme.scale_dtype == torch.float16 and fits_float16(scale):
+        bits = min(bits, 11 if scheme.bits == 8 else 8 if scheme.symmetric else 7)
     mantissa, exponent = torch.frexp(scale)
-    steps = 256 if scheme.symmetric else 128
-    return torch.ldexp(torch.round(mantissa * steps) / steps, exponent)
+    return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
 
 
 def fits_float16(scale: Tensor) -> bool:

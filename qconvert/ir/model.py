@@ -105,6 +105,12 @@ class Model:
         return ""
 
     @property
+    def scale_bits(self) -> int:
+        """Significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype that config.json names."""
+        dtype = None if self.config is None else getattr(self.module.config, "dtype", None)
+        return 8 if dtype == torch.bfloat16 else 11 if dtype == torch.float16 else 24
+
+    @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:
         """The blocks, those of one list together: within a stack each block hands its hidden state to the next."""
         return tuple(tuple(stack) for _, stack in groupby(self.blocks, stack_of))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qconvert.errors import UsageError
@@ -44,12 +44,15 @@ class QuantScheme:
     bits: 4 or 8, of the weight.
     symmetric: no zero point.
     activation_bits: 8 for int8 activations (dynamic, one scale per row), None for float activations.
+    scale_bits: significant bits of a scale at most: loaders hold scales in the dtype of the model (Model.scale_bits). No
+        part of the text, because the plan sets it, and not compared.
     """
 
     bits: int
     symmetric: bool
     granularity: Granularity
     activation_bits: int | None = None
+    scale_bits: int = field(default=24, compare=False)
 
     @staticmethod
     def parse(text: str) -> QuantScheme:

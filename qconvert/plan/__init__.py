@@ -109,7 +109,8 @@ def _sort_modules(
             reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
         else:
             # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
-            own = dataclasses.replace(scheme, activation_bits=None) if kind == "conv2d" else scheme
+            activation_bits = None if kind == "conv2d" else scheme.activation_bits
+            own = dataclasses.replace(scheme, activation_bits=activation_bits, scale_bits=model.scale_bits)
             layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
             continue
         kept.append(KeptFloat(name=name, reason=reason))

@@ -5,6 +5,7 @@ What a plugin raises, changes or returns wrongly becomes a PluginError that name
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,8 @@ def quantize(quantizer: Quantizer, layer: Layer, scheme: QuantScheme) -> Quantiz
     """
     with _guarded(quantizer, "quantize", layer.name, (layer,)):
         tensor = quantizer.quantize(layer, scheme)
-    return checked(tensor, layer, scheme, quantizer)
+    # The scheme as it was asked for: an equal one may lack its scale_bits.
+    return dataclasses.replace(checked(tensor, layer, scheme, quantizer), scheme=scheme)
 
 
 def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantizer: Quantizer) -> QuantizedTensor:

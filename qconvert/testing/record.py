@@ -57,11 +57,12 @@ def check_scale_is_usable(quantizer: Quantizer) -> None:
 
 def check_scale_is_as_stored(quantizer: Quantizer) -> None:
     """Scales are rounded as they are stored (affine.round_scale), so that codes are right for what is read back."""
-    for layer, scheme, tensor in returned(quantizer, typical()):
-        stored = affine.round_scale(tensor.scale, scheme)
-        if not torch.equal(stored, tensor.scale):
-            change = float(((stored - tensor.scale) / tensor.scale).abs().max())
-            raise CheckFailure(f"{place(layer, scheme)}: storing moves a scale by {change:.1e} of it")
+    for bits, model in ((24, ""), (8, " of a bfloat16 model")):
+        for layer, scheme, tensor in returned(quantizer, typical(), scale_bits=bits):
+            stored = affine.round_scale(tensor.scale, scheme)
+            if not torch.equal(stored, tensor.scale):
+                change = float(((stored - tensor.scale) / tensor.scale).abs().max())
+                raise CheckFailure(f"{place(layer, scheme)}{model}: storing moves a scale by {change:.1e} of it")
 
 
 def check_zero_point_fits_scheme(quantizer: Quantizer) -> None:

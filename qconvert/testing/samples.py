@@ -133,9 +133,12 @@ def every_outcome(quantizer: Quantizer, sample: Sample) -> Iterator[Outcome]:
             yield from quantized(quantizer, sample, scheme)
 
 
-def returned(quantizer: Quantizer, sample: Sample) -> Iterator[tuple[Layer, QuantScheme, QuantizedTensor]]:
+def returned(
+    quantizer: Quantizer, sample: Sample, scale_bits: int = 24
+) -> Iterator[tuple[Layer, QuantScheme, QuantizedTensor]]:
     """What `quantize` returns for each layer and scheme, held to nothing: the checks of the record do that one by one."""
     for scheme in schemes_of(quantizer):
+        scheme = dataclasses.replace(scheme, scale_bits=scale_bits)
         if sample.fits(scheme):
             for layer in sample.group(quantizer).layers:
                 try:
