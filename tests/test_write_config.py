@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from writing import DIGEST, MemorySource, SchemeOf, all_linears, net, plan_of, quantize_layer, quantized_blocks
 
 from qconvert.errors import UsageError
-from qconvert.ir.layout import must_dequantize, transformers_refuses
+from qconvert.ir.layout import dequantizes_exactly, must_dequantize, transformers_refuses
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import Outliers
@@ -30,14 +29,7 @@ EXACT = 1e-6
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def hugging_face(kind: str, *, tied: bool = False) -> Model:
@@ -109,6 +101,10 @@ def float_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def layer_of(plan: Plan) -> LayerPlan:
+    return next(iter(plan.layers.values()))
+
+
 def mixed(body: str, down: str) -> SchemeOf:
     return lambda name: None if name == "lm_head" else down if name.endswith(("down_proj", "output.dense")) else body
 
@@ -137,7 +133,7 @@ class TestTransformersLoads:
         model = hugging_face(kind)
         plan = plan_of(model, all_linears(scheme))
         folder = write_folder(model, plan, tmp_path / "out")
-        assert "dequantize" not in quantization(folder)
+        assert quantization(folder).get("dequantize", False) is dequantizes_exactly(layer_of(plan))
         assert relative_error(model, plan, loaded(model, folder)) < EXACT
 
     @pytest.mark.parametrize("scheme", [f"{scheme}-asym" for scheme in WEIGHT_ONLY])
@@ -148,13 +144,13 @@ class TestTransformersLoads:
         assert quantization(folder)["dequantize"] is True
         assert relative_error(model, plan, loaded(model, folder)) < EXACT
 
-    @pytest.mark.usefixtures("float_activations")
     @pytest.mark.parametrize("scheme", ["int8-channel-a8", "int8-tensor-a8", "int8-tensor-asym-a8", "int8-channel-asym-a8"])
-    def test_int8_activations_with_exact_weights(self, tmp_path: Path, kind: str, scheme: str) -> None:
+    def test_int8_activations_as_float_layers_with_exact_weights(self, tmp_path: Path, kind: str, scheme: str) -> None:
         model = hugging_face(kind)
         plan = plan_of(model, all_linears(scheme))
         folder = write_folder(model, plan, tmp_path / "out")
         assert quantization(folder)["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
+        assert quantization(folder)["dequantize"] is True
         assert relative_error(model, plan, loaded(model, folder)) < EXACT
 
     def test_int8_with_outlier_columns_as_weights_only(self, tmp_path: Path, kind: str) -> None:
@@ -171,6 +167,7 @@ class TestTransformersLoads:
         plan = plan_of(model, mixed(body, down))
         assert transformers_refuses(plan.layers.values()) is None
         folder = write_folder(model, plan, tmp_path / "out")
+        assert "dequantize" not in quantization(folder)  # transformers would take the first group's scheme for all
         assert relative_error(model, plan, loaded(model, folder)) < EXACT
 
     def test_layers_that_are_kept_float(self, tmp_path: Path, kind: str) -> None:
@@ -206,7 +203,6 @@ class TestBareModel:
         assert groups["group_1"]["targets"] == [r"re:(.*\.)?1\.a$"]
 
 
-@pytest.mark.usefixtures("float_activations")
 @pytest.mark.parametrize("scheme", ["int4-g32", "int4-g32-asym", "int8-channel-a8"])
 def test_a_quantized_head_is_no_longer_tied(tmp_path: Path, scheme: str) -> None:
     model = hugging_face("llama", tied=True)

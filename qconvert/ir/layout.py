@@ -79,6 +79,12 @@ def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:
     }
 
 
+def dequantizes_exactly(plan: LayerPlan) -> bool:
+    """Whether nothing is lost with `"dequantize": true`: transformers then multiplies in the dtype of the scales, and float16
+    holds codes of 4 bits times scales that `affine.round_scale` has rounded, but not codes of 8 bits."""
+    return plan.scheme.bits == 4 or plan.scheme.scale_dtype == torch.float32
+
+
 def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
     """Whether transformers can load the layer only with `"dequantize": true`.
 
@@ -113,7 +119,7 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
     needy = next((layer for layer in layers if must_dequantize(layer, outliers=outliers)), None)
     if needy is None:
         return None
-    if needy.scheme.bits == 8 and needy.scheme.scale_dtype == torch.float16:
+    if not dequantizes_exactly(needy):
         return (
             f"'{needy.name}' ({needy.scheme}) {_trait(needy)}, so that transformers dequantizes it, in the float16 of its "
             "scales: 8-bit codes do not fit there (int8-channel has float32 scales)"

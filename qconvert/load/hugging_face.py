@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from qconvert.errors import InputError
@@ -97,7 +98,7 @@ def model_from_config(
     files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017, 023 to 025.
     """
     skeleton.refuse_empty_layers(config, len(source.tensors))
-    fitted = _fit(skeleton.checked_config(config), source)
+    fitted = _fit(_with_dtype(skeleton.checked_config(config), source), source)
     module, task = fitted.module, fitted.task
     model = Model(
         name=name,
@@ -117,6 +118,16 @@ def model_from_config(
     if encode_text is not None:
         encode_text.check_ids(vocabulary_size(model))
     return model
+
+
+def _with_dtype(config: Mapping[str, Any], source: TensorSource) -> Mapping[str, Any]:
+    """`config` with the dtype of the first floats, which transformers takes where none is named: in the output, the first
+    may be scales."""
+    if config.get("dtype") or config.get("torch_dtype"):
+        return config
+    dtypes = (info.dtype for _, info in sorted(source.tensors.items()))
+    first = next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
+    return {**config, "dtype": str(first).removeprefix("torch.")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

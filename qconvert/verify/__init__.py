@@ -71,8 +71,7 @@ def verify(
     if "cpu" in targets and all(path.exists() for path in paths["cpu"].values()):
         parity.append(_parity("cpu", partial(_cpu_error, artifact, paths["cpu"], dequantized)))
     if with_transformers:
-        plain = torch_outputs(model, artifact.read_plain) if artifact.has_outliers else dequantized
-        parity.append(_parity("transformers", lambda: transformers_parity(artifact, plain)))
+        parity.append(_parity("transformers", partial(transformers_parity, artifact, dequantized)))
     reasons = {target: _why_not_run(files.values(), target) for target, files in paths.items()}
     parity += [Parity(target=target, status="not-run", reason=reason) for target, reason in reasons.items() if reason]
     fidelity = {target: Fidelity(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qconvert.errors import UsageError
-from qconvert.ir.layout import config_group, must_dequantize, transformers_refuses
+from qconvert.ir.layout import config_group, dequantizes_exactly, transformers_refuses
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.output import disk_errors
@@ -83,7 +83,9 @@ def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    if any(must_dequantize(layer, outliers=outliers) for layer in layers):
+    if len(groups) == 1 and all(map(dequantizes_exactly, layers)):
+        # Else layers stay packed until the model is called, and who calls its `forward`, as sentence-transformers does, finds
+        # layers without a weight. With several groups, transformers would take the first for all.
         config["dequantize"] = True
     return config
 
