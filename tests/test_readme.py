@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from qconvert.errors import QConvertError
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.manager import BUILTINS, plugin_manager
 from qconvert.recipe import read_recipe
+from qconvert.report import card
+from qconvert.trace.capture import OPSET
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,6 +94,15 @@ def test_it_lists_every_built_in_quantizer_with_its_default_scheme() -> None:
     assert [name for name, *_ in rows] == [module.rpartition(".")[2].replace("_", "-") for module in BUILTINS]
     for name, scheme, _ in rows:
         assert plugin_manager().quantizer(name, {}).default_scheme == QuantScheme.parse(scheme)
+
+
+def test_the_versions_of_other_tools_are_those_that_qconvert_is_tested_with() -> None:
+    wanted = " ".join(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"])
+    (runtime,) = re.findall(r"onnxruntime>=([\d.]+)", wanted)
+    (transformers,) = re.findall(r"transformers>=([\d.]+)", wanted)
+    assert f"onnxruntime ({runtime} or newer; only newer than 1.22 read the graphs' opset {OPSET} at all)" in README
+    assert f"transformers ({transformers} or newer, with compressed-tensors)" in README
+    assert f"`pip install 'transformers>={transformers}' compressed-tensors`" in inspect.getsource(card)
 
 
 def test_its_python_is_valid() -> None:

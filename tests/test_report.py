@@ -375,6 +375,11 @@ def test_what_ran_where_and_how_near_it_came_is_shown() -> None:
     assert "p50 1.5 ms, 600 nodes on cuda, 2 on the CPU, 0 copies between them" in text
 
 
+def test_the_card_says_what_transformers_makes_of_the_weights() -> None:
+    assert "There its weights are dequantized: it has float's size and speed." in card(REPORT, RECIPE, "m")
+    assert "There its weights are dequantized, without the outlier columns: " in card(WITH_OUTLIERS, RECIPE, "m")
+
+
 def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
     text = card(REPORT, RECIPE.model_copy(update={"layout": "onnx"}), "m")
     assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]

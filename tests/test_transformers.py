@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_llama, tiny_t5
-from torch import Tensor
+from sentence_transformers import SentenceTransformer
+from tiny_models import tiny_bert, tiny_llama, tiny_t5
+from torch import Tensor, nn
 
 from qconvert import pipeline
 from qconvert.ir.reader import read_index, read_layer
@@ -19,6 +22,7 @@ from qconvert.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("quick", "quiet")
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 MIXED = {"*.down_proj": "int8-g32", "*.up_proj": "int8-channel", "*.gate_proj": "int8-channel-a8"}
 
 
@@ -29,10 +33,11 @@ def recipe(source: Path, output: Path, rules: dict[str, str] | None = None, **se
     return Recipe.from_settings({**given, **settings})
 
 
-def dequantized(mine: Recipe) -> dict[str, Tensor]:
-    """The weights of the quantized layers as the graphs compute with them, by layer."""
+def dequantized(mine: Recipe, *, outliers: bool = True) -> dict[str, Tensor]:
+    """The weights of the quantized layers as the graphs compute with them, by layer; or with their codes in every column."""
     stored = read_index(mine.output)
-    return {name: read_layer(mine.output, layer, stored).dequantize() for name, layer in pipeline.plan(mine).layers.items()}
+    layers = {name: read_layer(mine.output, layer, stored) for name, layer in pipeline.plan(mine).layers.items()}
+    return {name: (layer if outliers else replace(layer, outliers=None)).dequantize() for name, layer in layers.items()}
 
 
 def parity(report: Report) -> dict[str, str]:
@@ -72,3 +77,76 @@ def test_a_model_whose_config_names_no_dtype_keeps_that_of_its_weights(dtype: to
     pipeline.convert(mine)
     loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(mine.output)
     assert loaded.dtype == transformers.AutoModelForSeq2SeqLM.from_pretrained(source).dtype == dtype
+
+
+# --- the table of schemes in README.md ---
+
+ROWS: dict[str, list[tuple[str, str]]] = {
+    "`int4`, `int8` with float activations": [
+        ("per-channel", "int4-g32"),
+        ("per-channel", "int4-g32-asym"),
+        ("per-channel", "int8-channel"),
+    ],
+    "`int8-channel-a8`, `int8-tensor-a8`, also `-asym`": [
+        ("per-channel", "int8-channel-a8"),
+        ("zero-point", "int8-tensor-asym-a8"),
+    ],
+    "llm-int8": [("llm-int8", "int8-channel-a8")],
+}
+LOADABLE = [pair for pairs in ROWS.values() for pair in pairs]
+
+
+def test_every_row_that_transformers_loads_is_tried() -> None:
+    table = README.partition("| schemes | in ONNX Runtime | in transformers |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    assert [schemes for schemes, _, loads in cells if loads] == list(ROWS)
+    assert all(loads.startswith("as float layers") for _, _, loads in cells if loads)
+
+
+@pytest.mark.parametrize(("quantizer", "scheme"), LOADABLE, ids="-".join)
+def test_its_layers_are_float_layers_before_anything_is_called(quantizer: str, scheme: str, tmp_path: Path) -> None:
+    """Activations are not rounded, and of outlier columns nothing is known."""
+    options = {"threshold": 0.01} if quantizer == "llm-int8" else {}
+    mine = recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", quantizer=quantizer, scheme=scheme, options=options)
+    pipeline.convert(mine.model_copy(update={"verify": False}))
+    loaded = transformers.AutoModel.from_pretrained(mine.output)
+    rows = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    for name, weight in dequantized(mine, outliers=False).items():
+        layer = loaded.get_submodule(name)
+        x = rows[:, : weight.shape[1]]
+        assert layer.weight.dtype == torch.float32
+        assert torch.equal(layer(x), nn.functional.linear(x, weight, layer.bias)), name
+    if quantizer == "llm-int8":
+        columns = dequantized(mine)
+        assert any(not torch.equal(columns[name], weight) for name, weight in dequantized(mine, outliers=False).items())
+
+
+@pytest.mark.parametrize(("scheme", "rules"), [("int8-channel-a8", {}), ("int4-g32", {})], ids=["int8", "int4"])
+def test_sentence_transformers_takes_a_folder_of_one_scheme(scheme: str, rules: dict[str, str], tmp_path: Path) -> None:
+    mine = recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", rules, scheme=scheme, verify=False)
+    pipeline.convert(mine)
+    found = SentenceTransformer(str(mine.output), device="cpu").encode(["A sentence.", "Another one."])
+    expected = SentenceTransformer(str(tmp_path / "bert"), device="cpu").encode(["A sentence.", "Another one."])
+    assert found.shape == expected.shape
+    assert float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rules"), [("int8-g32", {}), ("int8-channel-a8", {"*.output.dense": "int4-g32"})], ids=["int8-g32", "mixed"]
+)
+def test_what_is_unpacked_by_the_first_call_is_nothing_for_sentence_transformers(
+    scheme: str, rules: dict[str, str], tmp_path: Path
+) -> None:
+    mine = recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", rules, scheme=scheme, verify=False)
+    pipeline.convert(mine)
+    loaded = transformers.AutoModel.from_pretrained(mine.output)
+    with pytest.raises((AttributeError, RuntimeError)):
+        loaded.forward(torch.tensor([[5, 6, 7]]))
+    loaded(torch.tensor([[5, 6, 7]]))
+    rounds = [name for name, module in loaded.named_modules() if rounds_activations(module)]
+    assert bool(rounds) is bool(rules)
+
+
+def rounds_activations(module: nn.Module) -> bool:
+    scheme = getattr(module, "quantization_scheme", None)
+    return scheme is not None and scheme.input_activations is not None

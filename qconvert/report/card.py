@@ -130,8 +130,10 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
         yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graphs can read."
         return
     kind = LOAD[report.task]
-    yield "In this folder, with `pip install transformers compressed-tensors`:"
+    yield "In this folder, with `pip install 'transformers>=5.23' compressed-tensors`:"
     yield f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+    without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
+    yield f"There its weights are dequantized{without}: it has float's size and speed."
 
 
 def _recommended(report: Report) -> Iterator[str]:
