@@ -19,8 +19,10 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
+from qconvert.ir.samples import Samples
 from qconvert.ir.template import Template
 from qconvert.output import check_free, disk_errors, recover, replace_file
+from qconvert.plan import calibrates
 from qconvert.plugin.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize_block
@@ -45,12 +47,15 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent) -> Compa
     attempts = [Attempt(name, recipe, plugins.quantizer(recipe.worker, recipe.options)) for name, recipe in recipes.items()]
     folder = attempts[0].recipe.output.parent
     _check_outputs(attempts, folder)
-    model, template, inputs = pipeline.open_model(attempts[0].recipe, plugins, progress)
+    model = pipeline.load_model(attempts[0].recipe, plugins, progress)
+    samples = _samples(model, attempts, plugins)
+    template, digests = pipeline.open_model(model, samples, progress)
     for attempt in attempts:
         with attempt.guarded():
             attempt.plan = pipeline.outline(attempt.recipe, attempt.quantizer, model, template)
+    together = _jobs(attempts, plugins, model, template, samples, digests)
     with ExitStack() as stages:
-        conversions = _open(attempts, model, template, inputs, plugins, stages)
+        conversions = [_open(attempt, job, stages) for attempt, job in together]
         if conversions:
             _quantize(conversions, progress)
         for conversion in conversions:
@@ -166,27 +171,38 @@ class Named:
         self.progress.advance(n)
 
 
-def _open(
+def _samples(model: Model, attempts: Sequence[Attempt], plugins: PluginManager) -> Samples:
+    """What the recipes that are calibrated together are calibrated on."""
+    together = [each for each in attempts if not each.calibrates_alone]
+    if not together:
+        return Samples((), ())
+    calibrated = any(calibrates(each.recipe, each.quantizer) for each in together)
+    return read_samples(model, together[0].recipe, calibrated, plugins.find_data)
+
+
+def _jobs(
     attempts: Sequence[Attempt],
+    plugins: PluginManager,
     model: Model,
     template: Template,
-    inputs: Mapping[str, str],
-    plugins: PluginManager,
-    stages: ExitStack,
-) -> list[Conversion]:
-    """The conversions that are calibrated together, their stages open until `stages` ends."""
-    together = [(each, each.plan) for each in attempts if each.plan and not each.calibrates_alone]
-    if not together:
-        return []
-    samples = read_samples(model, attempts[0].recipe, any(plan.calibrated for _, plan in together), plugins.find_data)
-    conversions = []
-    for attempt, plan in together:
-        own = samples if plan.calibrated else replace(samples, calibration=())
-        plugin = plugins.distribution_of(attempt.quantizer)
-        job = pipeline.Job(attempt.recipe, attempt.recipe, attempt.quantizer, model, template, plan, own, inputs, plugin)
-        conversions.append(Conversion(attempt, job, stages.enter_context(job.open_stage())))
-        stages.callback(conversions[-1].writer.close)
-    return conversions
+    samples: Samples,
+    digests: Mapping[str, str],
+) -> list[tuple[Attempt, pipeline.Job]]:
+    """What is calibrated together."""
+    jobs = []
+    for each in attempts:
+        if each.plan and not each.calibrates_alone:
+            own = samples if each.plan.calibrated else replace(samples, calibration=())
+            parts = (each.quantizer, model, template, each.plan, own, digests, plugins.code_of(each.quantizer))
+            jobs.append((each, pipeline.Job(each.recipe, each.recipe, *parts)))
+    return jobs
+
+
+def _open(attempt: Attempt, job: pipeline.Job, stages: ExitStack) -> Conversion:
+    """The conversion in its stage, which is open until `stages` ends."""
+    conversion = Conversion(attempt, job, stages.enter_context(job.open_stage()))
+    stages.callback(conversion.writer.close)
+    return conversion
 
 
 def _quantize(conversions: Sequence[Conversion], progress: Progress) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
 from qconvert.output import check_output, recover
+from qconvert.plan import calibrates
 from qconvert.plan import plan as make_plan
 from qconvert.plugin import watch
-from qconvert.plugin.distribution import Distribution
+from qconvert.plugin.distribution import Code
 from qconvert.plugin.manager import PluginManager, plugin_manager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
@@ -40,19 +42,20 @@ from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
 from qconvert.workdir import Stage, open_stage
-from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
+from qconvert.write import published_recipe, run_digest, write, write_manifest
+from qconvert.write.origin import Origin, file_digests, graph_digests, machine, option_digests, sample_digests, versions
 
 # What layers are planned with before a budget has decided: it fits every width.
 UNDECIDED = QuantScheme.parse("int4-channel")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A recipe, and all that is known before the weights are read.
 
     asked: the recipe as it was given; `recipe` is what a budget made of it.
-    inputs: name -> sha256 of every file that the model was read from.
-    plugin: where the quantizer came from.
+    digests: name -> sha256 of the files of the model and of the data (`open_model`).
+    code: what the tensors are made by.
     """
 
     asked: Recipe
@@ -62,12 +65,25 @@ class Job:
     template: Template
     plan: Plan
     samples: Samples
-    inputs: Mapping[str, str]
-    plugin: Distribution
+    digests: Mapping[str, str]
+    code: Sequence[Code]
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What the bytes of the artifact depend on, beside the recipe."""
+        unread = () if self.plan.calibrated else ("calibration",) if self.recipe.verify else ("calibration", "evaluation")
+        inputs = {
+            **{name: digest for name, digest in self.digests.items() if name.partition(":")[0] not in unread},
+            **sample_digests(self.samples.calibration),
+            **graph_digests(self.model, self.template),
+            **option_digests(self.quantizer),
+            **{f"code:{code.distribution.name}": code.digest for code in self.code},
+        }
+        return Origin(inputs, versions(self.code), machine(self.recipe.device))
 
     def open_stage(self) -> AbstractContextManager[Stage]:
-        digest = run_digest(self.recipe, self.inputs, self.plugin)
-        return open_stage(self.recipe.output, digest, force=self.recipe.force, inputs=self.model.input_paths)
+        inputs = (*self.model.input_paths, *self.samples.files.values(), *self.recipe.plugins)
+        return open_stage(self.recipe.output, run_digest(self.recipe, self.origin), force=self.recipe.force, inputs=inputs)
 
 
 def convert(recipe: Recipe, progress: Progress = silent) -> Report:
@@ -77,12 +93,12 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     """
     plugins = plugins_of(recipe)
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
-    model, template, inputs = open_model(recipe, plugins, progress)
-    plan = outline(recipe, quantizer, model, template)
-    samples = read_samples(model, recipe, plan.calibrated, plugins.find_data)
+    model = load_model(recipe, plugins, progress)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
-    decided, plan = _decide(recipe, quantizer, model, template, plan, samples, progress)
-    job = Job(recipe, decided, quantizer, model, template, plan, samples, inputs, plugins.distribution_of(quantizer))
+    samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
+    template, digests = open_model(model, samples, progress)
+    decided, plan = _decide(recipe, quantizer, model, template, samples, progress)
+    job = Job(recipe, decided, quantizer, model, template, plan, samples, digests, plugins.code_of(quantizer))
     with job.open_stage() as stage:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
@@ -112,7 +128,7 @@ def finish(job: Job, written: Written, stage: Stage, progress: Progress) -> Repo
     progress.stage("export", None)
     narrow = getattr(torch, recipe.cuda_dtype)
     export(job.template, model, plan, written, stage, targets=recipe.targets, cuda_dtype=narrow, logits=recipe.logits)
-    write_manifest(stage, recipe, job.inputs, written, job.plugin)
+    write_manifest(stage, recipe, job.origin, written)
     if recipe.verify:
         report = verify_in_fresh_process(recipe, stage.folder, stage.scratch, progress)
     else:
@@ -132,11 +148,9 @@ def plan(recipe: Recipe) -> Plan:
     """
     plugins = plugins_of(recipe)
     quantizer, model, template = _load(recipe, plugins, silent)
-    made = outline(recipe, quantizer, model, template)
-    if recipe.quantizer != AUTO:
-        return made
-    samples = read_samples(model, recipe, True, plugins.find_data)
-    return _decide(recipe, quantizer, model, template, made, samples, silent)[1]
+    decides = recipe.quantizer == AUTO
+    samples = read_samples(model, recipe, True, plugins.find_data) if decides else Samples((), ())
+    return _decide(recipe, quantizer, model, template, samples, silent)[1]
 
 
 def verify(
@@ -191,22 +205,25 @@ def plugins_of(recipe: Recipe) -> PluginManager:
     return plugin_manager(recipe.plugins)
 
 
-def open_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Model, Template, Mapping[str, str]]:
-    """The model of a recipe, its trace, and the sha256 of every file that it was read from."""
+def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Model:
     progress.stage("load", None)
-    model = load(recipe.model, plugins.load_model)
+    return load(recipe.model, plugins.load_model)
+
+
+def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Template, Mapping[str, str]]:
+    """The trace of a model, and the sha256 of every file that it and the data are read from."""
     progress.stage("trace", None)
+    data = {f"{role}:{path.name}": path for role, path in samples.files.items()}
     with ThreadPoolExecutor(1) as background:  # hashing leaves the interpreter to the trace
-        inputs = background.submit(file_digests, model.input_files)
+        digests = background.submit(file_digests, {**model.input_files, **data})
         template = trace(model)
-    return model, template, inputs.result()
+    return template, digests.result()
 
 
 def _load(recipe: Recipe, plugins: PluginManager, progress: Progress) -> tuple[Quantizer, Model, Template]:
-    """`open_model` where nothing is to be written."""
+    """The quantizer of a recipe, its model and the trace, where nothing is to be written."""
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
-    progress.stage("load", None)
-    model = load(recipe.model, plugins.load_model)
+    model = load_model(recipe, plugins, progress)
     progress.stage("trace", None)
     return quantizer, model, trace(model)
 
@@ -219,9 +236,10 @@ def outline(recipe: Recipe, quantizer: Quantizer, model: Model, template: Templa
 
 
 def _decide(
-    recipe: Recipe, quantizer: Quantizer, model: Model, template: Template, plan: Plan, samples: Samples, progress: Progress
+    recipe: Recipe, quantizer: Quantizer, model: Model, template: Template, samples: Samples, progress: Progress
 ) -> tuple[Recipe, Plan]:
-    """Where a budget decides the schemes: the recipe with them, and its plan. Else what is given."""
+    """The recipe with the schemes that a budget decides on, where it has one, and its plan."""
+    plan = outline(recipe, quantizer, model, template)
     if recipe.quantizer != AUTO:
         return recipe, plan
     blocks = calibrate(model, plan, template.groups, quantizer, samples.calibration, recipe.device)

@@ -20,11 +20,11 @@ from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTenso
 from qconvert.ir.reader import read_index
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
-from qconvert.plugin.distribution import builtin
 from qconvert.recipe import Recipe
 from qconvert.verify.parity import cluster_parity, graph_parity, torch_outputs
 from qconvert.workdir import open_stage
 from qconvert.write import write, write_manifest
+from qconvert.write.origin import Origin
 
 KINDS: dict[str, LayerKind] = {"Linear": "linear", "Conv1D": "conv1d", "Conv2d": "conv2d", "Embedding": "embedding"}
 
@@ -82,7 +82,7 @@ def publish(
     with open_stage(output, DIGEST) as stage:
         written = write(blocks, model, plan, stage, "onnx")
         export(template, model, plan, written, stage, targets=targets, cuda_dtype=cuda_dtype)
-        write_manifest(stage, recipe, {}, written, builtin())
+        write_manifest(stage, recipe, Origin({}, {}, {}), written)
         stage.publish()
     return Artifact(output, model, plan, read_index(output))
 

@@ -132,8 +132,10 @@ def test_recipes_without_observers_run_no_block(recipes: Recipes, monkeypatch: p
 def test_what_a_share_gets_is_what_it_would_get_alone(recipes: Recipes) -> None:
     plugins = pipeline.plugin_manager()
     mine = recipes(TRIES)
-    model, template, _ = pipeline.open_model(mine["awq"], plugins, pipeline.silent)
-    batches = pipeline.read_samples(model, mine["awq"], True).calibration
+    model = pipeline.load_model(mine["awq"], plugins, pipeline.silent)
+    samples = pipeline.read_samples(model, mine["awq"], True)
+    template, _ = pipeline.open_model(model, samples, pipeline.silent)
+    batches = samples.calibration
     quantizers = {name: plugins.quantizer(recipe.quantizer, {}) for name, recipe in mine.items()}
     plans = {name: pipeline.make_plan(model, template, recipe, quantizers[name]) for name, recipe in mine.items()}
     shares = {name: Share(model, plans[name], template.groups, quantizers[name]) for name in mine}

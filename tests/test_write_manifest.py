@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from writing import DIGEST, all_linears, net, plan_of, quantize_layer, quantized_blocks
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS
 from qconvert.ir.reader import CHUNK, read_index, read_layer
-from qconvert.plugin.distribution import Distribution, builtin
+from qconvert.plugin.distribution import Code, Distribution, builtin
 from qconvert.recipe import Recipe
 from qconvert.workdir import open_stage
-from qconvert.write import file_digests, published_recipe, run_digest, write, write_manifest
+from qconvert.write import published_recipe, run_digest, write, write_manifest
+from qconvert.write.origin import Origin, file_digests, machine, versions
 
-BUILTIN = builtin()
 INPUTS = {"model.safetensors": "ab" * 32}
+ORIGIN = Origin(INPUTS, versions([Code(builtin(), "cd" * 32)]), machine("cpu"))
 
 
-def publish(output: Path, recipe: Recipe, plugin: Distribution = BUILTIN) -> dict[str, Any]:
+def publish(output: Path, recipe: Recipe, origin: Origin = ORIGIN) -> dict[str, Any]:
     model = net(files={"sub/vocab.txt": b"a\n"})
     plan = plan_of(model, all_linears("int4-g32-asym"))
     with open_stage(output, DIGEST) as stage:
         written = write(quantized_blocks(model, plan), model, plan, stage)
         for timed in ("report.json", "README.md"):
             (stage.folder / timed).write_text("timings")
-        write_manifest(stage, recipe, INPUTS, written, plugin)
+        write_manifest(stage, recipe, origin, written)
         stage.publish()
     document: dict[str, Any] = json.loads((output / MANIFEST).read_text())
     return document
@@ -56,13 +61,22 @@ def test_digests_are_of_all_bytes(size: int, tmp_path: Path) -> None:
     )
 
 
-def test_versions_layers_and_the_plugin(tmp_path: Path) -> None:
-    manifest = publish(tmp_path / "out", recipe(), plugin=Distribution("qconvert-kmeans", "1.2"))
+def test_versions_layers_and_the_machine(tmp_path: Path) -> None:
+    plugin = Code(Distribution("qconvert-kmeans", "1.2"), "ef" * 32)
+    manifest = publish(tmp_path / "out", recipe(), replace(ORIGIN, versions=versions([plugin])))
     assert manifest["schema"] == 1
-    assert {"qconvert", "torch", "transformers", "onnx", "onnxruntime", "qconvert-kmeans"} <= manifest["versions"].keys()
+    assert {"qconvert", "torch", "transformers", "onnx", "onnxruntime", "tokenizers", "numpy"} <= manifest["versions"].keys()
+    assert manifest["versions"]["python"] == platform.python_version()
     assert manifest["versions"]["qconvert-kmeans"] == "1.2"
+    assert manifest["machine"]["threads"] == torch.get_num_threads()
+    assert torch.backends.cpu.get_cpu_capability() in manifest["machine"]["processor"]
     assert [layer["name"] for layer in manifest["layers"]] == ["blocks.0.a", "blocks.0.b", "blocks.1.a", "blocks.1.b"]
     assert manifest["layers"][0]["scheme"] == "int4-g32-asym"
+
+
+def test_a_plugin_s_version_comes_with_those_of_what_it_needs() -> None:
+    found = versions([Code(Distribution("import-linter", "2"), "")])  # any distribution with requirements, one of them click
+    assert found["click"] == version("click")
 
 
 def test_a_finished_folder_reads_back_from_its_own_indexes(tmp_path: Path) -> None:
@@ -132,11 +146,22 @@ def test_a_published_recipe_runs_again_from_anywhere(tmp_path: Path, monkeypatch
     assert (changed.targets, changed.evaluation.source) == (("cuda",), "builtin")
 
 
-def test_a_stage_belongs_to_recipe_and_inputs_but_not_to_force() -> None:
-    digest = run_digest(recipe(), INPUTS, BUILTIN)
-    assert run_digest(recipe(force=True), INPUTS, BUILTIN) == digest
-    assert run_digest(recipe(seed=1), INPUTS, BUILTIN) != digest
-    assert run_digest(recipe(), {"model.safetensors": "cd" * 32}, BUILTIN) != digest
+def test_a_stage_belongs_to_recipe_and_origin_but_not_to_what_is_done_afterwards() -> None:
+    digest = run_digest(recipe(), ORIGIN)
+    assert run_digest(recipe(force=True), ORIGIN) == digest
+    assert run_digest(recipe(evaluation={"samples": 3}, verify=False), ORIGIN) == digest
+    assert run_digest(recipe(), replace(ORIGIN, inputs={**INPUTS, "evaluation:a.txt": "cd" * 32})) == digest
+    assert run_digest(recipe(seed=1), ORIGIN) != digest
+    for part in ("inputs", "versions", "machine"):
+        for name in getattr(ORIGIN, part):
+            other = replace(ORIGIN, **{part: {**getattr(ORIGIN, part), name: "other"}})
+            assert run_digest(recipe(), other) != digest, name
+
+
+def test_what_steers_the_libraries_is_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine("cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine("cpu") == {**before, "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def test_a_factory_s_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

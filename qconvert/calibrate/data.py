@@ -66,19 +66,20 @@ def read_samples(
     if model.task != "module":
         _check_lengths(model, recipe)
 
-    def pool_of(source: str | None) -> _Pool:
-        return _read_pool(model, recipe, source and str(third_party(source) or source))
+    def resolved(source: str | None) -> str | None:
+        return source and str(third_party(source) or source)
 
-    source = recipe.calibration.source
-    judging = recipe.evaluation.source or source
-    pool = pool_of(judging)
+    judging = resolved(recipe.evaluation.source or recipe.calibration.source)
+    pool = _read_pool(model, recipe, judging)
     evaluation, used = _draw(pool, recipe.evaluation, "evaluation", recipe.seed, frozenset())
-    calibration: list[Row] = []
+    sources, calibration = {"evaluation": judging}, list[Row]()
     if calibrated:
-        if source != judging:
-            pool = pool_of(source)
+        sources["calibration"] = resolved(recipe.calibration.source)
+        if sources["calibration"] != judging:
+            pool = _read_pool(model, recipe, sources["calibration"])
         calibration, _ = _draw(pool, recipe.calibration, "calibration", recipe.seed, used)
-    return Samples(tuple(_batches(model, calibration)), tuple(_batches(model, evaluation)))
+    files = {role: Path(source) for role, source in sources.items() if source not in (None, BUILTIN)}
+    return Samples(tuple(_batches(model, calibration)), tuple(_batches(model, evaluation)), files)
 
 
 def _check_lengths(model: Model, recipe: Recipe) -> None:

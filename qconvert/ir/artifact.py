@@ -19,6 +19,14 @@ GENAI_CONFIG = "genai_config.json"
 MANIFEST = "qconvert.json"
 REPORT = "report.json"
 CARD = "README.md"
+# What stands before the colon in the names of the manifest's inputs that are no files of the model.
+INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "code")
+
+
+def is_model_file(name: str) -> bool:
+    """Whether one of the manifest's inputs is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
+    kind, colon, _ = name.partition(":")
+    return not colon or kind not in INPUT_KINDS
 
 
 def graph_files(task: Task, target: str = "cpu") -> dict[str, str]:

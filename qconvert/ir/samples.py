@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from qconvert.ir import report
 from qconvert.ir.layer import Batch
@@ -16,10 +18,12 @@ class Samples:
     [rows, tokens] int64, padded on the right. A "module": what its forward takes.
 
     calibration: () where the quantizer needs none.
+    files: "calibration", "evaluation" -> the file that they were drawn from, where it was one.
     """
 
     calibration: tuple[Batch, ...]
     evaluation: tuple[Batch, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def counts(self) -> report.Samples:

@@ -57,7 +57,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         default,
         layers,
         tuple(kept),
-        calibrated=bool(quantizer.observers) or recipe.tuning is not None,
+        calibrated=calibrates(recipe, quantizer),
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
         peak_bytes=_peak_bytes(model, layers),
         shared=shared,
@@ -65,6 +65,11 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         cuda_bytes=cuda_bytes(model, layers, recipe.cuda_dtype) if "cuda" in recipe.targets else 0,
         unread=_unread(model, template),
     )
+
+
+def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
+    """Whether calibration data is needed."""
+    return bool(quantizer.observers) or recipe.tuning is not None
 
 
 def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:

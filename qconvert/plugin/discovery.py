@@ -109,8 +109,8 @@ def _imported(distribution: Distribution, value: str, load: Callable[[], object]
 
 
 def _module(path: Path) -> object:
-    """The module of a file. Another file of the same name is another module."""
-    name = f"{FILES}.{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    """The module of a file. Another file of the same name is another module, and so is the same file once it was edited."""
+    name = f"{FILES}.{path.stem}_{hashlib.sha256(os.fsencode(path.resolve()) + path.read_bytes()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path.name} is no Python file: its name does not end in .py")

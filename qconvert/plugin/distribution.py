@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 import sys
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +26,16 @@ class Distribution(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+
+class Code(NamedTuple):
+    """Code that a run uses: where it comes from, and what it is, since a version stays the same while its author works on it.
+
+    digest: hex sha256 of the Python files of its package.
+    """
+
+    distribution: Distribution
+    digest: str
 
 
 @cache
@@ -61,3 +73,32 @@ def _distribution_of(module: str) -> Distribution:
         if entry_point.dist is not None and entry_point.module.partition(".")[0] == package:
             return of_entry_point(entry_point)
     return Distribution(module, "(no version)")
+
+
+@cache
+def code_digest(module: str) -> str:
+    """Hex sha256 of the Python files of the package that an imported module is part of, or of its own file."""
+    top = sys.modules[module if module.startswith(f"{FILES}.") else module.partition(".")[0]]
+    file = getattr(top, "__file__", None)
+    folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+    files = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+    if file and not folders:
+        files = {"": Path(file)}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def requirements(name: str) -> dict[str, str]:
+    """Name -> version of what an installed distribution says that it needs; {} where there is no such distribution."""
+    found = {}
+    with contextlib.suppress(PackageNotFoundError):
+        for text in requires(name) or []:
+            needed = re.match(r"[\w.-]+", text)
+            if needed and "extra ==" not in text:
+                with contextlib.suppress(PackageNotFoundError):
+                    found[needed[0]] = version(needed[0])
+    return found

@@ -20,7 +20,7 @@ import pluggy
 from qconvert.errors import PluginError, QConvertError, UsageError
 from qconvert.plugin import hookspecs, watch
 from qconvert.plugin.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
-from qconvert.plugin.distribution import Distribution, builtin, distribution_of
+from qconvert.plugin.distribution import Code, Distribution, builtin, code_digest, distribution_of
 from qconvert.recipe import AUTO
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class PluginManager:
         """Raises UsageError QC-PLUGIN-009 for a file that does not exist."""
         self.broken: list[BrokenPlugin] = []
         self.plugins: list[Plugin] = []
+        self._loader: Plugin | None = None
         self._hooks = pluggy.PluginManager("qconvert")
         self._hooks.add_hookspecs(hookspecs)
         for name in builtins:
@@ -98,8 +99,10 @@ class PluginManager:
         """
         from qconvert.plugin.loaded import model_problems
 
-        model: Model | None = self._first("load_model", source, model_problems)
-        return model
+        plugin, model = self._first("load_model", source, model_problems)
+        self._loader = plugin
+        loaded: Model | None = model
+        return loaded
 
     def find_data(self, source: str) -> Path | None:
         """The file that the first plugin which knows `source` names for it, None if none does.
@@ -108,8 +111,9 @@ class PluginManager:
         """
         from qconvert.plugin.loaded import data_problems
 
-        path: Path | None = self._first("find_data", source, data_problems)
-        return path
+        _, path = self._first("find_data", source, data_problems)
+        found: Path | None = path
+        return found
 
     def conversion_finished(self, recipe: Recipe, report: Report) -> None:
         """Tell every plugin. One that fails, or changes the output, is a warning: the output is published and stays."""
@@ -127,8 +131,17 @@ class PluginManager:
                 )
 
     def distribution_of(self, quantizer: Quantizer) -> Distribution:
-        """Name and version of the distribution that a quantizer came from, for the manifest."""
+        """Name and version of the distribution that a quantizer came from."""
         return distribution_of(quantizer)
+
+    def code_of(self, quantizer: Quantizer) -> tuple[Code, ...]:
+        """The code that the bytes of an artifact come from: that of its quantizer, and of the plugin that loaded the model."""
+        found = [Code(distribution_of(quantizer), code_digest(type(quantizer).__module__))]
+        if self._loader is not None:
+            implementation = self._loader.implementation
+            module = getattr(implementation, "__name__", type(implementation).__module__)
+            found.append(Code(self._loader.distribution, code_digest(module)))
+        return tuple(found)
 
     @cached_property
     def quantizers(self) -> dict[str, list[tuple[type[Quantizer], Plugin]]]:
@@ -150,8 +163,8 @@ class PluginManager:
                 registered.setdefault(kind.name, []).append((kind, plugin))
         return registered
 
-    def _first(self, hook: str, source: str, problems: Callable[[object], Iterator[str]]) -> Any:
-        """What the first plugin that knows `source` returns, held to its contract; None if none does."""
+    def _first(self, hook: str, source: str, problems: Callable[[object], Iterator[str]]) -> tuple[Plugin | None, Any]:
+        """The first plugin that knows `source` and what it returns, held to its contract; None twice if none does."""
         for plugin in reversed(self.plugins):
             try:
                 found = self._ask(plugin, hook, source=source)
@@ -171,8 +184,8 @@ class PluginManager:
                     f"plugin {plugin.distribution} broke its contract at {source!r}: {problem}",
                     hint="report it to the plugin's author, or uninstall the plugin",
                 )
-            return found
-        return None
+            return plugin, found
+        return None, None
 
     def _ask(self, plugin: Plugin, hook: str, **arguments: object) -> Any:
         """Call one hook of one plugin only, so that what it raises has a name."""

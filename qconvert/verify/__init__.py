@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir import agreement
-from qconvert.ir.artifact import graph_files
+from qconvert.ir.artifact import graph_files, is_model_file
 from qconvert.ir.dequantized import Artifact
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.last_position import keep_last_position, keeps_last_position
@@ -183,7 +183,8 @@ def check_digests(folder: Path) -> None:
 
 
 def _check_source(folder: Path, model: Model) -> None:
-    for name, expected in read_manifest(folder)["inputs"].items():
+    inputs = read_manifest(folder)["inputs"]
+    for name, expected in ((name, expected) for name, expected in inputs.items() if is_model_file(name)):
         path = model.input_files.get(name)
         if path is None or sha256(path) != expected:
             raise InputError(

@@ -5,49 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, Written
-from qconvert.ir.reader import read_manifest, sha256, tensor_record
+from qconvert.ir.reader import read_manifest, tensor_record
 from qconvert.output import disk_errors
-from qconvert.plugin.distribution import Distribution
 from qconvert.recipe import Gate, Recipe
 from qconvert.workdir import Stage
+from qconvert.write.origin import Origin, file_digests
 
 # Fields of a recipe that change no byte of the weights.
-AFTERWARDS = ("verify", "gates", "allow_unverified", "plugin_timeout")
+AFTERWARDS = ("verify", "evaluation", "gates", "allow_unverified", "plugin_timeout")
 FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name
-# The distributions whose version can change the output.
-PACKAGES = ("compressed-tensors", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "qconvert", "torch", "transformers")
 
 
-def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
-    """Name -> hex sha256 of the content. Raises InputError QC-WRITE-005 for a file that can't be read."""
-
-    def digest(path: Path | bytes) -> str:
-        try:
-            return sha256(path)
-        except OSError as error:
-            raise InputError(
-                "QC-WRITE-005", f"{error.filename} can't be read: {error.strerror}", hint="check the file"
-            ) from error
-
-    with ThreadPoolExecutor(2) as pool:  # hashing leaves the GIL, and two saturate most disks
-        return dict(zip(files, pool.map(digest, files.values()), strict=True))
-
-
-def write_manifest(stage: Stage, recipe: Recipe, inputs: Mapping[str, str], written: Written, plugin: Distribution) -> None:
-    """Write qconvert.json, after all the files that it digests. report.json and the card hold timings: left out.
-
-    inputs: name -> sha256 of every file that was read (`file_digests`).
-    plugin: the distribution that the quantizer came from.
-    """
+def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: Written) -> None:
+    """Write qconvert.json, after all the files that it digests. report.json and the card hold timings: left out."""
     outputs = {
         path.relative_to(stage.folder).as_posix(): path
         for path in sorted(stage.folder.rglob("*"))
@@ -56,9 +32,10 @@ def write_manifest(stage: Stage, recipe: Recipe, inputs: Mapping[str, str], writ
     manifest: dict[str, Any] = {
         "schema": 1,
         "recipe": portable_recipe(recipe, stage.output),
-        "inputs": dict(inputs),
+        "inputs": dict(origin.inputs),
         "outputs": file_digests(outputs),
-        "versions": {name: version(name) for name in PACKAGES} | {plugin.name: plugin.version},
+        "versions": dict(origin.versions),
+        "machine": dict(origin.machine),
         "layers": [layer.model_dump(exclude_none=True) for layer in written.layers],
         "sidecar": {name: tensor_record(tensor) for name, tensor in stage.sidecar.tensors.items()},
     }
@@ -72,15 +49,17 @@ def write_manifest(stage: Stage, recipe: Recipe, inputs: Mapping[str, str], writ
         path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def run_digest(recipe: Recipe, inputs: Mapping[str, str], plugin: Distribution) -> str:
-    """What names the stage of a run: everything that its bytes depend on, recipe, input digests and versions.
+def run_digest(recipe: Recipe, origin: Origin) -> str:
+    """What names the stage of a run: everything that the bytes of its weights depend on.
 
-    What is only done with the bytes afterwards (verification, gates) is left out: changing it must not quantize again.
+    What is only done with them afterwards (verification, gates) is left out: changing it must not quantize again. Evaluation
+    samples are among that: what they leave for calibration shows in the samples that were drawn for it.
     """
     settings = portable_recipe(recipe, recipe.output.resolve())
     settings = {key: value for key, value in settings.items() if key not in AFTERWARDS}
-    versions = {name: version(name) for name in PACKAGES} | {plugin.name: plugin.version}
-    return hashlib.sha256(json.dumps([settings, dict(inputs), versions], sort_keys=True).encode()).hexdigest()
+    inputs = {name: digest for name, digest in origin.inputs.items() if name.partition(":")[0] != "evaluation"}
+    document = [settings, inputs, dict(origin.versions), dict(origin.machine)]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> Recipe:
