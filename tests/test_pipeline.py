@@ -483,9 +483,7 @@ def overflowing(sources: Path, tmp_path: Path) -> Path:
     """A BERT whose norms overflow where the text has a tilde, and such a text beside it."""
     shutil.copytree(sources / "bert", tmp_path / "bert")
     shutil.copy(sources / "text.txt", tmp_path)
-    (tmp_path / "tilde.txt").write_text(
-        "".join(f"Sentence {n} has ~{n * n} words, {n % 7} of them short.\n" for n in range(60))
-    )
+    (tmp_path / "tilde.txt").write_text((tmp_path / "text.txt").read_text().replace(" has ", " has ~"))
     (tilde,) = Tokenizer.from_file(str(tmp_path / "bert" / "tokenizer.json")).encode("~", add_special_tokens=False).ids
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "bert" / WEIGHTS).items()}
     tensors["embeddings.word_embeddings.weight"][tilde] = torch.finfo(torch.float32).max
@@ -513,6 +511,15 @@ def test_a_float_model_that_gives_nan_for_a_token_is_blamed_itself_and_the_work_
     verified = CliRunner().invoke(main, ["verify", str(overflowing / "out"), "--evaluation", str(overflowing / "text.txt")])
     assert verified.exit_code == 0, verified.stderr
     assert json.loads((overflowing / "out" / REPORT).read_text())["passed"] is True
+
+
+def test_a_float_model_that_gives_nothing_but_nan_is_refused_by_the_plan(overflowing: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(overflowing / "bert" / WEIGHTS).items()}
+    tensors["embeddings.word_embeddings.weight"][:] = torch.finfo(torch.float32).max
+    save_tensors(tensors, overflowing / "bert")
+    with pytest.raises(InputError, match="for the inputs that its trace is checked on") as caught:
+        pipeline.plan(recipe(overflowing / "bert", overflowing / "out"))
+    assert caught.value.code == "QC-FLOAT-001"
 
 
 @pytest.mark.usefixtures("quick")
