@@ -11,8 +11,9 @@ from qconvert.ir.report import Fidelity, Latency, Report, Samples, Size, Task
 
 
 def entry(name: str, **numbers: Any) -> Entry:
-    """Of a decoder; numbers: passed, weights_bytes, kl, cosine, decode, gates and task; decode=None: speed was not measured."""
+    """Of a decoder; numbers: passed, weights_bytes, kl, cosine, decode, others_share, gates, task. decode=None: no speed."""
     size, decode = numbers.get("weights_bytes", 1000), numbers.get("decode", 50.0)
+    share = numbers.get("others_share")
     measured = numbers.keys() & {"kl", "cosine"}
     report = Report(
         passed=numbers.get("passed", True),
@@ -23,7 +24,9 @@ def entry(name: str, **numbers: Any) -> Entry:
         size=Size(source_bytes=4000, weights_bytes=size, graph_bytes=500, ratio=size / 4000, average_bits=8.0),
         fidelity=(Fidelity(target="cpu", status="passed", **{key: numbers[key] for key in measured}),) if measured else (),
         gates=numbers.get("gates", ()),
-        latency=(Latency(target="cpu", status="passed", decode_tokens_per_s=decode, p50_ms=20.0),) if decode else (),
+        latency=(Latency(target="cpu", status="passed", decode_tokens_per_s=decode, p50_ms=20.0, others_share=share),)
+        if decode
+        else (),
     )
     return Entry(name, "absmax", "int8-tensor", report, None, 1.5)
 

@@ -126,6 +126,16 @@ def test_the_table_of_an_encoder_has_cosines_and_milliseconds() -> None:
     assert " ".join(row.split()) == "* a absmax int8-tensor no limits 1.0 kB 8 0.98765 20 1.5"
 
 
+def test_speeds_of_a_busy_machine_are_marked() -> None:
+    made = comparison(entry("calm", kl=0.1, others_share=0.02), entry("busy", kl=0.2, others_share=0.4))
+    _, calm, busy, *notes = shown(made)
+    assert calm.split()[-3:] == ["0.1", "50", "1.5"]
+    assert busy.split()[-3:] == ["0.2", "50?", "1.5"]
+    assert "? measured while the machine was busy: not to be compared" in notes
+    assert [recipe["others_share"] for recipe in made.document()["recipes"]] == [0.02, 0.4]
+    assert plot(made) != plot(comparison(entry("calm", kl=0.1), entry("busy", kl=0.2)))  # white in the picture
+
+
 def test_on_a_narrow_terminal_names_are_folded_and_numbers_are_not() -> None:
     text = "\n".join(shown(comparison(entry("a-rather-long-name", kl=0.123, passed=None), failed("b", 2)), width=80))
     assert "a-rather" in text

@@ -423,6 +423,25 @@ def layer_that_loaders_do_not_find(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.usefixtures("quick")
+def test_on_a_busy_machine_the_report_says_so_and_calls_nothing_slow(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qconvert.verify.latency.others_share", lambda before: 0.6)
+    mine = recipe(sources / "llama", tmp_path / "out", scheme="int4-g32")
+    (tmp_path / "recipe.yaml").write_text(mine.model_dump_json())
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0
+    (latency,) = json.loads((tmp_path / "out" / REPORT).read_text())["latency"]
+    assert latency["others_share"] == 0.6
+    assert latency["speedup"] == latency["float_processor_ms"] / latency["processor_ms"]
+    assert "trials" not in latency
+    for text in (result.stderr, (tmp_path / "out" / CARD).read_text()):
+        words = " ".join(text.split())
+        assert f"{latency['speedup']:.2f} x the speed of float, by processor time, measured while the machine was busy" in words
+        assert "slower" not in words
+
+
 DAMAGES = [(damaged_graph, "cpu: outputs differ by"), (layer_that_loaders_do_not_find, "transformers: outputs differ by")]
 
 

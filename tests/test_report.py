@@ -380,6 +380,22 @@ def test_the_card_says_what_transformers_makes_of_the_weights() -> None:
     assert "There its weights are dequantized, without the outlier columns: " in card(WITH_OUTLIERS, RECIPE, "m")
 
 
+def test_what_a_busy_machine_made_slow_is_not_called_slow() -> None:
+    part = REPORT.latency[0].model_copy(update={"others_share": 0.62, "processor_ms": 12.1, "trials": None})
+    report = but(passed=True, gates=KEPT, parity=ON_CPU, latency=(part,))
+    words = (
+        "0.85 x the speed of float, by processor time, measured while the machine was busy: other programs took 62% of its "
+        "cores' time, p50 12.3 ms (float 10.5 ms)"
+    )
+    for text in (on_terminal(table(report)), card(report, RECIPE, "m")):
+        text = re.sub(r"\s+", " ", text)
+        assert words in text
+        assert "slower" not in text
+    assert ">" not in card(report, RECIPE, "m").partition("## ")[0]
+    unknown = part.model_copy(update={"others_share": None, "spread": 0.5})
+    assert "measured while the machine was busy, p50" in wording.latency(unknown)
+
+
 def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
     text = card(REPORT, RECIPE.model_copy(update={"layout": "onnx"}), "m")
     assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]

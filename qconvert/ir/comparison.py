@@ -110,7 +110,7 @@ def _document(entry: Entry, on_front: bool) -> dict[str, Any]:
         measured |= entry.fidelity.model_dump(include={"target", "kl", "top1", "perplexity", "cosine"})
     if entry.latency is not None:
         measured |= entry.latency.model_dump(
-            include={"prefill_tokens_per_s", "decode_tokens_per_s", "p50_ms", "float_p50_ms", "speedup"}
+            include={"prefill_tokens_per_s", "decode_tokens_per_s", "p50_ms", "float_p50_ms", "speedup", "others_share"}
         )
     measured["quantize_seconds"] = entry.quantize_seconds
     error = entry.error

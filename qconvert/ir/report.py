@@ -74,9 +74,17 @@ class Trial(_Part):
     ms: float
 
 
-class Latency(_Part):
-    """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float.
+# Where other programs took more of the cores' time than this, or, if that is not known, repeats are further apart than that,
+# the machine was busy.
+MOST_OF_OTHERS, MOST_SPREAD = 0.1, 0.2
 
+
+class Latency(_Part):
+    """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float. On a busy
+    machine it is float_processor_ms / processor_ms, the time that the cores worked for one run.
+
+    others_share: of the cores' time, what other programs took meanwhile, 0 to 1; None where the system does not tell. spread:
+    how far apart the middle half of the repeats is, relative to p50_ms.
     threads, spinning: the artifact's session settings, the fastest of `trials`. accuracy_level: of its MatMulNBits, None
     without one; at 4 the CPU's kernel quantizes activations to int8, per row and block.
     device_nodes, cpu_nodes, copies: of a target other than the CPU: how many nodes ran there, which ran on the CPU instead,
@@ -98,7 +106,18 @@ class Latency(_Part):
     device_nodes: int | None = None
     cpu_nodes: tuple[str, ...] | None = None
     copies: int | None = None
+    processor_ms: float | None = None
+    float_processor_ms: float | None = None
+    spread: float | None = None
+    others_share: float | None = None
     reason: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the times on the clock say more about the machine than about the artifact."""
+        if self.others_share is not None:
+            return self.others_share > MOST_OF_OTHERS
+        return self.spread is not None and self.spread > MOST_SPREAD
 
 
 class Evidence(_Part):

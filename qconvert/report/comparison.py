@@ -47,6 +47,8 @@ def _notes(comparison: Comparison, decoder: bool) -> Iterator[str]:
                 yield f"{entry.name}: {wording.gate(gate)}"
     if comparison.front:
         yield "* no other recipe is as small and has as little loss"
+    if any(entry.latency is not None and entry.latency.busy for entry in comparison.entries):
+        yield "? measured while the machine was busy: not to be compared"
     yield f"{'prefill and decode: tokens/s; ' if decoder else ''}seconds: to quantize and write, without the shared calibration"
 
 
@@ -63,9 +65,10 @@ def _cells(entry: Entry) -> dict[str, Text]:
     if entry.fidelity is not None:
         measured |= {"KL": _number(entry.fidelity.kl, ".3g"), "cosine": _number(entry.fidelity.cosine, ".5f")}
     if entry.latency is not None:
-        measured["prefill"] = _number(entry.latency.prefill_tokens_per_s, ".0f")
-        measured["decode"] = _number(entry.latency.decode_tokens_per_s, ".0f")
-        measured["p50 ms"] = _number(entry.latency.p50_ms, ".3g")
+        busy = "?" if entry.latency.busy else ""
+        measured["prefill"] = _number(entry.latency.prefill_tokens_per_s, ".0f", busy)
+        measured["decode"] = _number(entry.latency.decode_tokens_per_s, ".0f", busy)
+        measured["p50 ms"] = _number(entry.latency.p50_ms, ".3g", busy)
     measured["seconds"] = _number(entry.quantize_seconds, ".1f")
     return cells | {title: Text(value) for title, value in measured.items()}
 
@@ -79,5 +82,5 @@ def _result(entry: Entry) -> Text:
     return Text({True: passed, False: "failed", None: "not verified"}[report.passed], verdict_style(report))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
+def _number(value: float | None, form: str, mark: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{mark}"

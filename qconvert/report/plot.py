@@ -100,7 +100,7 @@ def _scaled(comparison: Comparison) -> tuple[Points, str]:
 
 
 def _dots(axes: Axes, comparison: Comparison, entries: Sequence[Entry], points: Points) -> None:
-    """Coloured by speed, white where it was not measured; with a black edge on the front."""
+    """Coloured by speed, white where it was not measured, or on a busy machine; with a black edge on the front."""
     speeds = {entry.name: speed for entry in entries if (speed := _speed(entry)) is not None}
     dots = axes.scatter(
         [points[entry.name][0] for entry in entries],
@@ -120,7 +120,7 @@ def _dots(axes: Axes, comparison: Comparison, entries: Sequence[Entry], points: 
 
 def _speed(entry: Entry) -> float | None:
     """Tokens per second of decoding, for what doesn't decode: runs per second."""
-    if entry.latency is None or entry.latency.p50_ms is None:
+    if entry.latency is None or entry.latency.p50_ms is None or entry.latency.busy:
         return None
     return entry.latency.decode_tokens_per_s or 1e3 / entry.latency.p50_ms
 

@@ -92,6 +92,7 @@ def latency(part: Latency) -> str:
     return _measured(
         part.reason,
         speed(part),
+        busy(part),
         _number("p50 ", part.p50_ms, ".3g", _number(" ms (float ", part.float_p50_ms, ".3g", " ms)") or " ms"),
         _number("p95 ", part.p95_ms, ".3g", " ms"),
         _number("prefill ", part.prefill_tokens_per_s, ".0f", " tokens/s"),
@@ -104,6 +105,14 @@ def latency(part: Latency) -> str:
     )
 
 
+def busy(part: Latency) -> str:
+    """That other programs are in the times that follow."""
+    if not part.busy:
+        return ""
+    why = "" if part.others_share is None else f": other programs took {part.others_share:.0%} of its cores' time"
+    return f"measured while the machine was busy{why}"
+
+
 def settings(part: Latency | Trial) -> str:
     """ "2 threads", "2 threads without spinning": of a session."""
     threads = "1 thread" if part.threads == 1 else f"{part.threads} threads"
@@ -111,9 +120,11 @@ def settings(part: Latency | Trial) -> str:
 
 
 def speed(part: Latency) -> str:
-    """Plainly: whether the artifact is slower than float."""
+    """Plainly: whether the artifact is slower than float. Of what a busy machine made slower, that is not said."""
     if part.speedup is None:
         return ""
+    if part.busy:
+        return f"{part.speedup:.2f} x the speed of float, by processor time"
     if round(part.speedup, 2) == 1:
         return "as fast as float"
     if part.speedup < 1:
