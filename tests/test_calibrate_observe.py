@@ -12,7 +12,7 @@ from calibrate_models import bert, gpt2, llama, model_of, plan_of, token_batch
 from torch import Tensor, nn
 
 from qconvert.calibrate import calibrate
-from qconvert.errors import UsageError
+from qconvert.errors import PluginError, UsageError
 from qconvert.ir.layer import Batch, Block, LinearGroup, Producer
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import QuantizedTensor
@@ -44,6 +44,36 @@ class Blind(Observing):
 class BlindScaling(Blind):
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
         return replace(group, input_scale=torch.full((group.layers[0].weight.shape[1],), 2.0))
+
+
+class Failing(AbsMax):
+    """What goes wrong in an observer, by its name."""
+
+    def update(self, rows: Tensor, importance: Tensor) -> None:
+        if self.name == "raises":
+            raise ZeroDivisionError("no such row")
+        super().update(rows, importance)
+
+    def finalize(self) -> Tensor:
+        return super().finalize() if self.name != "lists" else [1.0]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("raises", "QC-PLUGIN-007", "failed to observe '{}': ZeroDivisionError: no such row"),
+        ("lists", "QC-PLUGIN-008", "broke its contract at '{}': finalize returned list, not a tensor"),
+    ],
+)
+def test_an_observer_that_fails_is_named_with_the_layer(name: str, code: str, said: str) -> None:
+    observer = type("Named", (Failing,), {"name": name, "__module__": __name__})
+    quantizer = type("Watching", (Observing,), {"observers": (observer,)})()
+    _, model = llama()
+    with pytest.raises(PluginError) as raised:
+        next(calibrate(model, plan_of(model), llama_groups(), quantizer, BATCHES))
+    assert raised.value.code == code
+    layer = "model.layers.0.self_attn.q_proj"
+    assert raised.value.message == f"observer '{name}' of {__name__} (no version) {said.format(layer)}"
 
 
 def exactly(model: Model, batches: Sequence[Batch] = BATCHES) -> Iterator[Block]:

@@ -14,6 +14,7 @@ import pytest
 from qconvert import quantizers
 from qconvert.errors import InputError, PluginError, UsageError
 from qconvert.ir.report import Report, Samples, Size
+from qconvert.plugin import watch
 from qconvert.plugin.manager import BUILTINS, PluginManager, plugin_manager
 from qconvert.recipe import Recipe
 
@@ -279,6 +280,53 @@ def test_a_failing_loader_is_a_plugin_error(install: Install, body: str, words: 
     assert raised.value.code == "QC-PLUGIN-006"
     assert raised.value.message.startswith("plugin qconvert-loader 1.2 ")
     assert words in raised.value.message
+
+
+READER = """
+class Reader:
+    def __init__(self):
+        self.tensors = {'weight': TensorInfo(torch.float32, (3, 2))}
+
+    def read(self, name):
+        os.umask(0o777)
+        return READ
+"""
+
+
+def reading(read: str) -> str:
+    """A loader whose model has one tensor, which it reads as the expression `read`."""
+    loader = LOADER.format(MODEL.format("module=nn.Linear(2, 3, bias=False).eval(), source=Reader()"))
+    return f"import os, torch\nfrom qconvert.ir.model import TensorInfo\n{loader}{READER.replace('READ', read)}"
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        ("torch.ones(3, 2) / name", "failed to read 'weight': TypeError"),
+        ("[1.0, 2.0]", "read list for the tensor 'weight'"),
+        ("torch.ones(2, 3)", "read torch.float32 [2, 3] for the tensor 'weight', which is torch.float32 [3, 2]"),
+        ("torch.ones(3, 2).half()", "read torch.float16 [3, 2] for the tensor 'weight', which is torch.float32 [3, 2]"),
+    ],
+)
+def test_what_a_loader_reads_is_checked_and_blamed_on_it(install: Install, read: str, words: str) -> None:
+    install("loader", reading(read))
+    model = PluginManager(()).load_model("x.gguf")
+    assert model is not None
+    with pytest.raises(PluginError) as raised:
+        model.read("weight")
+    assert raised.value.code == "QC-PLUGIN-006"
+    assert raised.value.message.startswith(f"plugin qconvert-loader 1.2 {words}")
+
+
+def test_reading_leaves_the_process_as_it_was(
+    install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "_said", set())
+    install("loader", reading("torch.ones(3, 2)"))
+    model = PluginManager(()).load_model("x.gguf")
+    assert model is not None
+    assert model.read("weight").tolist() == [[1, 1]] * 3
+    assert "qconvert-loader 1.2 changed what belongs to the whole process, and is put back: the umask" in caplog.text
 
 
 def test_a_loader_may_reject_its_source(install: Install) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from qconvert.calibrate.products import coarse_products
 from qconvert.plugin import settings, watch
 from qconvert.plugin.distribution import Distribution, builtin
 from qconvert.plugin.watch import calling
@@ -49,7 +50,10 @@ FAULTS: dict[str, list[Callable[[], object]]] = {
     "torch's number of threads": [lambda: torch.set_num_threads(torch.get_num_threads() + 1)],
     "torch's recording of gradients": [lambda: torch.set_grad_enabled(not torch.is_grad_enabled())],
     "torch's determinism": [lambda: torch.use_deterministic_algorithms(True)],
-    "torch's precision of products": [lambda: torch.set_float32_matmul_precision("medium")],
+    "torch's precision of products": [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),  # by which the one above can't be read
+    ],
     "numpy's handling of errors": [lambda: np.seterr(all="raise")],
 }
 
@@ -93,6 +97,12 @@ def test_they_are_put_back_where_a_call_raises(kept: dict[str, object], caplog: 
         1 / (os.umask(0o777) * 0)
     assert read() == kept
     assert caplog.messages == ["plugin qconvert-rude 0.3 changed what belongs to the whole process, and is put back: the umask"]
+
+
+def test_calls_within_products_of_another_precision(kept: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
+    with coarse_products(), calling(RUDE, "observe"):
+        pass
+    assert not caplog.messages
 
 
 def test_what_does_no_harm_is_left_alone(kept: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,7 @@ from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import InputGroup
+from qconvert.plugin import contract
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 
@@ -247,7 +248,7 @@ class _Watch:
             fits = value.shape[:-1] == importance.shape
             counts = self._token_rows(importance[..., None])[:, 0] if fits else rows.new_ones(len(rows))
             for observer in self.observers[index]:
-                observer.update(rows, counts)
+                contract.update(observer, rows, counts, self.groups[index].layers[0])
         self._seen.clear()
 
     def _token_rows(self, value: Tensor) -> Tensor:
@@ -265,7 +266,9 @@ class _Watch:
         return [
             None
             if self._is_embedding(group)
-            else CalibrationStats(rows, {each.name: each.finalize().cpu() for each in observers} if rows else {}, group.made_by)
+            else CalibrationStats(
+                rows, {each.name: contract.finalize(each, group.layers[0]) for each in observers} if rows else {}, group.made_by
+            )
             for group, rows, observers in zip(self.groups, self.rows, self.observers, strict=True)
         ]
 

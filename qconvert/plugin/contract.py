@@ -1,4 +1,4 @@
-"""Holds quantizers to their contract, before anything is written.
+"""Holds quantizers and their observers to their contract, before anything is written.
 
 What a plugin raises, changes or returns wrongly becomes a PluginError that names plugin, version and layer.
 """
@@ -21,6 +21,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import watch
 from qconvert.plugin.discovery import FAILURES
 from qconvert.plugin.distribution import builtin, distribution_of
+from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 
 
@@ -64,6 +65,24 @@ def quantize(quantizer: Quantizer, layer: Layer, scheme: QuantScheme) -> Quantiz
         tensor = quantizer.quantize(layer, scheme)
     # The scheme as it was asked for: an equal one may lack its scale_bits.
     return dataclasses.replace(checked(tensor, layer, scheme, quantizer), scheme=scheme)
+
+
+def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> None:
+    """`observer.update(rows, importance)`, rows [n, in] being inputs of the layer `where`.
+
+    Raises PluginError QC-PLUGIN-007 if it raises.
+    """
+    with _blamed(observer, "observe", where):
+        observer.update(rows, importance)
+
+
+def finalize(observer: Observer, where: str) -> Tensor:
+    """`observer.finalize()`, on the CPU. Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no tensor."""
+    with _blamed(observer, "finalize", where):
+        statistic = observer.finalize()
+    if not isinstance(statistic, Tensor):
+        raise _broken(observer, where, f"finalize returned {type(statistic).__name__}, not a tensor")
+    return statistic.cpu()
 
 
 def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantizer: Quantizer) -> QuantizedTensor:
@@ -151,21 +170,28 @@ def _guarded(
     statistics = {id(stats): stats for stats in (shared, *(layer.stats for layer in layers)) if stats is not None}
     inputs += [tensor for stats in statistics.values() for tensor in stats.values.values()]
     before = [_checksum(tensor) for tensor in inputs]
+    with _blamed(quantizer, method, where):
+        yield
+    if before != [_checksum(tensor) for tensor in inputs]:
+        raise _broken(quantizer, where, f"{method} changed its input in place; it must work on copies")
+
+
+@contextmanager
+def _blamed(part: Quantizer | Observer, method: str, where: str) -> Iterator[None]:
+    """Raises PluginError QC-PLUGIN-007 for what the plugin raises; its own QConvertErrors pass."""
     try:
-        with watch.calling(distribution_of(quantizer), f"{method} {where!a}"):
+        with watch.calling(distribution_of(part), f"{method} {where!a}"):
             yield
     except QConvertError:
         raise
     except FAILURES as error:
-        if is_out_of_memory(error) and distribution_of(quantizer) == builtin():
+        if is_out_of_memory(error) and distribution_of(part) == builtin():
             raise  # the machine has no more; what others may take is limited (plugin/watch.py), and they are named
         raise PluginError(
             "QC-PLUGIN-007",
-            f"{_title(quantizer)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",
+            f"{_title(part)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",
             hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
         ) from error
-    if before != [_checksum(tensor) for tensor in inputs]:
-        raise _broken(quantizer, where, f"{method} changed its input in place; it must work on copies")
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -173,13 +199,13 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _broken(quantizer: Quantizer, where: str, problem: str) -> PluginError:
+def _broken(part: Quantizer | Observer, where: str, problem: str) -> PluginError:
     return PluginError(
         "QC-PLUGIN-008",
-        f"{_title(quantizer)} broke its contract at {where!a}: {problem}",
+        f"{_title(part)} broke its contract at {where!a}: {problem}",
         hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
     )
 
 
-def _title(quantizer: Quantizer) -> str:
-    return f"quantizer '{quantizer.name}' of {distribution_of(quantizer)}"
+def _title(part: Quantizer | Observer) -> str:
+    return f"{'quantizer' if isinstance(part, Quantizer) else 'observer'} '{part.name}' of {distribution_of(part)}"

@@ -9,10 +9,7 @@ import sys
 from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from qconvert.plugin.quantizer import Quantizer
+from typing import NamedTuple
 
 GROUP = "qconvert"
 FILES = "qconvert_files"  # the package that plugins read from a file, `--plugin FILE`, are modules of
@@ -54,12 +51,12 @@ def of_entry_point(entry_point: EntryPoint) -> Distribution:
     return Distribution(dist.name, dist.version) if dist else Distribution(entry_point.name, "(no version)")
 
 
-def distribution_of(quantizer: Quantizer) -> Distribution:
-    """The distribution whose entry point names the package that the quantizer's class is defined in.
+def distribution_of(part: object) -> Distribution:
+    """The distribution whose entry point names the package that the class of `part` is defined in.
 
     A class from a file is named by that, one from anywhere else (a test, a notebook) by its module, with "no version".
     """
-    return _distribution_of(type(quantizer).__module__)
+    return _distribution_of(type(part).__module__)
 
 
 @cache

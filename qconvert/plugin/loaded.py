@@ -1,13 +1,56 @@
-"""Holds loaders to their contract: what a plugin returns for a source, before anything relies on it."""
+"""Holds loaders to their contract: what a plugin returns for a source, before anything relies on it, and what it then reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
-from qconvert.ir.model import Model
+from torch import Tensor
+
+from qconvert.errors import PluginError, QConvertError
+from qconvert.ir.model import Model, TensorInfo, TensorSource
 from qconvert.ir.report import Task
+from qconvert.plugin import watch
+from qconvert.plugin.discovery import FAILURES, reason
+from qconvert.plugin.distribution import Distribution
+
+
+class PluginSource:
+    """The tensors of a plugin's model: each that is read is a call of the plugin. A TensorSource."""
+
+    def __init__(self, source: TensorSource, distribution: Distribution) -> None:
+        self._source = source
+        self._distribution = distribution
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._source.tensors
+
+    def read(self, name: str) -> Tensor:
+        """Raises PluginError QC-PLUGIN-006 if the plugin raises, or reads what is not the tensor that it has described."""
+        try:
+            with watch.calling(self._distribution, f"read {name!a}"):
+                tensor = self._source.read(name)
+        except QConvertError:
+            raise
+        except FAILURES as error:
+            raise self._failure(f"failed to read {name!a}: {reason(error)}") from error
+        info = self.tensors[name]
+        if not isinstance(tensor, Tensor):
+            raise self._failure(f"read {type(tensor).__name__} for the tensor {name!a}")
+        if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, tuple(info.shape)):
+            raise self._failure(
+                f"read {tensor.dtype} {list(tensor.shape)} for the tensor {name!a}, which is {info.dtype} {list(info.shape)}"
+            )
+        return tensor
+
+    def _failure(self, problem: str) -> PluginError:
+        return PluginError(
+            "QC-PLUGIN-006",
+            f"plugin {self._distribution} {problem}",
+            hint="report it to the plugin's author, or uninstall the plugin",
+        )
 
 
 def model_problems(model: object) -> Iterator[str]:

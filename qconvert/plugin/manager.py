@@ -97,12 +97,14 @@ class PluginManager:
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no complete Model; its own QConvertErrors pass.
         """
-        from qconvert.plugin.loaded import model_problems
+        from qconvert.plugin.loaded import PluginSource, model_problems
 
+        model: Model | None
         plugin, model = self._first("load_model", source, model_problems)
         self._loader = plugin
-        loaded: Model | None = model
-        return loaded
+        if plugin is None or model is None or distribution_of(model.source) == builtin():
+            return model
+        return dataclasses.replace(model, source=PluginSource(model.source, plugin.distribution))
 
     def find_data(self, source: str) -> Path | None:
         """The file that the first plugin which knows `source` names for it, None if none does.

@@ -65,7 +65,7 @@ def _torch() -> Iterator[Setting]:
     yield Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads)
     yield Setting("torch's recording of gradients", torch.is_grad_enabled, torch.set_grad_enabled)
     yield Setting("torch's determinism", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode)
-    yield Setting("torch's precision of products", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
+    yield Setting("torch's precision of products", _precision, _set_precision)
     yield Setting("numpy's handling of errors", np.geterr, lambda before: np.seterr(**before))
 
 
@@ -75,6 +75,26 @@ def _default_device() -> object:
 
     device = torch.get_default_device()
     return None if device == torch.device("cpu") else device
+
+
+def _precision() -> tuple[str | None, str, str]:
+    """Of all products (None where torch does not tell it, as another was set by itself), of those on the CPU, and on CUDA."""
+    import torch
+
+    every = None
+    with suppress(RuntimeError):
+        every = torch.get_float32_matmul_precision()
+    return every, torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+
+
+def _set_precision(before: tuple[str | None, str, str]) -> None:
+    import torch
+
+    every, cpu, cuda = before
+    if every is not None:
+        torch.set_float32_matmul_precision(every)
+    torch.backends.mkldnn.matmul.fp32_precision = cpu  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = cuda
 
 
 def _umask() -> int:
