@@ -13,6 +13,7 @@ from qconvert.ir.reader import read_written
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, Size
 from qconvert.ir.samples import Samples
 from qconvert.recipe import Gate, Recipe
+from qconvert.report import wording
 
 
 def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None) -> Report:
@@ -32,6 +33,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
         scheme=str(plan.scheme),
         samples=samples.counts,
         size=size,
+        processor=found.processor,
         parity=found.parity,
         fidelity=found.fidelity,
         latency=found.latency,
@@ -85,10 +87,12 @@ def is_right(report: Report) -> bool:
 def wrong(report: Report) -> ParityError:
     """The error QC-PARITY-001 for an artifact that is not right."""
     reasons = "; ".join(f"{part.target}: {part.reason}" for part in report.parity if part.status == "failed")
+    where = f" on this processor, {wording.processor(report.processor)}" if report.processor else ""
     return ParityError(
         "QC-PARITY-001",
-        f"the artifact is wrong: {reasons}",
-        hint="do not use it. This is a bug of qconvert or of a quantizer plugin: report it with the recipe",
+        f"the artifact is wrong{where}: {reasons}",
+        hint="do not use it. This is a bug of qconvert, of a quantizer plugin or of ONNX Runtime on this processor: report it "
+        "with the recipe and the processor",
     )
 
 

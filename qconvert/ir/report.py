@@ -120,9 +120,26 @@ class Latency(_Part):
         return self.spread is not None and self.spread > MOST_SPREAD
 
 
-class Evidence(_Part):
-    """What verification measured."""
+class Processor(_Part):
+    """What an artifact was verified on. name: as the system gives it; architecture: "x86_64", "aarch64", "arm64" ...
 
+    avx512, vnni, amx (x86-64), dot_product (ARM64): whether it has them; None where the system does not say.
+    signed_products: what its kernel makes of unsigned by signed bytes, tried (docs/processors.md).
+    """
+
+    name: str
+    architecture: str
+    signed_products: Literal["exact", "saturate"]
+    avx512: bool | None = None
+    vnni: bool | None = None
+    amx: bool | None = None
+    dot_product: bool | None = None
+
+
+class Evidence(_Part):
+    """What verification measured, and where."""
+
+    processor: Processor | None = None
     parity: tuple[Parity, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
     latency: tuple[Latency, ...] = ()
@@ -170,7 +187,7 @@ class Assignment(_Part):
 
 class Report(_Part):
     """passed: False where a check failed or a gate was missed, else True, or None where nothing was run. assignment: None where
-    the recipe named the schemes."""
+    the recipe named the schemes. processor: None where nothing was run."""
 
     passed: bool | None
     task: Task
@@ -178,6 +195,7 @@ class Report(_Part):
     scheme: str
     samples: Samples
     size: Size
+    processor: Processor | None = None
     parity: tuple[Parity, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
     latency: tuple[Latency, ...] = ()
@@ -199,12 +217,14 @@ class Report(_Part):
     def document(self) -> dict[str, Any]:
         """The JSON document of report.json."""
         document = self.model_dump(mode="json")
-        for part, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ()), ("layers", ())):
-            document[part] = [
-                {key: value for key, value in entry.items() if value is not None or key in always} for entry in document[part]
+        for section, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ()), ("layers", ())):
+            document[section] = [
+                {key: value for key, value in entry.items() if value is not None or key in always}
+                for entry in document[section]
             ]
-        if self.assignment is None:
-            del document["assignment"]
-        else:
-            document["assignment"] = self.assignment.model_dump(mode="json", exclude_none=True)
+        for name, part in (("assignment", self.assignment), ("processor", self.processor)):
+            if part is None:
+                del document[name]
+            else:
+                document[name] = part.model_dump(mode="json", exclude_none=True)
         return {"schema": 1, **document}

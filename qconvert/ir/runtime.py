@@ -31,12 +31,9 @@ def why_unavailable(target: str) -> str | None:
     if provider not in onnxruntime.get_available_providers():
         return f"this machine's ONNX Runtime has no provider for {target}"
     node = onnx_ir.node("Identity", [onnx_ir.val("x", onnx_ir.DataType.INT64, (1,))])
-    node.outputs[0].name = "y"
-    graph = onnx_ir.Graph(node.inputs, node.outputs, nodes=[node], opset_imports={"": 21}, name="probe")  # type: ignore[arg-type]
-    data = onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString()
     try:
         with redirect_stdout(StringIO()):  # where ONNX Runtime says that it falls back to the CPU
-            started = onnxruntime.InferenceSession(data, session_options(), providers=[provider]).get_providers()
+            started = node_session(node, target).get_providers()
     except Exception as error:
         return f"ONNX Runtime's provider for {target} does not start here: {error}"
     return (
@@ -44,6 +41,15 @@ def why_unavailable(target: str) -> str | None:
         if provider in started
         else f"ONNX Runtime's provider for {target} does not start here: no device, driver or library"
     )
+
+
+def node_session(node: onnx_ir.Node, target: str = "cpu") -> Any:
+    """A session over one node; its inputs are the graph's."""
+    for output in node.outputs:
+        output.name = output.name or "y"
+    graph = onnx_ir.Graph(node.inputs, node.outputs, nodes=[node], opset_imports={"": 21}, name="node")  # type: ignore[arg-type]
+    data = onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString()
+    return onnxruntime.InferenceSession(data, session_options(), providers=[PROVIDERS[target]])
 
 
 # ONNX Runtime's names of the types that caches have -> their numbers in ONNX.

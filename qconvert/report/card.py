@@ -167,6 +167,8 @@ def _evidence(report: Report) -> str:
         ("fidelity to the float model", part.target, wording.status(part), wording.fidelity(part)) for part in report.fidelity
     ]
     rows += [("latency", part.target, wording.status(part), wording.latency(part)) for part in report.latency]
+    if report.processor is not None:
+        rows.append(("measured on", "", "", wording.processor(report.processor)))
     rows += [("gate", "", "passed" if part.passed else "failed", wording.gate(part)) for part in report.gates]
     if report.assignment is not None:
         rows.append(("budget", "", report.assignment.budget, wording.assignment(report.assignment, report.fidelity)))

@@ -44,6 +44,8 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
         yield "fidelity", _checks((part, wording.fidelity(part)) for part in report.fidelity)
     if report.latency:
         yield "latency", _checks((part, wording.latency(part)) for part in report.latency)
+    if report.processor is not None:
+        yield "measured on", Text(printable(wording.processor(report.processor)))
     if report.gates:
         yield "gates", Text("\n").join(Text(wording.gate(gate), "" if gate.passed else "bold red") for gate in report.gates)
     yield "samples", Text(f"{report.samples.calibration} for calibration, {report.samples.evaluation} for evaluation")

@@ -6,7 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from qconvert.errors import printable
-from qconvert.ir.report import Assignment, Fidelity, GateResult, KeptFloat, Latency, LayerReport, Parity, Report, Trial
+from qconvert.ir.report import (
+    Assignment,
+    Fidelity,
+    GateResult,
+    KeptFloat,
+    Latency,
+    LayerReport,
+    Parity,
+    Processor,
+    Report,
+    Trial,
+)
 
 WORST_LAYERS = 5
 
@@ -111,6 +122,15 @@ def busy(part: Latency) -> str:
         return ""
     why = "" if part.others_share is None else f": other programs took {part.others_share:.0%} of its cores' time"
     return f"measured while the machine was busy{why}"
+
+
+def processor(part: Processor) -> str:
+    """ "AMD EPYC (x86_64, AVX-512, VNNI, no AMX)": its name, and what is known of its features."""
+    names = {"avx512": "AVX-512", "vnni": "VNNI", "amx": "AMX", "dot_product": "dot product"}
+    known = {name: value for field, name in names.items() if (value := getattr(part, field)) is not None}
+    return (
+        f"{part.name} ({', '.join([part.architecture, *(name if value else f'no {name}' for name, value in known.items())])})"
+    )
 
 
 def settings(part: Latency | Trial) -> str:

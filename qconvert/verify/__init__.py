@@ -21,6 +21,7 @@ from qconvert.ir.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
+from qconvert.ir.processor import processor
 from qconvert.ir.progress import Progress
 from qconvert.ir.reader import read_index, read_manifest, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
@@ -33,7 +34,7 @@ from qconvert.verify.last_position import last_position_pairs, session_at_all_po
 from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.narrow_parity import NOT_COMPARABLE, narrow_parity, overflow
-from qconvert.verify.parity import TOLERANCE, cluster_parity, float_parity, graph_parity, torch_outputs
+from qconvert.verify.parity import TOLERANCE, float_parity, graph_parity, torch_outputs, worst_cluster
 from qconvert.verify.placement import Placement, measure_placement
 
 # Of two sessions that alternate, so that neither's idle threads take cores from the other.
@@ -69,7 +70,7 @@ def verify(
     paths = {target: _paths(folder, model, target) for target in targets}
     parity = []
     if "cpu" in targets and all(path.exists() for path in paths["cpu"].values()):
-        parity.append(_parity("cpu", partial(_cpu_error, artifact, paths["cpu"], dequantized)))
+        parity.append(attempt("cpu", lambda: _judged("cpu", *_cpu_error(artifact, paths["cpu"], dequantized))))
     if with_transformers:
         parity.append(_parity("transformers", partial(transformers_parity, artifact, dequantized)))
     reasons = {target: _why_not_run(files.values(), target) for target, files in paths.items()}
@@ -98,7 +99,9 @@ def verify(
     for target in runnable:
         progress.stage(f"latency on {target}", None)
         latency[target] = _measured(paths[target], template, model, evaluation, target)
-    return Evidence(parity=tuple(parity), fidelity=tuple(fidelity.values()), latency=tuple(latency.values()))
+    return Evidence(
+        processor=processor(), parity=tuple(parity), fidelity=tuple(fidelity.values()), latency=tuple(latency.values())
+    )
 
 
 def _require_finite_float(model: Model) -> None:
@@ -107,10 +110,12 @@ def _require_finite_float(model: Model) -> None:
             require_finite_float(output, probe, "built-in")
 
 
-def _cpu_error(artifact: Artifact, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]) -> float:
+def _cpu_error(artifact: Artifact, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]) -> tuple[float, str]:
+    """(largest relative difference, what differs by that)."""
     pairs = [pair for path in paths.values() for pair in last_position_pairs(artifact.model, path, "cpu")]
-    errors = [agreement.largest_difference(found, reference) for found, reference in pairs]
-    return max(graph_parity(artifact, dequantized), cluster_parity(artifact), *errors)
+    errors = [(agreement.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
+    whole = graph_parity(artifact, dequantized), "outputs, with float activations,"
+    return max(whole, worst_cluster(artifact), *errors)
 
 
 def _device_pairs(
@@ -199,10 +204,10 @@ def _parity(target: str, measure: Callable[[], float]) -> Parity:
     return attempt(target, lambda: _judged(target, measure()))
 
 
-def _judged(target: str, error: float) -> Parity:
+def _judged(target: str, error: float, what: str = "outputs") -> Parity:
     if error <= TOLERANCE:
         return Parity(target=target, status="passed", max_relative_error=error)
     if error == float("inf"):
         return Parity(target=target, status="failed", reason=NOT_COMPARABLE)
-    reason = f"outputs differ by {error:.1e} of the largest, the limit is {TOLERANCE:.0e}"
+    reason = f"{what} differ by {error:.1e} of the largest, the limit is {TOLERANCE:.0e}"
     return Parity(target=target, status="failed", max_relative_error=error, reason=reason)

@@ -128,10 +128,15 @@ def _value(graph: onnx_ir.Graph, name: str) -> onnx_ir.Value:
 
 def cluster_parity(artifact: Artifact) -> float:
     """Part 2: largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
+    return worst_cluster(artifact)[0]
+
+
+def worst_cluster(artifact: Artifact) -> tuple[float, str]:
+    """Part 2: (largest relative difference of an int8-activation cluster to its emulation, what differs by that)."""
     graphs = artifact.graphs()
     clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
     if not clusters:
-        return 0.0
+        return 0.0, ""
     session = joined({part: memory_session(model, artifact.read, folder=artifact.folder) for part, model in graphs.items()})
     inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
@@ -141,7 +146,9 @@ def cluster_parity(artifact: Artifact) -> float:
         rows = torch.from_numpy(seen[x])
         biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
         expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name), maker) for name in layers], -1)
-        errors.append(agreement.largest_difference(seen[y], expected.numpy()))
+        errors.append(
+            (agreement.largest_difference(seen[y], expected.numpy()), f"outputs of {', '.join(layers)}, with int8 activations,")
+        )
     return max(errors)
 
 
