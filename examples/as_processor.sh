@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a Python script as another processor: as_processor.sh PROCESSOR SCRIPT.py [ARGUMENT...]
 #
-# Says what a graph computes there, not how fast; the script may use onnxruntime, numpy and onnx. docs/processors.md has an example.
+# Says what a graph computes there, not how fast; the script may use onnxruntime, numpy, onnx and tokenizers. docs/processors.md has an example.
 #   x86-64   EPYC-Milan, Haswell (AVX2, no VNNI), Nehalem (no AVX): with the packages of $PYTHON, by default python3
 #   ARM64    cortex-a72 (no dot product), neoverse-n1 (dot product): with a Python and wheels for ARM64
 #
@@ -41,14 +41,16 @@ emulator() {
     mv "$cache/qemu.part" "$cache/qemu"
 }
 
+installed() { "$python" -c "import importlib.metadata as m; print(m.version('$1'))"; }
+
 arm64() {
     unpack "$cache/arm64" {python3.13-minimal,libpython3.13-minimal,libpython3.13-stdlib,libc6,libgcc-s1,libstdc++6}:arm64 \
         {libexpat1,zlib1g,libffi8,libbz2-1.0,liblzma5,libssl3t64,libuuid1,libzstd1}:arm64
     [[ -e $cache/arm64.part/lib ]] || ln -s usr/lib "$cache/arm64.part/lib"
-    local version
-    version=$("$python" -c 'import importlib.metadata as m; print(m.version("onnxruntime"))')
-    "$python" -m pip download -q --only-binary=:all: --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-        --platform manylinux2014_aarch64 --python-version 3.13 --implementation cp -d "$cache/wheels" "onnxruntime==$version" numpy onnx
+    local wheels=(--only-binary=:all: --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64
+        --platform manylinux2014_aarch64 --python-version 3.13 --implementation cp -d "$cache/wheels")
+    "$python" -m pip download -q "${wheels[@]}" "onnxruntime==$(installed onnxruntime)" numpy onnx
+    "$python" -m pip download -q --no-deps "${wheels[@]}" "tokenizers==$(installed tokenizers)"
     for wheel in "$cache"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$cache/arm64.part/site"; done
     rm -rf "$cache/wheels"
     mv "$cache/arm64.part" "$cache/arm64"
