@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from test_processors import forced
 
 from qconvert import Recipe, convert
-from qconvert.export.processors import SELECT
+from qconvert.export.processors import FLIPPED
 
 PROCESSES = 8
 SCRIPT = Path(__file__).with_name("session_cost.py")
@@ -28,19 +28,14 @@ def without_question(path: Path) -> Path:
     """A copy of the graph beside it with signed weights alone, as if every processor had VNNI."""
     model = onnx_ir.load(path)
     graph = model.graph
-    for node in [node for node in graph if node.op_type == "If"]:
+    for node in [node for node in graph if node.op_type == "If" and node.name != FLIPPED]:
         branch = node.attributes["then_branch"].as_graph()
-        outputs = list(branch.outputs)
-        for value in list(branch.initializers.values()):
-            del branch.initializers[str(value.name)]
-            graph.register_initializer(value)
-        inner = list(branch)
+        (output,), inner = branch.outputs, list(branch)
         branch.outputs.clear()
         branch.remove(inner)
         graph.insert_before(node, inner)
-        for old, new in zip(node.outputs, outputs, strict=True):
-            onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        graph.remove(node, safe=node.name != SELECT)
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], output, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
     RemoveUnusedNodesPass()(model)
     copy = path.with_name("signed_alone.onnx")
     onnx_ir.save(model, copy)
