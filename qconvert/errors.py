@@ -85,18 +85,24 @@ def printable(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception of a library says, which may take several lines."""
-    return " ".join(str(error).split())
+    """What an exception of foreign code says: it may take several lines, or raise another."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"its message can't be had: {type(another).__name__}"
+    return " ".join(text.split())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left for something, perhaps in a library that wraps this in an error of its own."""
-    cause = error.__cause__ or error.__context__
-    return (
-        isinstance(error, MemoryError)
-        or _NO_MEMORY.search(str(error)) is not None
-        or (cause is not None and is_out_of_memory(cause))
-    )
+    seen: set[int] = set()  # `raise error from error` is its own cause
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, MemoryError) or _NO_MEMORY.search(in_one_line(cause)):
+            return True
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def unexpected(error: BaseException) -> QConvertError:

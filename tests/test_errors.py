@@ -73,6 +73,20 @@ def test_a_lack_of_memory_is_known_in_the_words_of_every_library_and_behind_anot
     assert errors.unexpected(IndexError("index 3 is out of range")).code == "QC-INTERNAL-001"
 
 
+def test_an_exception_that_is_its_own_cause_or_has_no_message_is_told_all_the_same() -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise LookupError("no message")
+
+    error = Broken()
+    error.__cause__ = error
+    found = errors.unexpected(error)
+    assert (found.code, found.message) == (
+        "QC-INTERNAL-001",
+        "internal error: Broken: its message can't be had: LookupError",
+    )
+
+
 def test_the_tree_drawn_in_the_docstring_is_the_tree() -> None:
     drawn = {name: int(exit_code) for name, exit_code in re.findall(r"── (\w+) +(\d+)", errors.__doc__ or "")}
     assert drawn == {kind.__name__: kind.exit_code for kind in QConvertError.__subclasses__()}

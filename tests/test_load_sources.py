@@ -201,6 +201,19 @@ def test_example_inputs_have_the_names_of_forward(factories: str, function: str,
     assert tuple(model.example_inputs) == names
 
 
+def test_a_factory_leaves_the_process_as_it_was(factories: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (tmp_path / f"{factories}.py").open("a") as code:
+        code.write("torch.set_default_dtype(torch.float16)\ndef failing(): torch.set_grad_enabled(False); raise KeyError\n")
+    gradients = torch.is_grad_enabled()
+    load(f"module:{factories}:good", no_plugin)
+    assert torch.get_default_dtype() is torch.float32
+    said = "changed what belongs to the whole process, and is put back: torch's default dtype"
+    assert caplog.messages == [f"module:{factories}:good {said}"]
+    with pytest.raises(InputError, match="KeyError"):
+        load(f"module:{factories}:failing", no_plugin)
+    assert torch.is_grad_enabled() == gradients
+
+
 def test_what_lies_beside_a_factory_is_found_but_shadows_nothing(factories: str, tmp_path: Path) -> None:
     (tmp_path / f"beside_{factories}.py").write_text("import colorsys\n")
     (tmp_path / "colorsys.py").write_text("raise RuntimeError('shadows the standard library')\n")

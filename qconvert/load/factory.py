@@ -11,6 +11,7 @@ import copy
 import hashlib
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from qconvert.errors import InputError, in_one_line, is_out_of_memory
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.reader import tensor_bytes
+from qconvert.plugin.settings import settings_kept
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "module:"
 
@@ -41,17 +45,7 @@ def load_factory(source: str) -> Model:
     Forms: module:package.module:function, module:package.module.function, module:path/to/file.py:function.
     Raises InputError: QC-INPUT-021 where the factory can't be found or raises, 022 for what it returns.
     """
-    code, factory = _find(source)
-    try:
-        returned = factory()
-    except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            "QC-INPUT-021",
-            f"{source!r} raised {type(error).__name__}: {in_one_line(error)}",
-            hint="call the factory in Python and repair it",
-        ) from error
+    code, returned = _call(source)
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], nn.Module)):
         raise _broken(source, f"returned {_kind(returned)}")
     module, inputs = returned
@@ -70,6 +64,25 @@ def load_factory(source: str) -> Model:
         example_inputs=example_inputs,
         input_files={**_files_of(code), "state_dict": tensors.fingerprint()},
     )
+
+
+def _call(source: str) -> tuple[ModuleType, Any]:
+    """The factory's module and what it returned. Its code may set torch's default dtype and the like, which is put back."""
+    with settings_kept() as changed:
+        code, factory = _find(source)
+        try:
+            returned = factory()
+        except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                "QC-INPUT-021",
+                f"{source!r} raised {type(error).__name__}: {in_one_line(error)}",
+                hint="call the factory in Python and repair it",
+            ) from error
+    if changed:
+        logger.warning("%s changed what belongs to the whole process, and is put back: %s", source, ", ".join(changed))
+    return code, returned
 
 
 def _find(source: str) -> tuple[ModuleType, Callable[[], Any]]:

@@ -152,7 +152,7 @@ def _location(error: BaseException, implementation: object) -> str:
         return f"{error.filename}:{error.lineno}"
     for name, function in hook_functions(implementation).items():
         code = getattr(function, "__code__", None)
-        if code is not None and f"'{name}'" in str(error):
+        if code is not None and f"'{name}'" in in_one_line(error):
             return f"{code.co_filename}:{code.co_firstlineno}"
     ours = str(Path(__file__).parent)
     frames = [

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from qconvert.errors import in_one_line
 from qconvert.ir import process
 from qconvert.plugin.distribution import Distribution, builtin
 from qconvert.plugin.settings import settings_kept
@@ -60,7 +61,7 @@ def calling(distribution: Distribution, call: str) -> Iterator[None]:
         except (Exception, SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            raise RuntimeError(f"{type(error).__name__}: {in_one_line(error)}") from error
 
 
 @contextmanager

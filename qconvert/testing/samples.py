@@ -18,7 +18,7 @@ from qconvert.ir.layer import CalibrationStats, Layer, LayerKind, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin import contract
-from qconvert.plugin.discovery import FAILURES
+from qconvert.plugin.discovery import FAILURES, reason
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.plugin.scaling import scaled
@@ -144,7 +144,7 @@ def returned(
                 try:
                     tensor = quantizer.quantize(layer, scheme)
                 except FAILURES as error:
-                    raise CheckFailure(f"{place(layer, scheme)}: {type(error).__name__}: {error}") from error
+                    raise CheckFailure(f"{place(layer, scheme)}: {reason(error)}") from error
                 yield layer, scheme, tensor
 
 

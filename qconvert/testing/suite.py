@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from qconvert.plugin.discovery import FAILURES
+from qconvert.plugin.discovery import FAILURES, reason
 from qconvert.plugin.options import first_paragraph
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.testing import declaration, export, observers, purity, quality, record, robustness
@@ -36,7 +36,7 @@ class Check:
         try:
             self.function(quantizer)
         except FAILURES as error:
-            found = str(error) if isinstance(error, CheckFailure) else f"{type(error).__name__}: {error}"
+            found = str(error) if isinstance(error, CheckFailure) else reason(error)
             raise CheckFailure(f"{quantizer.name}, {self.name}: {found}\n  the rule: {self.doc}") from error
 
     def __str__(self) -> str:
