@@ -63,6 +63,7 @@ arm64() {
 ) 9>"$cache/lock" >&2
 
 export PYTHONDONTWRITEBYTECODE=1
+unset OPENBLAS_CORETYPE # which says what this processor is, not the other one
 case $processor in
 cortex-* | neoverse-*)
     PYTHONHOME=$cache/arm64/usr PYTHONPATH=$cache/arm64/site exec "$cache/qemu/usr/bin/qemu-aarch64" -cpu "$processor" \

@@ -249,12 +249,12 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
 
     @cache
-    def run(processor: str) -> dict[str, np.ndarray[Any, Any]]:
+    def run(processor: str) -> dict[str, np.ndarray[Any, Any]] | str:
         folder = base / processor
         folder.mkdir()
         (folder / "nothing.py").write_text("import onnxruntime\n")
         if (trial := call(processor, folder / "nothing.py")).returncode:
-            pytest.skip(f"no emulator: {trial.stderr.strip().splitlines()[-1:]}")
+            return f"no emulator of {processor}: {trial.stderr.strip()[-200:]}"
         for name, (path, inputs) in cases.items():
             np.savez(folder / f"{name}.npz", **inputs)
             (folder / f"{name}.path").write_text(str(path))
@@ -263,7 +263,12 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
         with np.load(base / f"{processor}.npz") as results:
             return dict(results)
 
-    return run
+    def results(processor: str) -> dict[str, np.ndarray[Any, Any]]:
+        if isinstance(found := run(processor), str):
+            pytest.skip(found)
+        return found
+
+    return results
 
 
 # --- tests ---
