@@ -331,10 +331,48 @@ def test_an_encoder_with_its_head_keeps_it(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(model), expected(folder), rtol=0, atol=0)
 
 
-def test_without_architectures_the_base_model_is_meant(tmp_path: Path) -> None:
-    model = load_folder(configure(tiny_bert(tmp_path), "architectures"))
-    assert model.config is not None
-    assert model.config["architectures"] == ["BertModel"]
+SMALL = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "loaded_as"),
+    [
+        ("LlamaForCausalLM", {"tie_word_embeddings": True}, "LlamaForCausalLM"),
+        ("LlamaForCausalLM", {"tie_word_embeddings": False}, "LlamaForCausalLM"),
+        ("GPT2LMHeadModel", {"bos_token_id": 1, "eos_token_id": 2}, "GPT2LMHeadModel"),
+        ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_heads": 2}, "T5ForConditionalGeneration"),
+        ("BartForConditionalGeneration", {"d_model": 32}, "BartForConditionalGeneration"),
+        ("BertModel", {}, "BertModel"),
+        ("BertForMaskedLM", {}, "BertForMaskedLM"),
+        ("BertForPreTraining", {}, "BertForMaskedLM"),  # as is said of BERT's own checkpoints, which hold both heads
+        ("BertLMHeadModel", {"is_decoder": True}, "BertLMHeadModel"),
+    ],
+)
+def test_without_architectures_the_weights_say_which_class_they_are_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model: str, settings: dict[str, Any], loaded_as: str
+) -> None:
+    model_class = getattr(transformers, model)
+    folder = save_checkpoint(model_class(model_class.config_class(**SMALL, **settings)).eval(), tmp_path)
+    with caplog.at_level(logging.WARNING, "qconvert"):
+        loaded = load_folder(configure(folder, "architectures"))
+    assert type(loaded.module).__name__ == loaded_as
+    assert loaded.config is not None
+    assert loaded.config["architectures"] == [loaded_as]
+    assert caplog.messages == [f"config.json names no architectures: the weights are those of {loaded_as}"]
+
+
+def test_without_architectures_weights_of_other_classes_are_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**SMALL)
+    folder = save_checkpoint(transformers.BertForTokenClassification(config).eval(), tmp_path)
+    message = rejected(configure(folder, "architectures"), "QC-INPUT-011")
+    assert message == "config.json names no architectures, and the weights are not those of BertModel or BertForMaskedLM"
+
+
+def test_the_message_for_a_class_that_is_unknown_names_the_probable_one(tmp_path: Path) -> None:
+    folder = configure(tiny_llama(tmp_path), architectures=["LLaMAForCausalLM"])
+    with pytest.raises(InputError) as caught:
+        load_folder(folder)
+    assert "['LlamaForCausalLM']" in str(caught.value.hint)
 
 
 # Tied weights

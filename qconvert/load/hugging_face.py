@@ -24,6 +24,8 @@ from qconvert.load.tokenizer import TextEncoder, text_encoder
 from qconvert.load.unplaced import unplaced_tensors
 
 UNREAD_TENSORS = 100  # in a checkpoint that can't be opened: no more layers than they can fill are built for a better message
+# What says that weights are of another class: parameters are missing, or tensors have no place.
+WRONG_CLASS = ("QC-INPUT-015", "QC-INPUT-024")
 
 log = logging.getLogger("qconvert")
 
@@ -143,7 +145,9 @@ class _Fitted:
 
 
 def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
-    """Build what a checked config describes and find its tensors; where the config claims too much, it is corrected."""
+    """Build what a checked config describes and find its tensors; what the config says too much or too little is mended."""
+    if not config.get("architectures"):
+        return _fit_by_weights(config, source)
     module, task = skeleton.build_skeleton(config)
     stored = names.module_names(module, source)
     tied, apart = names.resolve_ties(module, source, stored)
@@ -164,6 +168,26 @@ def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
     names.check_shapes(module, renamed)
     _fill_buffers(module, renamed)
     return _Fitted(config, module.requires_grad_(False), task, renamed, tied, unplaced)
+
+
+def _fit_by_weights(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
+    """`_fit` with the first class that the weights complete, and that has a place for all of them."""
+    probable = skeleton.probable_classes(config)
+    for name in probable:
+        try:
+            fitted = _fit({**config, "architectures": [name]}, source)
+        except InputError as error:
+            if error.code not in WRONG_CLASS:
+                raise
+            continue
+        log.warning("config.json names no architectures: the weights are those of %s", type(fitted.module).__name__)
+        return fitted
+    tried = " or ".join(probable) or "a class that transformers maps its model_type to"
+    raise InputError(
+        "QC-INPUT-011",
+        f"config.json names no architectures, and the weights are not those of {tried}",
+        hint="set architectures to the class of transformers that the weights were saved from",
+    )
 
 
 def _only_head(module: PreTrainedModel, missing: list[str]) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
@@ -151,8 +152,17 @@ def base_class_name(model_type: str) -> str:
 
 
 def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel]:
-    names = config.get("architectures") or [base_class_name(config["model_type"])]
-    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else ""
+    names = config.get("architectures") or probable_classes(config)
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+def probable_classes(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config of its model type most probably belongs to, where it names none; the first first."""
+    kind = config["model_type"]
+    masked, base = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind), base_class_name(kind)
+    seq2seq, causal = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    is_encoder = masked and not seq2seq and not config.get("is_decoder")
+    return [name for name in ((base, masked) if is_encoder else (seq2seq, causal, base)) if name]
+
+
     found: Any = getattr(transformers, name, None) if name.isidentifier() else None
     is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel)
     if not is_model or not isinstance(parsed, found.config_class):
@@ -160,7 +170,7 @@ def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel
             "QC-INPUT-011",
             f"config.json: architectures {names!a} is no class of transformers {transformers.__version__} "
             f"for model_type {config['model_type']!a}",
-            hint=f"set it to the class that the weights were saved from, e.g. [{base_class_name(config['model_type'])!r}]",
+            hint=f"set it to the class that the weights were saved from, e.g. {probable_classes(config)[:1]}",
         )
     model_class: type[PreTrainedModel] = found
     return model_class
