@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from qconvert.ir import agreement
-from qconvert.ir.forward import graph_outputs
 from qconvert.ir.model import Model
+from qconvert.ir.outputs import graph_outputs
 from qconvert.load import load
 
 

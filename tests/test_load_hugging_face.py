@@ -124,7 +124,7 @@ def test_an_encoder_in_words(tmp_path: Path) -> None:
     model = load_folder(tiny_bert(tmp_path))
     assert model.task == "encoder"
     assert model.blocks == ("encoder.layer.0", "encoder.layer.1")
-    assert model.output_head is None
+    assert model.output_head == "pooler.dense"
     assert model.input_names == ("input_ids", "attention_mask", "token_type_ids")
 
 

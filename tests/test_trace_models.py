@@ -152,13 +152,22 @@ def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself
 
 
 def test_a_model_that_no_form_gets_right_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qconvert.trace.relative_error", lambda model, captured, blocks: 0.25)
+    monkeypatch.setattr("qconvert.trace.relative_error", lambda *_: 0.25)
     _, model = build("bert")
     with pytest.raises(InputError) as caught:
         trace(model)
     assert caught.value.code == "QC-EXPORT-001"
     assert "tiny (BertModel) can't be exported" in caught.value.message
-    assert caught.value.message.count("differs from the model by 2.5e-01 of its largest output") == len(FORMS["encoder"])
+    reason = "differs from the model by 2.5e-01 of its largest output"
+    forms = ("with attention as one operator", "with attention in plain operators")
+    assert caught.value.message.endswith("; ".join(f"{form}: {reason}" for form in forms))
+
+
+def test_a_model_that_does_not_run_in_torch_is_told_from_one_that_can_not_be_traced() -> None:
+    model = model_of(nn.Linear(3, 2), example_inputs={"input": torch.ones(2, 4)}, input_names=("input",))
+    with pytest.raises(InputError, match="does not run in torch on input: RuntimeError") as caught:
+        trace(model)
+    assert caught.value.code == "QC-EXPORT-001"
 
 
 def test_a_lack_of_memory_is_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +205,8 @@ def test_a_model_that_can_not_be_traced_is_an_error_with_the_cause() -> None:
 @pytest.mark.parametrize("name", ["smollm3", "bert"])
 def test_a_stamped_graph_is_the_graph_of_all_blocks(name: str) -> None:
     stamped = traced(name)
-    every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0])["model"]
+    outputs = [str(value.name) for value in stamped.template.graphs["model"].graph.outputs if "present" not in str(value.name)]
+    every = capture(stamped.model, list(stamped.model.blocks), FORMS[stamped.model.task][0], outputs)["model"]
     stamp(every.graph.graph, {block: block for block in stamped.model.blocks})
     cleaned_up(every.graph, CLEAN_UPS)
     assert structure(stamped.template.graphs["model"].graph) == structure(every.graph.graph)
@@ -259,7 +269,7 @@ def test_the_position_biases_of_a_stack_are_computed_once_and_read_by_every_bloc
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_stack_that_hands_on_biases_is_stamped_as_if_all_its_blocks_were_traced(part: str) -> None:
     model, template = traced_t5()
-    every = capture(model, list(model.blocks), FORMS[model.task][0])[part]
+    every = capture(model, list(model.blocks), FORMS[model.task][0], ["logits"])[part]
     stamp(every.graph.graph, {block: block for block in model.blocks})
     cleaned_up(every.graph, CLEAN_UPS)
     assert structure(template.graphs[part].graph) == structure(every.graph.graph)

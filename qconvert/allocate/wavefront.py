@@ -97,7 +97,7 @@ class Wavefront:
 
         It spares half of the head, which is much of the work where a vocabulary is large.
         """
-        if self.model.output_head is None:
+        if self.model.output_head is None or self.model.task not in GENERATING:
             yield
             return
         head = self.model.module.get_submodule(self.model.output_head)

@@ -136,12 +136,10 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
     if model.task == "seq2seq-lm":
         return _stepwise(model, session, inputs, found, np.concatenate([logits for (logits,) in references]))
     pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
-    for row, length in enumerate(LENGTHS):
-        for output, reference in zip(found, references[row], strict=False):  # caches follow a decoder's logits
-            if reference.ndim == 2:  # one vector per sentence
-                pairs.append((output[row], reference[0]))
-            else:
-                pairs.append((output[row, :length], reference[0, :length]))
+    for output, *rows in zip(found, *references, strict=False):  # caches follow a decoder's logits
+        by_token = len({reference.shape[1] for reference in rows}) > 1  # or one vector per sentence
+        for row, (reference, length) in enumerate(zip(rows, LENGTHS, strict=True)):
+            pairs.append((output[row, :length], reference[0, :length]) if by_token else (output[row], reference[0]))
     if model.task == "causal-lm":
         step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
         logits, *_ = session.run(None, next_inputs(session, inputs, found, step))

@@ -20,7 +20,8 @@ from torch.func import functional_call
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.report import GENERATING, Task
+from qconvert.ir.outputs import graph_outputs, tensors_in
+from qconvert.ir.report import GENERATING
 
 ReadParameter = Callable[[str], Tensor]
 
@@ -294,27 +295,6 @@ class BlockRunner:
         )
 
 
-@torch.no_grad()
-def graph_outputs(task: Task, module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """What a model's graph gives for a batch, computed by torch.
-
-    causal-lm: logits [rows, tokens, vocabulary]; seq2seq-lm: those of the decoder's tokens. encoder: last_hidden_state [rows,
-    tokens, hidden], then the logits of a head if there is one. module: every tensor that its forward returns.
-    """
-    if task in GENERATING:
-        return (cast(Tensor, module(**batch, use_cache=False, return_dict=True).logits),)
-    if task == "module":
-        return tuple(tensors_in(module(**batch)))
-    states: list[Tensor] = []
-    base = cast(nn.Module, module.base_model)
-    hook = base.register_forward_hook(lambda part, args, output: states.append(output[0]))
-    try:
-        output = module(**batch, return_dict=True)
-    finally:
-        hook.remove()
-    return (states[0], output.logits) if "logits" in output else (states[0],)
-
-
 def checked_device(device: str) -> str:
     """`device` if tensors can be put there. Raises UsageError QC-DEVICE-001."""
     try:
@@ -323,15 +303,3 @@ def checked_device(device: str) -> str:
         reason = str(error).splitlines()[0]
         raise UsageError("QC-DEVICE-001", f"device {device!r} can't be used: {reason}", hint="use --device cpu") from error
     return device
-
-
-def tensors_in(result: Any) -> Iterator[Tensor]:
-    """All tensors in what a forward returned, in order."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, Mapping):
-        for value in result.values():
-            yield from tensors_in(value)
-    elif isinstance(result, tuple | list):
-        for value in result:
-            yield from tensors_in(value)

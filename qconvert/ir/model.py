@@ -53,14 +53,15 @@ class Model:
 
     name: for people, e.g. the folder's name.
     task: "causal-lm" (token ids -> logits, with a KV cache), "seq2seq-lm" (source and decoder's token ids -> logits, with a
-        KV cache), "encoder" (token ids -> last_hidden_state) or "module".
+        KV cache), "encoder" (token ids -> last_hidden_state, and what its heads give) or "module".
     module: the skeleton in eval mode: parameters on the meta device, buffers real and in float32.
     source: stored tensors under the module's own state-dict names.
     blocks: names of the repeated blocks in forward order, e.g. "model.layers.0"; () for a model that runs whole. An
         encoder-decoder has two stacks of them, "encoder.block.0", ..., "decoder.block.0", ...
     tied: parameter name -> name of the stored tensor that it shares, e.g. {"lm_head.weight": "model.embed_tokens.weight"}.
     unplaced: tensors of the source that the module has no place for -> why it computes the same without them.
-    output_head: module name of a language model's head, None for other tasks.
+    output_head: module name of the layer that nothing but outputs come after: a language model's head, or the linear layer
+        of an encoder's pooler; None where there is none.
     input_names: of the forward's tensor inputs, in order; for a "module" also the names in the ONNX graph.
     example_inputs: for a "module": tensors by input name, first axis = rows; {} for text models.
     encode_text: for text models; None where no tokenizer came with the checkpoint.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qconvert.errors import InputError
 from qconvert.ir.agreement import vocabulary_size
 from qconvert.ir.model import Model, TensorSource
-from qconvert.ir.report import GENERATING, Task
+from qconvert.ir.report import Task
 from qconvert.load import names, skeleton
 from qconvert.load.computed import computed_tensors
 from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json, refuse_adapter
@@ -110,7 +110,7 @@ def model_from_config(
         blocks=skeleton.repeated_blocks(module, task),
         tied=fitted.tied,
         unplaced=fitted.unplaced,
-        output_head=skeleton.output_head(module) if task in GENERATING else None,
+        output_head=skeleton.output_head(module, task),
         input_names=skeleton.input_names(module, task),
         encode_text=encode_text,
         config={**fitted.config, "architectures": [type(module).__name__]},

@@ -15,12 +15,13 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
 from qconvert.errors import InputError, in_one_line
-from qconvert.ir.report import Task
+from qconvert.ir.report import GENERATING, Task
 
 # Keys that make transformers import code of the checkpoint, or fetch attention and other kernels and run them.
 CODE_KEYS = re.compile(
@@ -106,6 +107,9 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
     if experts := _experts(module):
         raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
     task = _task(model_class)
+    if task == "encoder" and (rotary := _rotary_embedding(module)):
+        reason = f"a model without a language model's head that rotates queries and keys ({rotary})"
+        raise _not_converted(model_class.__name__, reason)
     if task == "seq2seq-lm" and not all(_stack(module, half) for half in _halves(module)):
         raise _not_converted(model_class.__name__, "an encoder-decoder without repeated blocks on both sides")
     return module.eval(), task
@@ -151,9 +155,6 @@ def base_class_name(model_type: str) -> str:
     return name if isinstance(name, str) else name[0]
 
 
-def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel]:
-    names = config.get("architectures") or probable_classes(config)
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 def probable_classes(config: Mapping[str, Any]) -> list[str]:
     """The classes that a config of its model type most probably belongs to, where it names none; the first first."""
     kind = config["model_type"]
@@ -163,6 +164,9 @@ def probable_classes(config: Mapping[str, Any]) -> list[str]:
     return [name for name in ((base, masked) if is_encoder else (seq2seq, causal, base)) if name]
 
 
+def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel]:
+    names = config.get("architectures") or probable_classes(config)
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     found: Any = getattr(transformers, name, None) if name.isidentifier() else None
     is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel)
     if not is_model or not isinstance(parsed, found.config_class):
@@ -177,8 +181,10 @@ def probable_classes(config: Mapping[str, Any]) -> list[str]:
 
 
 def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
-    if getattr(parsed, "is_encoder_decoder", False) and _task(model_class) != "seq2seq-lm":
+    if "decoder_input_ids" in inspect.signature(model_class.forward).parameters and _task(model_class) != "seq2seq-lm":
         return "an encoder-decoder (sequence to sequence) model without a language model's head"
+    if model_class.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        return "a model of multiple choice, where a row is several texts"
     if not _reads_text_alone(model_class):
         modalities = model_class.input_modalities
         kinds = modalities if isinstance(modalities, str) else ", ".join(modalities)
@@ -207,6 +213,12 @@ def _experts(module: nn.Module) -> str | None:
     names = {name: type(part).__name__ for name, part in module.named_modules() if name}
     named = (name for name in names if name.rpartition(".")[2] == "experts")
     return next(named, None) or next((name for name, kind in names.items() if re.search("Moe|MoE|Experts", kind)), None)
+
+
+def _rotary_embedding(module: nn.Module) -> str | None:
+    """Where the angles come from, None in models with positions of other kinds. Only decoders' attention rotates by itself;
+    torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for any number of rows."""
+    return next((name for name, _ in module.named_modules() if "rotary_emb" in name), None)
 
 
 def _not_converted(architecture: str, found: str) -> InputError:
@@ -261,7 +273,13 @@ def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
     return names
 
 
-def output_head(module: PreTrainedModel) -> str:
-    """The module name of a language model's head."""
-    head = module.get_output_embeddings()
-    return next(str(name) for name, part in module.named_modules() if part is head)
+def output_head(module: PreTrainedModel, task: Task) -> str | None:
+    """The module name of a language model's head, or of the linear layer of a bare encoder's pooler; None of other models.
+
+    Where an encoder has a head, its pooler gives no output but what the head reads.
+    """
+    if task in GENERATING:
+        head = module.get_output_embeddings()
+        return next(str(name) for name, part in module.named_modules() if part is head)
+    poolers = (name for name, part in module.named_modules() if name.split(".")[0] == "pooler" and isinstance(part, nn.Linear))
+    return next(poolers, None) if module.base_model is module else None

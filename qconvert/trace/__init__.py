@@ -11,10 +11,11 @@ from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, InputGroup, Template
 from qconvert.trace.capture import FORMS, Captured, capture
-from qconvert.trace.check import TOLERANCE, relative_error
+from qconvert.trace.check import TOLERANCE, reference, relative_error
 from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
 from qconvert.trace.groups import input_groups
 from qconvert.trace.opaque import representatives
+from qconvert.trace.signature import Form
 from qconvert.trace.stamp import stamp
 
 logger = logging.getLogger("qconvert")
@@ -23,7 +24,8 @@ logger = logging.getLogger("qconvert")
 def trace(model: Model) -> Template:
     """Trace one block of each kind, check it numerically, and stamp out the whole graph (two of an encoder-decoder).
 
-    Raises InputError QC-EXPORT-001 if no way of tracing the model computes what the model computes.
+    Raises InputError QC-EXPORT-001 if no way of tracing the model computes what the model computes, QC-INPUT-014 if it has
+    outputs that no graph would have.
     """
     kinds = representatives(model)
     blocks = list(dict.fromkeys(kinds.values()))
@@ -54,13 +56,14 @@ def _inside(name: str, block: str) -> bool:
 
 def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Captured], Sequence[CleanUp]]:
     """The capture in the fastest form that agrees with torch, and the clean-ups after which it still does."""
-    failures = []
+    expected = _expected(model, blocks)
+    failures: list[tuple[Form, str]] = []
     for form in FORMS[model.task]:
         try:
-            captured = capture(model, blocks, form)
+            captured = capture(model, blocks, form, list(expected[0]))
             for clean_ups in (CLEAN_UPS, ()):
                 graphs = {part: cleaned_up(traced.graph.clone(), clean_ups) for part, traced in captured.items()}
-                error = relative_error(model, graphs, blocks)
+                error = relative_error(model, graphs, blocks, expected)
                 if error <= TOLERANCE:
                     return captured, clean_ups
         except InputError:
@@ -70,16 +73,33 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
                 raise
             # Any form may meet something that it can't trace, and the exporter raises all kinds of errors; the next
             # form is tried, and if none is left, all reasons are told.
-            failures.append(f"{form}: {_first_cause(failure)}")
-            logger.debug("%s can't be traced as %s", model.name, form, exc_info=True)
+            failures.append((form, _first_cause(failure)))
+            logger.debug("%s can't be traced %s", model.name, form, exc_info=True)
             continue
-        failures.append(f"{form}: differs from the model by {error:.1e} of its largest output")
-        logger.debug("%s traced as %s is off by %.1e", model.name, form, error)
+        failures.append((form, f"differs from the model by {error:.1e} of its largest output"))
+        logger.debug("%s traced %s is off by %.1e", model.name, form, error)
+    reasons = [f"{form}: {reason}" if len(failures) > 1 else reason for form, reason in failures]
     raise InputError(
         "QC-EXPORT-001",
-        f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(failures)}",
+        f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(reasons)}",
         hint="check that the model runs in torch with batches of different length; QCONVERT_DEBUG=1 shows the traces",
     )
+
+
+def _expected(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
+    try:
+        return reference(model, blocks)
+    except InputError:
+        raise
+    except Exception as failure:  # any that the model's own code raises
+        if is_out_of_memory(failure):
+            raise
+        raise InputError(
+            "QC-EXPORT-001",
+            f"{model.name} ({type(model.module).__name__}) does not run in torch on {', '.join(model.input_names)}: "
+            f"{_first_cause(failure)}",
+            hint="check that it runs in torch with nothing but these inputs",
+        ) from failure
 
 
 def _first_cause(failure: BaseException) -> str:

@@ -46,9 +46,10 @@ class Captured:
     weights_read: tuple[str, ...]
 
 
-def capture(model: Model, blocks: list[str], form: Form) -> dict[str, Captured]:
+def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> dict[str, Captured]:
     """Trace the skeleton with only `blocks` kept: part (see ir.artifact.graph_files) -> graph.
 
+    outputs: names of what the model gives (see ir.outputs.named_outputs).
     Raises whatever the exporter raises; the caller decides whether another form is tried.
     """
     module = opaque_nodes.shortened(model, blocks)
@@ -75,7 +76,7 @@ def capture(model: Model, blocks: list[str], form: Form) -> dict[str, Captured]:
             if config is not None:
                 config._attn_implementation = FUSED[model.task]
     if model.task != "seq2seq-lm":
-        return {"model": _export(signature(model, module, blocks, form), names)}
+        return {"model": _export(signature(model, module, blocks, form, outputs), names)}
     decoder_blocks = [block for block in blocks if block in model.stacks[-1]]
     encoder = _export(encoder_decoder.encoder(module, decoder_blocks, form), names)
     decoder = _export(encoder_decoder.decoder(module, decoder_blocks, form, encoder.graph.graph), names, prefix="decoder/")
@@ -142,9 +143,7 @@ def _rename(
     for value in values[len(inputs) :]:
         if value.uses():
             core.register_initializer(_as_initializer(value))
-    if outputs == ["output"] and len(core.outputs) > 1:
-        outputs = [f"output_{i}" for i in range(len(core.outputs))]
-    for value, name in zip(core.outputs, outputs, strict=False):
+    for value, name in zip(core.outputs, outputs, strict=True):
         value.name = name
     return constants
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qconvert.ir import agreement
 from qconvert.ir.finite import not_finite, require_finite
 from qconvert.ir.float_graph import float_graph
-from qconvert.ir.forward import graph_outputs
 from qconvert.ir.model import Model
+from qconvert.ir.outputs import named_outputs
 from qconvert.ir.runtime import joined, memory_session
 from qconvert.trace.opaque import original_name, shortened
 
@@ -21,10 +21,25 @@ from qconvert.trace.opaque import original_name, shortened
 TOLERANCE = 1e-4
 
 
-def relative_error(model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: list[str]) -> float:
+def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
+    """What torch computes for each of the probes with only `blocks` kept: name of the graph's output -> tensor.
+
+    Raises InputError QC-INPUT-014 for a model with outputs that no graph would have, and whatever the model raises.
+    """
+    module = shortened(model, blocks)
+    for name, _ in list(module.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        value = model.read(original_name(name, blocks)).float()
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    return [named_outputs(model.task, module, batch) for batch in agreement.probes(model)]
+
+
+def relative_error(
+    model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: list[str], expected: Sequence[Mapping[str, Tensor]]
+) -> float:
     """Largest difference of traced graphs' outputs to torch's, relative to their largest value; inf if one is not finite.
 
-    graphs: part -> graph; blocks: those that they hold.
+    graphs: part -> graph; blocks: those that they hold; expected: their `reference`.
 
     Raises InputError QC-WEIGHT-001 if that is because a weight is not, QC-FLOAT-001 if it is so in torch as well.
     """
@@ -35,21 +50,11 @@ def relative_error(model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: li
             for part, graph in graphs.items()
         }
     )
-    module = _materialized(model, blocks)
-    expected = [graph_outputs(model.task, module, batch) for batch in agreement.probes(model)]
-    error = agreement.relative_error(model, session, expected)
+    error = agreement.relative_error(model, session, [tuple(outputs.values()) for outputs in expected])
     if math.isinf(error):
-        for name, parameter in module.named_parameters():
-            require_finite(original_name(name, blocks), parameter)
-        if not all(bool(torch.isfinite(output).all()) for outputs in expected for output in outputs):
+        for name, _ in shortened(model, blocks).named_parameters():
+            weight = original_name(name, blocks)
+            require_finite(weight, model.read(weight))
+        if not all(bool(torch.isfinite(output).all()) for outputs in expected for output in outputs.values()):
             raise not_finite("comes out of the float model for the inputs that its trace is checked on")
     return error
-
-
-def _materialized(model: Model, blocks: list[str]) -> nn.Module:
-    module = shortened(model, blocks)
-    for name, _ in list(module.named_parameters(remove_duplicate=False)):
-        owner, _, leaf = name.rpartition(".")
-        value = model.read(original_name(name, blocks)).float()
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    return module

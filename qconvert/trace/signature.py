@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir.forward import tensors_in
 from qconvert.ir.model import Model
+from qconvert.ir.outputs import encoder_outputs, tensors_in
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
 
 # Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1.
@@ -31,6 +32,11 @@ class Form:
     fused: bool
     rotary: bool = False
 
+    def __str__(self) -> str:
+        if not self.fused:
+            return "with attention in plain operators"
+        return f"with attention as one operator{' that rotates' if self.rotary else ''}"
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -44,10 +50,10 @@ class Signature:
     outputs: list[str]
 
 
-def signature(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
-    """Of the one graph of a model. module: the shortened skeleton with `blocks` only."""
+def signature(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
+    """Of the one graph of a model. module: the shortened skeleton with `blocks` only; outputs: names of what it gives."""
     make = {"causal-lm": _causal_lm, "encoder": _encoder, "module": _module}[model.task]
-    return make(model, module, blocks, form)
+    return make(model, module, blocks, form, outputs)
 
 
 class Wrapper(nn.Module):
@@ -102,7 +108,7 @@ class _CausalLM(Wrapper):
             return logits, [context.present[index] for index in self.indices]
 
 
-def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     indices = layer_indices(blocks)
     config: Any = module.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -120,30 +126,22 @@ def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form) -
             "past": [({0: "batch", 2: "past"}, {0: "batch", 2: "past"}) for _ in past],
         },
         [*inputs, *cache_names("past_key_values", indices)],
-        ["logits", *cache_names("present", indices)],
+        [*outputs, *cache_names("present", indices)],
     )
 
 
 class _Encoder(Wrapper):
     def forward(self, inputs: dict[str, Tensor], parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        states: list[Any] = []
-        base = self.module.base_model
-        hook = base.register_forward_hook(lambda module, args, output: states.append(output))  # type: ignore[union-attr]
         with attention_context() as context:
             if self.form.fused:
                 context.padding = inputs["attention_mask"].to(torch.int32)
-            try:
-                output = self.call(parameters, **inputs)
-            finally:
-                hook.remove()
-        logits = output.get("logits")
-        return (states[0][0],) if logits is None else (states[0][0], logits)
+            return tuple(encoder_outputs(self.module, partial(self.call, parameters), inputs).values())
 
 
-def _encoder(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+def _encoder(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     inputs = {name: torch.ones(BATCH, SEQUENCE, dtype=torch.long) for name in model.input_names}
     shapes = {"inputs": {name: {0: "batch", 1: "sequence"} for name in inputs}}
-    return Signature(_Encoder(module, form), {"inputs": inputs}, shapes, list(inputs), ["last_hidden_state", "logits"])
+    return Signature(_Encoder(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
 
 
 class _Module(Wrapper):
@@ -151,10 +149,10 @@ class _Module(Wrapper):
         return tuple(tensors_in(self.call(parameters, **inputs)))
 
 
-def _module(model: Model, module: nn.Module, blocks: list[str], form: Form) -> Signature:
+def _module(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     inputs = {name: _two_rows(tensor) for name, tensor in model.example_inputs.items()}
     shapes = {"inputs": {name: {0: "batch"} for name in inputs}}
-    return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), ["output"])
+    return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
 
 
 def _two_rows(example: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qconvert.ir import agreement
 from qconvert.ir.auto_class import auto_class
 from qconvert.ir.dequantized import Artifact
-from qconvert.ir.forward import graph_outputs
+from qconvert.ir.outputs import graph_outputs
 from qconvert.verify.parity import torch_outputs
 
 
