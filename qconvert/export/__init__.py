@@ -13,11 +13,12 @@ from qconvert.export.cuda import lower_for_cuda
 from qconvert.export.genai import write_genai_config
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import CpuLowering
+from qconvert.export.lower_cuda import CudaLowering
 from qconvert.export.lowering import MICROSOFT
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, Written, graph_files
-from qconvert.ir.float_graph import lower_float, substitute
+from qconvert.ir.float_graph import lower_float, number_repeated_names, substitute
 from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -57,6 +58,7 @@ def export(
         for name in plan.layers
         if (key := f"{name}.outlier_columns") in stored
     }
+    group_of = {name: number for number, group in enumerate(template.groups) for name in group.layers}
     asked = [target for target in TARGETS if target in targets]
     for target in asked:
         if target == "cpu":
@@ -69,9 +71,10 @@ def export(
                 keep_last_position(graph.graph, model.output_head)
             builder = GraphBuilder(graph.graph, stored)
             if target == "cpu":
-                _lower_for_cpu(graph.graph, builder, template, model, plan, outlier_columns)
+                decodes = model.task in GENERATING
+                _lower_for_cpu(graph.graph, CpuLowering(builder, outlier_columns, group_of, decodes=decodes), model, plan)
             else:
-                lower_for_cuda(graph.graph, builder, model, plan, outlier_columns, stage, cuda_dtype)
+                lower_for_cuda(graph.graph, CudaLowering(builder, outlier_columns, group_of, stage, cuda_dtype), model, plan)
             stage.sidecar.sync()
             _finish(graph)
             with disk_errors(stage.folder / file):
@@ -80,30 +83,23 @@ def export(
                 write_genai_config(model, graph.graph, target, stage)
 
 
-def _lower_for_cpu(
-    graph: onnx_ir.Graph,
-    builder: GraphBuilder,
-    template: Template,
-    model: Model,
-    plan: Plan,
-    outlier_columns: dict[str, tuple[int, ...]],
-) -> None:
-    lowering = CpuLowering(builder, outlier_columns, model.block_of, decodes=model.task in GENERATING)
-    shapes = model.parameter_shapes
-    lowered: dict[str, Value] = {}
+def _lower_for_cpu(graph: onnx_ir.Graph, lowering: CpuLowering, model: Model, plan: Plan) -> None:
+    builder, shapes = lowering.builder, model.parameter_shapes
+    together: dict[tuple[int, Value | None], list[Value]] = {}  # outputs of a group's linears, by what they read
     for node in [node for node in graph if node.domain == DOMAIN]:
         name = node.attributes["module"].as_string()
         layer = plan.layer_of(name)
         if layer is not None:
             bias = builder.float32(builder.external(f"{name}.bias")) if f"{name}.bias" in shapes else None
-            lowered[name] = output = lowering.lower(layer, node, bias)
+            output = lowering.lower(layer, node, bias)
+            if name in lowering.group_of:
+                together.setdefault((lowering.group_of[name], node.inputs[0]), []).append(output)
             substitute(graph, node, builder.take_nodes(), output)
         else:
             substitute(graph, node, *lower_float(graph, node, shapes))
     pack_query_key_value(graph, builder)
     if model.task == "causal-lm":
-        together = ([lowered[name] for name in group.layers if name in lowered] for group in template.groups)
-        pack_shared_inputs(graph, builder, together)
+        pack_shared_inputs(graph, builder, together.values())
     choose_by_processor(graph, builder)
     _bind(graph, builder, model)
 
@@ -153,6 +149,7 @@ def _typed(value: Value, like: Value) -> Value:
 def _finish(model: onnx_ir.Model) -> None:
     """Leave nothing in the file that depends on the machine: traces, paths, versions of tools."""
     RemoveUnusedNodesPass()(model)
+    number_repeated_names(model.graph)
     keep = {node: dict(node.metadata_props) for node in model.graph if LAYER_KEY in node.metadata_props}
     ClearMetadataAndDocStringPass()(model)
     for node, properties in keep.items():

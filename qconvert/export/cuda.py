@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir
 import torch
 
-from qconvert.export.graph import ONNX_TYPES, GraphBuilder
+from qconvert.export.graph import ONNX_TYPES
 from qconvert.export.lower_cuda import CudaLowering
 from qconvert.export.pack import pack_query_key_value
 from qconvert.ir.cuda import check_kernels
@@ -14,7 +14,6 @@ from qconvert.ir.model import Model
 from qconvert.ir.narrow import narrow
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import DOMAIN
-from qconvert.workdir import Stage
 
 # Constants beyond this many bytes go into the sidecar.
 INLINE_BYTES = 256
@@ -22,22 +21,12 @@ INLINE_BYTES = 256
 TORCH_TYPES = {onnx_type: torch_type for torch_type, onnx_type in ONNX_TYPES.items()}
 
 
-def lower_for_cuda(
-    graph: onnx_ir.Graph,
-    builder: GraphBuilder,
-    model: Model,
-    plan: Plan,
-    outlier_columns: dict[str, tuple[int, ...]],
-    stage: Stage,
-    dtype: torch.dtype,
-) -> None:
+def lower_for_cuda(graph: onnx_ir.Graph, lowering: CudaLowering, model: Model, plan: Plan) -> None:
     """Make the template's `graph` one that the CUDA provider runs, in place.
 
-    dtype: float16 or bfloat16, of activations and caches.
     Raises UsageError QC-CUDA-001 to QC-CUDA-003 for what the provider has no kernel for, or `dtype` no number; ResourceError.
     """
-    lowering = CudaLowering(builder, outlier_columns, model.block_of, stage, dtype)
-    shapes = model.parameter_shapes
+    builder, shapes = lowering.builder, model.parameter_shapes
     for node in [node for node in graph if node.domain == DOMAIN]:
         layer = plan.layer_of(node.attributes["module"].as_string())
         if layer is None:
@@ -48,7 +37,7 @@ def lower_for_cuda(
         output = lowering.lower(layer, node, bias)
         substitute(graph, node, builder.take_nodes(), output)
     _let_norms_fuse(graph)
-    narrow(graph, ONNX_TYPES[dtype])
+    narrow(graph, ONNX_TYPES[lowering.dtype])
     _bind(graph, lowering, model)
     pack_query_key_value(graph, builder)
     check_kernels(graph)

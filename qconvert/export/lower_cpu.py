@@ -11,7 +11,7 @@ conv2d            the weight is dequantized when the model is loaded: small on d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
@@ -35,11 +35,11 @@ class CpuLowering(Lowering):
         self,
         builder: GraphBuilder,
         outlier_columns: dict[str, tuple[int, ...]],
-        block_of: Callable[[str], str],
+        group_of: Mapping[str, int],
         *,
         decodes: bool,
     ) -> None:
-        super().__init__(builder, outlier_columns, block_of)
+        super().__init__(builder, outlier_columns, group_of)
         self._decodes = decodes
         self._rows: dict[Value, tuple[Value, Value]] = {}
         self._row_zero_points: dict[tuple[object, int], Value] = {}

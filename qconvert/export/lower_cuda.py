@@ -13,7 +13,7 @@ they need goes into the sidecar: scales per block, padded copies, float tensors 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
@@ -44,11 +44,11 @@ class CudaLowering(Lowering):
         self,
         builder: GraphBuilder,
         outlier_columns: dict[str, tuple[int, ...]],
-        block_of: Callable[[str], str],
+        group_of: Mapping[str, int],
         stage: Stage,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(builder, outlier_columns, block_of)
+        super().__init__(builder, outlier_columns, group_of)
         self.stage, self.dtype = stage, dtype
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
@@ -18,13 +18,12 @@ MICROSOFT = "com.microsoft"
 class Lowering(ABC):
     """Lowers one layer after the other; what layers with a common input share is made once.
 
-    outlier_columns: layer -> its outlier columns, for the layers that have some. block_of: layer -> its block.
+    outlier_columns: layer -> its outlier columns, for the layers that have some. group_of: layer -> the number of the
+    InputGroup that it was quantized in.
     """
 
-    def __init__(
-        self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]], block_of: Callable[[str], str]
-    ) -> None:
-        self.builder, self.block_of = builder, block_of
+    def __init__(self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]], group_of: Mapping[str, int]) -> None:
+        self.builder, self.group_of = builder, group_of
         self.outlier_columns = outlier_columns
         self._inputs: dict[tuple[Value, object], Value] = {}
 
@@ -37,11 +36,11 @@ class Lowering(ABC):
         """The stored tensor `name` in the float type of the graph's activations."""
 
     def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
-        """x / input_scale where a scale could not be folded; linears of a block with a common input were given one scale."""
+        """x / input_scale where a scale could not be folded; the linears of an InputGroup were given one scale."""
         name = f"{plan.name}.input_factor"
         if name not in self.builder.stored:
             return x
-        key = x, ("input_factor", self.block_of(plan.name))
+        key = x, ("input_factor", self.group_of[plan.name])
         if key not in self._inputs:
             self._inputs[key] = self.builder.op("Mul", [x, self.stored_float(name)], f"{plan.name}/ScaleInput")
         return self._inputs[key]

@@ -54,5 +54,6 @@ class Artifact:
         return self.read(parameter)
 
     def _layer_name(self, parameter: str) -> str | None:
-        layer = self.plan.layer_of(parameter.removesuffix(".weight")) if parameter.endswith(".weight") else None
+        stored = self.model.stored_name(parameter)
+        layer = self.plan.layer_of(stored.removesuffix(".weight")) if stored.endswith(".weight") else None
         return None if layer is None else layer.name

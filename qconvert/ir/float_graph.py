@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import onnx_ir
@@ -21,6 +22,7 @@ def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) 
         if node.domain == DOMAIN:
             nodes, output = lower_float(model.graph, node, shapes)
             substitute(model.graph, node, nodes, output)
+    number_repeated_names(model.graph)
     return model
 
 
@@ -72,3 +74,13 @@ def substitute(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Nod
     output.shape, output.type = old.shape, old.type
     onnx_ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def number_repeated_names(graph: onnx_ir.Graph) -> None:
+    """Give every node a name of its own, as ONNX wants it: what a layer's second call was lowered to is "NAME/2"."""
+    count: Counter[str] = Counter()
+    for node in graph:
+        if node.name:
+            count[node.name] += 1
+            if count[node.name] > 1:
+                node.name = f"{node.name}/{count[node.name]}"

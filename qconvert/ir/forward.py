@@ -56,9 +56,12 @@ def materialize(model: Model, unit: str, read: ReadParameter | None = None, devi
 
 
 def _modules(model: Model, unit: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a unit, each once, by its first name there."""
     root = model.module.get_submodule(unit)
+    seen: set[nn.Module] = set()
     for name, module in root.named_modules(prefix=unit, remove_duplicate=False):
-        if model.block_of(name) == unit:
+        if model.block_of(name) == unit and module not in seen:
+            seen.add(module)
             yield name, module
 
 

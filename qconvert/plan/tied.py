@@ -11,13 +11,14 @@ from qconvert.recipe import Recipe
 
 
 def modules_that_share(model: Model) -> dict[str, tuple[str, ...]]:
-    """Module -> the others that use the same weight."""
+    """Module -> the others that use the same weight; another name of one module is none."""
     users: dict[str, list[str]] = {}
     for alias, owner in model.tied.items():
         if alias.endswith(".weight") and owner.endswith(".weight"):
             users.setdefault(owner, [owner]).append(alias)
-    named = [[name.removesuffix(".weight") for name in names] for names in users.values()]
-    return {name: tuple(other for other in names if other != name) for names in named for name in names}
+    modules = {name for name, _ in model.module.named_modules()}
+    named = [[name for each in names if (name := each.removesuffix(".weight")) in modules] for names in users.values()]
+    return {name: tuple(other for other in names if other != name) for names in named if len(names) > 1 for name in names}
 
 
 def shared_heads(model: Model, recipe: Recipe, reached: Collection[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
-from qconvert.ir.template import DOMAIN, InputGroup, Template
+from qconvert.ir.template import DOMAIN, Template
 from qconvert.trace.capture import FORMS, Captured, capture
 from qconvert.trace.check import TOLERANCE, reference, relative_error
 from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
@@ -31,23 +31,20 @@ def trace(model: Model) -> Template:
     blocks = list(dict.fromkeys(kinds.values()))
     captured, clean_ups = _first_that_is_right(model, blocks)
     constants: dict[str, Tensor] = {}
-    groups: list[InputGroup] = []
     embeddings: list[str] = []
     for traced in captured.values():
         graph = traced.graph.graph
         stamp(graph, kinds)
         cleaned_up(traced.graph, clean_ups)
         constants |= {name: value for name, value in traced.constants.items() if name in graph.initializers}
-        groups += input_groups(graph, model.block_of)
         embeddings += [
             node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"
         ]
     weights_read = {name for traced in captured.values() for name in traced.weights_read}
     stamped = (block + name.removeprefix(kind) for block, kind in kinds.items() for name in weights_read if _inside(name, kind))
     graphs = {part: traced.graph for part, traced in captured.items()}
-    return Template(
-        graphs, kinds, tuple(groups), constants, tuple(dict.fromkeys(embeddings)), frozenset({*weights_read, *stamped})
-    )
+    groups = input_groups([each.graph for each in graphs.values()], model.block_of)
+    return Template(graphs, kinds, groups, constants, tuple(dict.fromkeys(embeddings)), frozenset({*weights_read, *stamped}))
 
 
 def _inside(name: str, block: str) -> bool:

@@ -54,9 +54,11 @@ def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> 
     """
     module = opaque_nodes.shortened(model, blocks)
     names = {}
-    for name, part in list(module.named_modules()):
-        full = opaque_nodes.original_name(name, blocks)
-        stand_in = opaque_nodes.opaque(full, part)
+    stand_ins: dict[nn.Module, opaque_nodes.Opaque | None] = {}
+    for name, part in list(module.named_modules(remove_duplicate=False)):  # a module may have several names
+        if part not in stand_ins:
+            stand_ins[part] = opaque_nodes.opaque(opaque_nodes.original_name(name, blocks), part)
+        stand_in = stand_ins[part]
         if stand_in is not None:
             if name == "":
                 module = stand_in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir
 
@@ -19,37 +19,58 @@ NORMS = {
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
-def input_groups(graph: onnx_ir.Graph, block_of: Callable[[str], str]) -> tuple[InputGroup, ...]:
-    """All linears and convolutions of the graph, linears of one block that read one value together, in forward order.
+def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]) -> tuple[InputGroup, ...]:
+    """All linears and convolutions of a model's graphs, linears of one block that read one value together, in forward order.
 
     A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride. Linears of
     several blocks may read one value (an encoder's output); they are quantized at different times, so nothing of the one
-    group may change what the other reads.
+    group may change what the other reads. Of linears that run more than once, those are together that share every input.
     """
-    members: dict[tuple[onnx_ir.Value, str], list[onnx_ir.Node]] = {}
-    for node in graph:
+    calls: dict[str, list[onnx_ir.Node]] = {}
+    for node in (node for graph in graphs for node in graph):
         if node.domain == DOMAIN and node.op_type in ("Linear", "Conv"):
-            assert node.inputs[0] is not None
-            alone_or_block = _module(node) if node.op_type == "Conv" else block_of(_module(node))
-            members.setdefault((node.inputs[0], alone_or_block), []).append(node)
-    return tuple(
-        InputGroup(tuple(_module(node) for node in nodes), _producer(value, nodes), made_by(value))
-        for (value, _), nodes in members.items()
-    )
+            calls.setdefault(_module(node), []).append(node)
+    members: dict[tuple[tuple[onnx_ir.Value, ...], str], list[str]] = {}
+    for name, nodes in calls.items():
+        alone_or_block = name if nodes[0].op_type == "Conv" else block_of(name)
+        members.setdefault((_read_by(nodes), alone_or_block), []).append(name)
+    groups = []
+    for (values, _), names in members.items():
+        readers = {node for name in names for node in calls[name]}
+        producers = {_producer(value, readers) for value in values}
+        producer = producers.pop() if len(producers) == 1 else None
+        if producer and _times_used(producer, calls, graphs) > len(values):
+            producer = None
+        makers = {made_by(value) for value in values}
+        groups.append(InputGroup(tuple(names), producer, makers.pop() if len(makers) == 1 else None))
+    return tuple(groups)
+
+
+def _read_by(nodes: Sequence[onnx_ir.Node]) -> tuple[onnx_ir.Value, ...]:
+    """What the calls of one layer read, each value once."""
+    return tuple(dict.fromkeys(value for node in nodes if (value := node.inputs[0]) is not None))
+
+
+def _times_used(producer: Producer, calls: Mapping[str, Sequence[onnx_ir.Node]], graphs: Sequence[onnx_ir.Graph]) -> int:
+    """How often the model computes with a producer; a norm is found by its weight."""
+    if producer.kind == "linear":
+        return len(calls[producer.name])
+    weight = f"{producer.name}.weight"
+    return sum(len(graph.initializers[weight].uses()) for graph in graphs if weight in graph.initializers)
 
 
 def _module(node: onnx_ir.Node) -> str:
     return node.attributes["module"].as_string()
 
 
-def _producer(value: onnx_ir.Value, readers: list[onnx_ir.Node]) -> Producer | None:
+def _producer(value: onnx_ir.Value, readers: Collection[onnx_ir.Node]) -> Producer | None:
     """The norm or linear whose output channels are, one for one, the channels of `value`, if only `readers` see them.
 
     1. value = norm(x) * weight (+ bias): divide weight and bias.
     2. value = linear(x), or relu of it, or any x * linear(y): divide the linear's rows and bias.
     3. value = attention(q, k, v) with v a linear: its output mixes rows of v, never channels.
     """
-    if value.is_graph_output() or {node for node, _ in value.uses()} != set(readers):
+    if value.is_graph_output() or any(node not in readers for node, _ in value.uses()):
         return None
     if any(node.op_type == "Conv" for node in readers):
         return None

@@ -25,7 +25,7 @@ from torch import Tensor
 from qconvert.ir import agreement, kernel
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
 from qconvert.ir.dequantized import Artifact
-from qconvert.ir.float_graph import parameter, substitute
+from qconvert.ir.float_graph import number_repeated_names, parameter, substitute
 from qconvert.ir.forward import BlockRunner
 from qconvert.ir.last_position import restore_all_positions
 from qconvert.ir.layer import Batch
@@ -89,6 +89,7 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
             elif node.op_type == "MatMulNBits":
                 node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
         RemoveUnusedNodesPass()(model)
+        number_repeated_names(model.graph)
 
     def read(name: str) -> Tensor:
         layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
