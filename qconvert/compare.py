@@ -10,10 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qconvert import pipeline, verdict
+from qconvert import pipeline, preflight, verdict
 from qconvert.calibrate import Share, calibrate_together, read_samples
-from qconvert.errors import QConvertError, UsageError, unexpected
+from qconvert.errors import QConvertError, unexpected
 from qconvert.ir.comparison import FILE, PLOT, Comparison, Entry
+from qconvert.ir.forward import checked_device
 from qconvert.ir.layer import Block
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -21,7 +22,7 @@ from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
 from qconvert.ir.samples import Samples
 from qconvert.ir.template import Template
-from qconvert.output import check_free, disk_errors, recover, replace_file
+from qconvert.output import disk_errors, replace_file
 from qconvert.plan import calibrates
 from qconvert.plugin.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
@@ -34,7 +35,7 @@ from qconvert.write import Writer
 logger = logging.getLogger("qconvert")
 
 
-def compare(recipes: Mapping[str, Recipe], progress: Progress = silent) -> Comparison:
+def compare(recipes: Mapping[str, Recipe], progress: Progress = silent, plugins: PluginManager | None = None) -> Comparison:
     """Convert one model by every recipe, and say in the folder around their outputs what became of each.
 
     recipes: name -> recipe, as `named_recipes` gives them.
@@ -43,11 +44,12 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent) -> Compa
     quantizer that is not known, an output that exists, the model, the data, the disk. Outputs are published when all
     recipes are through, so that the same command resumes what was interrupted.
     """
-    plugins = pipeline.plugins_of(next(iter(recipes.values())))
+    plugins = plugins or preflight.check_comparison(recipes)
+    checked_device(next(iter(recipes.values())).device)
     attempts = [Attempt(name, recipe, plugins.quantizer(recipe.worker, recipe.options)) for name, recipe in recipes.items()]
     folder = attempts[0].recipe.output.parent
-    _check_outputs(attempts, folder)
-    model = pipeline.load_model(attempts[0].recipe, plugins, progress)
+    # What a recipe of its own wants of the model is its own affair.
+    model = pipeline.load_model(attempts[0].recipe.model_copy(update={"gates": (), "logits": "all"}), plugins, progress)
     samples = _samples(model, attempts, plugins)
     template, digests = pipeline.open_model(model, samples, progress)
     for attempt in attempts:
@@ -218,22 +220,6 @@ def _quantize(conversions: Sequence[Conversion], progress: Progress) -> None:
             return
         del block  # or it would be in memory together with the next
         progress.advance()
-
-
-def _check_outputs(attempts: Sequence[Attempt], folder: Path) -> None:
-    """Raises UsageError QC-OUTPUT-003 to 005 where something is in the way, before any work is done."""
-    force = attempts[0].recipe.force
-    if folder.exists() and not folder.is_dir():
-        raise UsageError("QC-OUTPUT-003", f"output {folder} is a file", hint="give an --output folder that doesn't exist yet")
-    for attempt in attempts:
-        recover(attempt.recipe.output)
-        check_free(attempt.recipe.output, force)
-    if (folder / FILE).exists() and not force:
-        raise UsageError(
-            "QC-OUTPUT-004",
-            f"output {folder} holds a {FILE}",
-            hint="give --force to replace the comparison, or another --output",
-        )
 
 
 def _write(comparison: Comparison, folder: Path) -> None:

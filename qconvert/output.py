@@ -76,13 +76,18 @@ class Lock:
 
 
 def check_output(output: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Raise what keeps `output` from being taken, before any work is done for it: UsageError QC-OUTPUT-001 to 005.
+    """Raise what keeps `output` from being taken, before any work is done for it: UsageError QC-OUTPUT-001 to 005,
+    ResourceError QC-LOCK-001 where another run works on it.
 
     inputs: files and folders that are read, and must not be written.
     """
-    check_place(output.resolve(), inputs)
+    output = output.resolve()
+    check_place(output, inputs)
+    if Lock(output).path.exists():  # held, or left by a run that was killed
+        with Lock(output):
+            finish_publish(output)
     recover(output)
-    check_free(output.resolve(), force)
+    check_free(output, force)
 
 
 def check_place(output: Path, inputs: Iterable[Path]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qconvert import verdict
+from qconvert import preflight, verdict
 from qconvert.allocate import allocate
 from qconvert.calibrate import calibrate, read_samples
 from qconvert.errors import InputError
@@ -20,6 +20,7 @@ from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
 from qconvert.ir.artifact import Written
 from qconvert.ir.dequantized import Artifact
+from qconvert.ir.forward import checked_device
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -28,13 +29,13 @@ from qconvert.ir.samples import Samples
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
-from qconvert.output import check_output, recover
-from qconvert.plan import calibrates
+from qconvert.output import check_output
+from qconvert.plan import calibrates, check
 from qconvert.plan import plan as make_plan
-from qconvert.plugin import watch
 from qconvert.plugin.distribution import Code
-from qconvert.plugin.manager import PluginManager, plugin_manager
+from qconvert.plugin.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.published import published_recipe
 from qconvert.quantize import quantize
 from qconvert.recipe import AUTO, Gate, Recipe
 from qconvert.report.files import complete_report, write_report
@@ -42,7 +43,7 @@ from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
 from qconvert.workdir import Stage, open_stage
-from qconvert.write import published_recipe, run_digest, write, write_manifest
+from qconvert.write import run_digest, write, write_manifest
 from qconvert.write.origin import Origin, file_digests, graph_digests, machine, option_digests, sample_digests, versions
 
 # What layers are planned with before a budget has decided: it fits every width.
@@ -86,12 +87,15 @@ class Job:
         return open_stage(self.recipe.output, run_digest(self.recipe, self.origin), force=self.recipe.force, inputs=inputs)
 
 
-def convert(recipe: Recipe, progress: Progress = silent) -> Report:
+def convert(recipe: Recipe, progress: Progress = silent, plugins: PluginManager | None = None) -> Report:
     """Turn a checkpoint into an artifact, prove that it works, publish it and say how good it is.
+
+    plugins: what `preflight.check` gave who has asked it already.
 
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
-    plugins = plugins_of(recipe)
+    plugins = plugins or preflight.check(recipe)
+    checked_device(recipe.device)
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model = load_model(recipe, plugins, progress)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
@@ -102,16 +106,10 @@ def convert(recipe: Recipe, progress: Progress = silent) -> Report:
     with job.open_stage() as stage:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
+        so_far = (lambda: Artifact(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None
+        done, tuned = frozenset(stage.done_blocks()), recipe.tuning is not None
         blocks = calibrate(
-            model,
-            plan,
-            template.groups,
-            quantizer,
-            samples.calibration,
-            recipe.device,
-            frozenset(stage.done_blocks()),
-            written=(lambda: Artifact(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None,
-            tuned=recipe.tuning is not None,
+            model, plan, template.groups, quantizer, samples.calibration, recipe.device, done, written=so_far, tuned=tuned
         )
         quantized = quantize(blocks, plan, quantizer, progress, keep_unfolded=recipe.layout == "onnx", tuning=recipe.tuning)
         written = write(quantized, model, plan, stage, recipe.layout)
@@ -140,13 +138,14 @@ def finish(job: Job, written: Written, stage: Stage, progress: Progress) -> Repo
     return report
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
     """What `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget, also
     from all that its decision takes.
 
     Raises what `convert` would raise before it quantizes anything.
     """
-    plugins = plugins_of(recipe)
+    plugins = plugins or preflight.check(recipe)
+    checked_device(recipe.device)
     quantizer, model, template = _load(recipe, plugins, silent)
     decides = recipe.quantizer == AUTO
     samples = read_samples(model, recipe, True, plugins.find_data) if decides else Samples((), ())
@@ -159,15 +158,16 @@ def verify(
     evaluation: str | None = None,
     gates: Sequence[Gate] = (),
     progress: Progress = silent,
+    plugins: PluginManager | None = None,
 ) -> Report:
     """Run a published artifact again; what is not given is taken from the recipe in its manifest.
 
     Where the folder's report.json says less, that nothing was run or not everywhere, it is written again, and so is the card.
     """
-    recover(folder)
+    plugins = plugins or preflight.check_published(folder, targets, evaluation, gates)
     recipe = published_recipe(folder, targets, evaluation, gates)
     try:
-        report, model = _measure(folder, recipe, progress)
+        report, model = _measure(folder, recipe, progress, plugins)
     except InputError as error:
         if not error.code.startswith("QC-INPUT-"):
             raise
@@ -181,14 +181,13 @@ def verify(
 
 def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """The report on an artifact that `recipe` made, from its files and its float source alone."""
-    return _measure(folder, recipe, progress)[0]
+    return _measure(folder, recipe, progress, preflight.plugins_of(recipe))[0]
 
 
-def _measure(folder: Path, recipe: Recipe, progress: Progress) -> tuple[Report, Model]:
+def _measure(folder: Path, recipe: Recipe, progress: Progress, plugins: PluginManager) -> tuple[Report, Model]:
     """`measure`, and the float source."""
     progress.stage("check files", None)
     check_digests(folder)
-    plugins = plugins_of(recipe)
     quantizer, model, template = _load(recipe, plugins, progress)
     plan = outline(recipe, quantizer, model, template)
     samples = read_samples(model, recipe, plan.calibrated, plugins.find_data)
@@ -199,15 +198,12 @@ def _measure(folder: Path, recipe: Recipe, progress: Progress) -> tuple[Report, 
     return verdict.make_report(recipe, model, plan, samples, folder, evidence), model
 
 
-def plugins_of(recipe: Recipe) -> PluginManager:
-    """All plugins that a recipe may use. Their calls are limited to its time from now on."""
-    watch.limit_calls(recipe.plugin_timeout)
-    return plugin_manager(recipe.plugins)
-
-
 def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Model:
+    """The model of a recipe, where it is one that the recipe can be carried out with."""
     progress.stage("load", None)
-    return load(recipe.model, plugins.load_model)
+    model = load(recipe.model, plugins.load_model)
+    check(model, recipe)
+    return model
 
 
 def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Template, Mapping[str, str]]:

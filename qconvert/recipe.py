@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -24,7 +24,7 @@ from pydantic import (
 
 from qconvert.errors import QConvertError, UsageError, in_one_line
 from qconvert.ir.budget import Budget
-from qconvert.ir.report import Size
+from qconvert.ir.report import Size, Task
 from qconvert.ir.scheme import QuantScheme
 from qconvert.yaml_text import TooMuchError, read_yaml
 
@@ -113,7 +113,7 @@ class Rule(_Part):
 class Gate(_Part):
     """A limit that the artifact must keep, e.g. kl <= 0.2 or cosine >= 0.99."""
 
-    metric: Metric = Field(description="a number of report.json; one that the task does not have misses the gate")
+    metric: Metric = Field(description="a number of report.json, which the task must have")
     comparison: Literal["<=", ">="]
     limit: float
 
@@ -136,6 +136,27 @@ class Gate(_Part):
                 f"'{text}' is not a gate",
                 hint=f"write METRIC<=LIMIT or METRIC>=LIMIT, METRIC one of {metrics}",
             ) from error
+
+
+# What verification does not measure of each kind of model.
+UNMEASURED: dict[Task, tuple[Metric, ...]] = {
+    "causal-lm": ("cosine",),
+    "seq2seq-lm": ("cosine",),
+    "encoder": ("kl", "top1", "perplexity"),
+    "module": ("kl", "perplexity"),
+}
+
+
+def refuse_gates(gates: Sequence[Gate], task: Task | None) -> None:
+    """Raises UsageError QC-GATE-002 for gates on a metric that a task does not have. task: None where it is not known yet."""
+    lacking = [str(gate) for gate in gates if task is not None and gate.metric in UNMEASURED[task]]
+    if task is not None and lacking:
+        measured = [metric for metric in get_args(Metric) if metric not in UNMEASURED[task]]
+        raise UsageError(
+            "QC-GATE-002",
+            f"{', '.join(lacking)}: that is not measured of a model whose task is {task}",
+            hint=f"take one of {', '.join(measured)}",
+        )
 
 
 class DataSpec(_Part):

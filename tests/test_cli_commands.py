@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import qconvert
-from qconvert import errors
+from qconvert import errors, preflight
 from qconvert.cli import COMMANDS, main
 from qconvert.ir.report import GateResult, Report, Samples, Size
 from qconvert.recipe import Recipe
@@ -45,15 +45,15 @@ class FakePipeline(ModuleType):
             raise self.result
         return self.result
 
-    def convert(self, recipe: Recipe, progress: object) -> Any:
+    def convert(self, recipe: Recipe, progress: object, plugins: object) -> Any:
         self.given = recipe
         return self.answer()
 
-    def plan(self, recipe: Recipe) -> Any:
+    def plan(self, recipe: Recipe, plugins: object) -> Any:
         self.given = recipe
         return self.answer()
 
-    def verify(self, folder: Path, targets: object, evaluation: object, gates: object, progress: object) -> Any:
+    def verify(self, folder: Path, targets: object, evaluation: object, gates: object, *_: object) -> Any:
         self.given = (folder, targets, evaluation, gates)
         return self.answer()
 
@@ -63,6 +63,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     fake = FakePipeline("qconvert.pipeline")
     monkeypatch.setitem(sys.modules, "qconvert.pipeline", fake)
     monkeypatch.setattr(qconvert, "pipeline", fake, raising=False)
+    for name in ("check", "check_published"):  # nothing that the flags name is there
+        monkeypatch.setattr(preflight, name, lambda *_: None)
     monkeypatch.delenv("QCONVERT_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
     return fake
@@ -372,8 +374,9 @@ def test_a_reader_of_stdout_that_has_gone_does_not_change_the_verdict() -> None:
         "import sys, types, qconvert\n"
         "from qconvert.ir.report import Report, Samples, Size\n"
         f"report = Report.model_validate_json({REPORT.model_dump_json()!r})\n"
-        "fake = types.ModuleType('qconvert.pipeline'); fake.convert = lambda recipe, progress: report\n"
+        "fake = types.ModuleType('qconvert.pipeline'); fake.convert = lambda *_: report\n"
         "sys.modules['qconvert.pipeline'] = qconvert.pipeline = fake\n"
+        "import qconvert.preflight; qconvert.preflight.check = lambda recipe: None\n"
         "from qconvert.cli import main; main(['run', '--model', 'M', '--output', 'O', '--json'])"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

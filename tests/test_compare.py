@@ -26,6 +26,7 @@ from qconvert.ir.forward import BlockRunner
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin.manager import plugin_manager
 from qconvert.plugin.observer import AbsMax
 from qconvert.quantizers.absmax import AbsMaxQuantizer
 from qconvert.recipe import Recipe, named_recipes
@@ -130,7 +131,7 @@ def test_recipes_without_observers_run_no_block(recipes: Recipes, monkeypatch: p
 
 
 def test_what_a_share_gets_is_what_it_would_get_alone(recipes: Recipes) -> None:
-    plugins = pipeline.plugin_manager()
+    plugins = plugin_manager()
     mine = recipes(TRIES)
     model = pipeline.load_model(mine["awq"], plugins, pipeline.silent)
     samples = pipeline.read_samples(model, mine["awq"], True)
@@ -364,7 +365,7 @@ def test_the_document_has_an_entry_per_recipe_and_says_what_was_measured(model: 
     sized = {"weights_bytes", "ratio", "average_bits", "target", "p50_ms", "float_p50_ms", "speedup", "quantize_seconds"}
     own = {"kl", "top1", "perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"} if model == "llama" else {"cosine"}
     *good, odd = document["recipes"]
-    assert [set(entry) for entry in good] == [always | sized | own] * 2
+    assert [set(entry) - {"others_share"} for entry in good] == [always | sized | own] * 2  # which not every system tells
     assert set(odd) == always
     assert {key: odd[key] for key in always - {"error"}} == {
         "name": "odd", "quantizer": "awq", "scheme": "int4-g256", "passed": False, "pareto": False

@@ -18,9 +18,10 @@ from qconvert.errors import InputError
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS
 from qconvert.ir.reader import CHUNK, read_index, read_layer
 from qconvert.plugin.distribution import Code, Distribution, builtin
+from qconvert.published import published_recipe
 from qconvert.recipe import Recipe
 from qconvert.workdir import open_stage
-from qconvert.write import published_recipe, run_digest, write, write_manifest
+from qconvert.write import run_digest, write, write_manifest
 from qconvert.write.origin import Origin, file_digests, machine, versions
 
 INPUTS = {"model.safetensors": "ab" * 32}

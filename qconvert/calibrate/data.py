@@ -11,9 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from qconvert.calibrate.records import ARRAYS_SUFFIX, BUILTIN, read_arrays, read_records
+from qconvert.calibrate.records import read_arrays, read_records
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.agreement import position_limit
+from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples

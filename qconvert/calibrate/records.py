@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qconvert.errors import InputError, UsageError, in_one_line
+from qconvert.errors import InputError, in_one_line
+from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN, TEXT_SUFFIXES, data_file, unreadable
 
-BUILTIN = "builtin"
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-ARRAYS_SUFFIX = ".npz"
 MIN_PROSE_WORDS = 8  # shorter paragraphs of the builtin text are headings and captions
 
 
@@ -31,15 +29,8 @@ def read_records(source: str) -> Iterator[str]:
     if source == BUILTIN:
         yield from _builtin_prose()
         return
-    path = Path(source)
+    path = data_file(source, TEXT_SUFFIXES)
     readers = {".txt": _lines, ".jsonl": _json_texts, ".parquet": _parquet_texts}
-    if path.suffix not in readers:
-        raise UsageError(
-            "QC-DATA-002",
-            f"{source!r} is no source of text",
-            hint=f"give '{BUILTIN}' or a file that ends in {', '.join(TEXT_SUFFIXES)} or {ARRAYS_SUFFIX}; for ids of the "
-            "Hugging Face Hub install the plugin qconvert-hub",
-        )
     with _readable(path):
         for text in readers[path.suffix](path):
             if text.strip():
@@ -48,7 +39,7 @@ def read_records(source: str) -> Iterator[str]:
 
 def read_arrays(source: str) -> dict[str, Tensor]:
     """The arrays of an .npz file. Pickled objects are refused. Raises InputError QC-DATA-001."""
-    path = Path(source)
+    path = data_file(source, (ARRAYS_SUFFIX,))
     with _readable(path), np.load(path, allow_pickle=False) as archive:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds one bare array, not a .npz archive of named ones")
@@ -58,8 +49,6 @@ def read_arrays(source: str) -> dict[str, Tensor]:
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
-        if not path.is_file():
-            raise FileNotFoundError("no such file")
         yield
     except (
         OSError,
@@ -68,9 +57,7 @@ def _readable(path: Path) -> Iterator[None]:
         EOFError,
         zipfile.BadZipFile,
     ) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise InputError(
-            "QC-DATA-001", f"data file {str(path)!r} can't be read: {in_one_line(error)}", hint="check the path and the file"
-        ) from error
+        raise unreadable(path, in_one_line(error)) from error
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -32,6 +32,7 @@ def compare(tries: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 
     stdout: the table, or with --json the document. The exit code is the highest that any recipe would have had alone.
     """
+    from qconvert import preflight
     from qconvert.cli.terminal import StderrConsole, working
     from qconvert.recipe import named_recipes, tried
     from qconvert.report.comparison import table
@@ -42,10 +43,11 @@ def compare(tries: tuple[str, ...], as_json: bool, **flags: Any) -> None:
         if tries:
             settings["recipes"] = [*part_of(settings, "recipes", list), *map(tried, tries)]
         recipes = named_recipes(settings)
+        plugins = preflight.check_comparison(recipes)
         with importing():
             from qconvert.compare import compare as compare_recipes
 
-        comparison = compare_recipes(recipes, progress)
+        comparison = compare_recipes(recipes, progress, plugins)
     if as_json:
         console.print(table(comparison))
         emit(json.dumps(comparison.document(), indent=2))

@@ -21,15 +21,17 @@ def plan(as_json: bool, **flags: Any) -> None:
 
     stdout: the plan, with --json as a document. Takes the flags of run.
     """
+    from qconvert import preflight
     from qconvert.cli.terminal import StderrConsole, working
-    from qconvert.report.plan import document, table
 
     with working(StderrConsole()):
         recipe = recipe_of(flags)
+        plugins = preflight.check(recipe)
         with importing():
             from qconvert import pipeline
+            from qconvert.report.plan import document, table
 
-        made = pipeline.plan(recipe)
+        made = pipeline.plan(recipe, plugins)
     if as_json:
         emit(json.dumps(document(made), indent=2))
     else:

@@ -36,6 +36,7 @@ def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates
 
     stdout: the folder, or with --json the report.
     """
+    from qconvert import preflight
     from qconvert.cli.report import show
     from qconvert.cli.terminal import StderrConsole, working
     from qconvert.recipe import Gate
@@ -43,8 +44,9 @@ def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates
     console = StderrConsole()
     with working(console) as progress:
         parsed = tuple(map(Gate.parse, gates))
+        plugins = preflight.check_published(folder, targets, evaluation, parsed)
         with importing():
             from qconvert import pipeline
 
-        report = pipeline.verify(folder, targets, evaluation, parsed, progress)
+        report = pipeline.verify(folder, targets, evaluation, parsed, progress, plugins)
     show(report, folder, console, as_json=as_json)

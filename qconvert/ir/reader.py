@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir import layout
-from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS, StoredTensor, Written
+from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
+from qconvert.ir.manifest import read_manifest
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.report import Assignment, LayerReport
@@ -42,9 +43,6 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-# What every manifest holds (write/manifest.py).
-MANIFEST_KEYS = ("schema", "recipe", "inputs", "outputs", "versions", "layers", "sidecar")
-
 # Bytes hashed at once. A thread that hashes waits up to 5 ms (sys.getswitchinterval) for the interpreter after each.
 CHUNK = 2**24
 
@@ -99,23 +97,6 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         sidecar = read_manifest(folder)["sidecar"]
         return index | {name: stored_tensor(SIDECAR, record) for name, record in sidecar.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
-        ) from error
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """qconvert.json of an output folder. Raises InputError QC-READ-001 if it can't be read."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError("it holds no JSON object")
-        missing = [key for key in MANIFEST_KEYS if key not in manifest]
-        if missing:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        return manifest
-    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
         ) from error

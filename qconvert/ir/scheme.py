@@ -121,3 +121,22 @@ class QuantScheme:
         if isinstance(self.granularity, PerTensor):
             return 1, 1
         return out_features, in_features // self.group_size(in_features)
+
+
+def no_kernel(scheme: QuantScheme) -> UsageError:
+    """The error QC-PLAN-001, for a scheme whose `has_kernel` is false."""
+    return UsageError(
+        "QC-PLAN-001",
+        f"{scheme}: int8 activations have fast kernels only with int8 weights per tensor or channel",
+        hint="take int8-channel-a8, or leave out -a8",
+    )
+
+
+def no_zero_points(scheme: QuantScheme, where: str) -> UsageError:
+    """The error QC-PLAN-007, for a scheme with zero points on CUDA. where: the layer that has it."""
+    symmetric = str(scheme).replace("-asym", "")
+    return UsageError(
+        "QC-PLAN-007",
+        f"{where}: the CUDA provider's kernels take no zero points ({scheme})",
+        hint=f"take {symmetric}, or leave out --target cuda",
+    )

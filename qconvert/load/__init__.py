@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qconvert.errors import InputError
-from qconvert.ir.model import Model
-from qconvert.load import factory, hugging_face, package
+from qconvert.load import package
+
+if TYPE_CHECKING:
+    from qconvert.ir.model import Model
 
 
 def load(source: str, third_party: Callable[[str], Model | None]) -> Model:
@@ -17,6 +20,9 @@ def load(source: str, third_party: Callable[[str], Model | None]) -> Model:
     Only headers and configuration are read here. Raises InputError (QC-INPUT-...) for a source that is missing,
     damaged, unsafe or of a kind that qconvert does not convert.
     """
+    # torch and transformers take seconds, and folder.py and package.py are asked without them.
+    from qconvert.load import factory, hugging_face
+
     if not source.strip() or "\0" in source:
         raise InputError(
             "QC-INPUT-001", f"{source!r} is no source", hint="give --model a folder, pkg:PACKAGE/PATH or module:FACTORY"

@@ -60,6 +60,31 @@ def _points_outside(name: str) -> bool:
     return posix.is_absolute() or bool(windows.anchor) or ".." in posix.parts or ".." in windows.parts
 
 
+def no_folder(path: Path) -> InputError:
+    """Why a path is no checkpoint folder."""
+    if not path.exists():
+        return InputError(
+            "QC-INPUT-001",
+            f"source {str(path)!a} does not exist",
+            hint="check the path; for ids of the Hugging Face Hub install the plugin qconvert-hub",
+        )
+    if path.suffix in PICKLES:
+        return InputError(
+            "QC-INPUT-003",
+            f"{path} is a pickle: opening it can run code",
+            hint="load it in an environment that you trust, and save it with save_pretrained or give it as module:FACTORY",
+        )
+    hint = {
+        ".gguf": "install the plugin qconvert-gguf, which loads GGUF files",
+        ".safetensors": f"give the folder that holds it, with its {CONFIG}",
+    }
+    return InputError(
+        "QC-INPUT-002",
+        f"{path} is a file, and no installed plugin loads it",
+        hint=hint.get(path.suffix, "give a Hugging Face folder, or install a plugin that loads such files"),
+    )
+
+
 def read_weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file name of a sharded checkpoint, None for one that is a single file. No weight file is opened.
 

@@ -17,7 +17,7 @@ from qconvert.ir.model import Model, TensorSource
 from qconvert.ir.report import Task
 from qconvert.load import names, skeleton
 from qconvert.load.computed import computed_tensors
-from qconvert.load.folder import CONFIG, INDEX, PICKLES, carried_files, contained, read_json, refuse_adapter
+from qconvert.load.folder import CONFIG, INDEX, carried_files, contained, no_folder, read_json, refuse_adapter
 from qconvert.load.names import RenamedSource
 from qconvert.load.safetensors import open_folder
 from qconvert.load.tokenizer import TextEncoder, text_encoder
@@ -36,7 +36,7 @@ def load_folder(folder: Path) -> Model:
     Raises InputError: QC-INPUT-001 for no such folder, and what folder, safetensors, skeleton and names raise.
     """
     if not folder.is_dir():
-        raise _no_folder(folder)
+        raise no_folder(folder)
     refuse_adapter(folder)
     if not (folder / CONFIG).is_file():
         raise InputError("QC-INPUT-002", f"{folder} has no {CONFIG}", hint="give the folder of a Hugging Face checkpoint")
@@ -59,30 +59,6 @@ def load_folder(folder: Path) -> Model:
         encode_text=text_encoder(files, folder),
     )
     return replace(model, folder=folder)
-
-
-def _no_folder(path: Path) -> InputError:
-    if not path.exists():
-        return InputError(
-            "QC-INPUT-001",
-            f"source {str(path)!a} does not exist",
-            hint="check the path; for ids of the Hugging Face Hub install the plugin qconvert-hub",
-        )
-    if path.suffix in PICKLES:
-        return InputError(
-            "QC-INPUT-003",
-            f"{path} is a pickle: opening it can run code",
-            hint="load it in an environment that you trust, and save it with save_pretrained or give it as module:FACTORY",
-        )
-    hint = {
-        ".gguf": "install the plugin qconvert-gguf, which loads GGUF files",
-        ".safetensors": f"give the folder that holds it, with its {CONFIG}",
-    }
-    return InputError(
-        "QC-INPUT-002",
-        f"{path} is a file, and no installed plugin loads it",
-        hint=hint.get(path.suffix, "give a Hugging Face folder, or install a plugin that loads such files"),
-    )
 
 
 def model_from_config(

@@ -15,13 +15,13 @@ from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import KeptFloat
-from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template, layer_kind
 from qconvert.plan.cuda import check_cuda, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin import contract
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.recipe import Recipe
+from qconvert.recipe import Recipe, refuse_gates
 
 
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
@@ -32,12 +32,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     CUDA provider has no kernel for, where that is a target.
     """
     default = recipe.scheme or quantizer.default_scheme
-    if recipe.logits == "last" and model.task != "causal-lm":
-        raise UsageError(
-            "QC-PLAN-011",
-            f"{model.name} has no logits of a last position: it is no decoder-only language model",
-            hint="leave out 'logits: last'",
-        )
+    check(model, recipe)
     layers, kept, shared = _sort_modules(model, template, recipe, default)
     _check_rules(recipe, [*layers, *shared, *(entry.name for entry in kept)])
     if not layers:
@@ -65,6 +60,17 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         cuda_bytes=cuda_bytes(model, layers, recipe.cuda_dtype) if "cuda" in recipe.targets else 0,
         unread=_unread(model, template),
     )
+
+
+def check(model: Model, recipe: Recipe) -> None:
+    """What a model has to be for a recipe, known before it is traced. Raises UsageError QC-PLAN-011, QC-GATE-002."""
+    if recipe.logits == "last" and model.task != "causal-lm":
+        raise UsageError(
+            "QC-PLAN-011",
+            f"{model.name} has no logits of a last position: it is no decoder-only language model",
+            hint="leave out 'logits: last'",
+        )
+    refuse_gates(recipe.gates, model.task)
 
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
@@ -149,11 +155,7 @@ def _check_schemes(default: QuantScheme, layers: Iterable[LayerPlan], recipe: Re
 
 def _check_scheme(scheme: QuantScheme, quantizer: Quantizer) -> None:
     if not scheme.has_kernel:
-        raise UsageError(
-            "QC-PLAN-001",
-            f"{scheme}: int8 activations have fast kernels only with int8 weights per tensor or channel",
-            hint="take int8-channel-a8, or leave out -a8",
-        )
+        raise no_kernel(scheme)
     reason = contract.refuses(quantizer, scheme)
     if reason is not None:
         raise UsageError(

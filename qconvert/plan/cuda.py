@@ -14,6 +14,7 @@ from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.model import Model
 from qconvert.ir.narrow import narrow
 from qconvert.ir.plan import LayerPlan
+from qconvert.ir.scheme import no_zero_points
 from qconvert.ir.template import Template
 from qconvert.recipe import Logits
 
@@ -27,12 +28,7 @@ def check_cuda(
     """
     for layer in layers.values():
         if not layer.scheme.symmetric:
-            symmetric = str(layer.scheme).replace("-asym", "")
-            raise UsageError(
-                "QC-PLAN-007",
-                f"{layer.name}: the CUDA provider's kernels take no zero points ({layer.scheme})",
-                hint=f"take {symmetric}, or leave out --target cuda",
-            )
+            raise no_zero_points(layer.scheme, layer.name)
         gathered = layer.kind == "embedding" and (not layer.scheme.activation_bits or layer.name in shared.values())
         if gathered and cuda.is_padded(layer):
             raise UsageError(

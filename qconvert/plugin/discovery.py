@@ -68,6 +68,9 @@ def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
 
     Raises UsageError QC-PLUGIN-009 for a file that does not exist.
     """
+    for path in files:  # before anything is imported
+        if not path.is_file():
+            raise UsageError("QC-PLUGIN-009", f"there is no plugin {str(path)!r}", hint="give the path of a Python file")
     known = {(broken.distribution.name, broken.value): broken for broken in _set_aside()}
     found = sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value))
     chosen, missing = _chosen(found)
@@ -77,8 +80,6 @@ def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
     for name in missing:
         yield BrokenPlugin(Distribution(name, "(no version)"), SELECTION, f"{SELECTION} names it, but it is not installed")
     for path in files:
-        if not path.is_file():
-            raise UsageError("QC-PLUGIN-009", f"there is no plugin {str(path)!r}", hint="give the path of a Python file")
         distribution = of_file(path)
         yield known.get((distribution.name, str(path))) or _imported(distribution, str(path), partial(_module, path))
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, get_args
 
 from qconvert.errors import PluginError, QConvertError
-from qconvert.ir.model import Model, TensorInfo, TensorSource
 from qconvert.ir.report import Task
 from qconvert.plugin import watch
 from qconvert.plugin.discovery import FAILURES, reason
 from qconvert.plugin.distribution import Distribution
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qconvert.ir.model import TensorInfo, TensorSource
 
 
 class PluginSource:
@@ -55,6 +57,8 @@ class PluginSource:
 
 def model_problems(model: object) -> Iterator[str]:
     """What is wrong with what `load_model` returned, in the order in which one check relies on those before it."""
+    from qconvert.ir.model import Model  # here: who asks for data needs no torch
+
     if not isinstance(model, Model):
         yield f"it returned {type(model).__name__}, not a Model"
         return

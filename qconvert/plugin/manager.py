@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qconvert.plugin.quantizer import Quantizer
     from qconvert.recipe import Recipe
 
+    Registered = dict[str, list[tuple[type[Quantizer], Plugin]]]
+
 logger = logging.getLogger(__name__)
 
 BUILTINS = (
@@ -41,6 +43,8 @@ BUILTINS = (
     "qconvert.quantizers.llm_int8",
     "qconvert.quantizers.smoothquant",
 )
+# Of their quantizers, those that need calibration data: told here, so that nobody has to import torch to know.
+CALIBRATED = ("awq", "gptq", "llm-int8", "smoothquant")
 
 
 def plugin_manager(files: Sequence[Path] = ()) -> PluginManager:
@@ -61,8 +65,7 @@ class PluginManager:
         self._loader: Plugin | None = None
         self._hooks = pluggy.PluginManager("qconvert")
         self._hooks.add_hookspecs(hookspecs)
-        for name in builtins:
-            self._register(Plugin(import_module(name), builtin(), name))
+        self._builtins = tuple(builtins)
         # All are imported before anything is said: where one crashes the process, this begins again without it.
         for found in tuple(discovered(files)):
             if isinstance(found, BrokenPlugin):
@@ -91,6 +94,11 @@ class PluginManager:
             )
         kind, plugin = found[0]
         return _build(kind, plugin, options)
+
+    @property
+    def load_models(self) -> bool:
+        """Whether a plugin may know sources that nobody else does."""
+        return any("load_model" in hook_functions(plugin.implementation) for plugin in self.plugins)
 
     def load_model(self, source: str) -> Model | None:
         """What the first plugin that knows `source` makes of it, None if none does.
@@ -145,18 +153,43 @@ class PluginManager:
             found.append(Code(self._loader.distribution, code_digest(module)))
         return tuple(found)
 
-    @cached_property
-    def quantizers(self) -> dict[str, list[tuple[type[Quantizer], Plugin]]]:
-        """name -> who registered it. More than one is an error only for the user who asks for that name.
+    def require(self, name: str) -> None:
+        """Raises what `quantizer` raises for a name that nobody brings; qconvert's own need not be imported for that."""
+        if name not in self._own_names and name not in self._brought:
+            raise self.unknown(name)
 
-        The names of built-ins are theirs: a plugin that takes one is set aside.
-        """
-        registered: dict[str, list[tuple[type[Quantizer], Plugin]]] = {}
-        for plugin in tuple(self.plugins):
+    def needs_data(self, name: str) -> bool:
+        """Whether the quantizer `name` needs calibration data."""
+        if name in self._own_names:
+            return name in CALIBRATED
+        return any(kind.observers for kind, _ in self._brought.get(name, ()))
+
+    @cached_property
+    def quantizers(self) -> Registered:
+        """name -> who registered it. More than one is an error only for the user who asks for that name."""
+        own = [Plugin(import_module(name), builtin(), name) for name in self._builtins]
+        for plugin in own:
+            self._register(plugin)
+        self.plugins = [*own, *(plugin for plugin in self.plugins if plugin not in own)]
+        return self._registered(own) | self._brought
+
+    @property
+    def _own_names(self) -> set[str]:
+        """Of qconvert's own quantizers: each has that of its module."""
+        return {name.rpartition(".")[2].replace("_", "-") for name in self._builtins}
+
+    @cached_property
+    def _brought(self) -> Registered:
+        """`quantizers`, of third parties alone. The names of built-ins are theirs: a plugin that takes one is set aside."""
+        return self._registered([plugin for plugin in self.plugins if plugin.distribution != builtin()])
+
+    def _registered(self, plugins: Sequence[Plugin]) -> Registered:
+        registered: Registered = {}
+        for plugin in plugins:
             try:
                 kinds = [kind for result in self._ask(plugin, "register_quantizers") for kind in _quantizer_types(result)]
                 if plugin.distribution != builtin():
-                    _refuse_taken(kinds, {name for name, found in registered.items() if found[0][1].distribution == builtin()})
+                    _refuse_taken(kinds, self._own_names)
             except FAILURES as error:
                 self._set_aside(broken(plugin.distribution, plugin.value, error, plugin.implementation))
                 self.plugins.remove(plugin)
@@ -228,7 +261,7 @@ class PluginManager:
 
     def unknown(self, name: str) -> QConvertError:
         """What to tell a user who asks for a plugin that is not there: QC-PLUGIN-001 or QC-PLUGIN-002."""
-        known = sorted(self.quantizers)
+        known = sorted({*self._own_names, *self._brought})
         close = difflib.get_close_matches(name, known, n=1)
         listing = f"known are {', '.join(known)}"
         if self.broken:

@@ -19,11 +19,12 @@ from qconvert.ir.dequantized import Artifact
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.layer import Batch
+from qconvert.ir.manifest import read_manifest
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.processor import processor
 from qconvert.ir.progress import Progress
-from qconvert.ir.reader import read_index, read_manifest, sha256
+from qconvert.ir.reader import read_index, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template

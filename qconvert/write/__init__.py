@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from qconvert.write.blocks import Writer, write
-from qconvert.write.manifest import published_recipe, run_digest, write_manifest
+from qconvert.write.manifest import run_digest, write_manifest
 
-__all__ = ["Writer", "published_recipe", "run_digest", "write", "write_manifest"]
+__all__ = ["Writer", "run_digest", "write", "write_manifest"]

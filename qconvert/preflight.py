@@ -1,0 +1,136 @@
+"""What is wrong with a job at first sight: found from recipe, config and folder before torch, or a model, is loaded.
+
+Nothing heavy is imported here. What only a model can tell is refused when it is loaded, before it is traced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from qconvert.errors import InputError, UsageError
+from qconvert.ir.comparison import FILE
+from qconvert.ir.data_source import BUILTIN, data_file
+from qconvert.ir.report import Task
+from qconvert.ir.scheme import no_kernel, no_zero_points
+from qconvert.load import package
+from qconvert.load.folder import CONFIG, no_folder
+from qconvert.output import check_output, recover
+from qconvert.plugin import watch
+from qconvert.plugin.manager import PluginManager, plugin_manager
+from qconvert.published import FACTORY, published_recipe
+from qconvert.recipe import Gate, Recipe, refuse_gates
+
+# How classes of models that write text are called; what others are is for the loader to say.
+GENERATING_CLASSES = ("ForCausalLM", "LMHeadModel")
+
+
+def check(recipe: Recipe) -> PluginManager:
+    """Raise what keeps a recipe from being carried out, as far as that is known at once. Gives the plugins that it may use.
+
+    Raises UsageError QC-OUTPUT-001 to 005, QC-PLUGIN-002 and 009, QC-DATA-002, QC-GATE-002, QC-PLAN-001 and 007, InputError
+    QC-INPUT-001, 020 and 021 and QC-DATA-001, ResourceError QC-LOCK-001, and what plugins raise.
+    """
+    plugins = plugins_of(recipe)
+    _check(recipe, plugins)
+    scheme = recipe.scheme
+    if scheme is not None and not recipe.rules:  # else no layer may have it in the end
+        if not scheme.has_kernel:
+            raise no_kernel(scheme)
+        if not scheme.symmetric and "cuda" in recipe.targets:
+            raise no_zero_points(scheme, "the recipe's scheme")
+    refuse_gates(recipe.gates, _task(recipe.model))
+    return plugins
+
+
+def check_comparison(recipes: Mapping[str, Recipe]) -> PluginManager:
+    """`check` for what concerns all recipes of a comparison; what concerns one alone stops no other."""
+    first = next(iter(recipes.values()))
+    plugins, folder = plugins_of(first), first.output.parent
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("QC-OUTPUT-003", f"output {folder} is a file", hint="give an --output folder that doesn't exist yet")
+    for recipe in recipes.values():
+        _check(recipe, plugins)
+    if (folder / FILE).exists() and not first.force:
+        raise UsageError(
+            "QC-OUTPUT-004",
+            f"output {folder} holds a {FILE}",
+            hint="give --force to replace the comparison, or another --output",
+        )
+    return plugins
+
+
+def check_published(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> PluginManager:
+    """`check` for what `verify` is given. A float source that is missing is for later: the folder's own files come first.
+
+    Raises InputError QC-READ-001 for a folder that no run has written, and as `check` for plugins, data and gates.
+    """
+    recover(folder)
+    recipe = published_recipe(folder, targets, evaluation, gates)
+    plugins = plugins_of(recipe)
+    plugins.require(recipe.worker)
+    refuse_gates(recipe.gates, _task(recipe.model))
+    if recipe.evaluation.source is not None:
+        _find_data(recipe.evaluation.source, plugins)
+    return plugins
+
+
+def plugins_of(recipe: Recipe) -> PluginManager:
+    """All plugins that a recipe may use. Their calls are limited to its time from now on."""
+    watch.limit_calls(recipe.plugin_timeout)
+    return plugin_manager(recipe.plugins)
+
+
+def _check(recipe: Recipe, plugins: PluginManager) -> None:
+    source, data = _place(recipe.model), tuple(_data(recipe, plugins))
+    inputs = [*recipe.plugins, *(Path(name) for name in data), *([source] if source else [])]
+    check_output(recipe.output, force=recipe.force, inputs=[path for path in inputs if path.exists()])
+    plugins.require(recipe.worker)
+    if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
+        raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")
+    if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir() or plugins.load_models):
+        raise no_folder(source)
+    for name in data:
+        _find_data(name, plugins)
+
+
+def _place(model: str) -> Path | None:
+    """The file or folder that a source names; None where it names something else, or nothing at all.
+
+    Raises InputError QC-INPUT-001 and 020 for a pkg: that leads nowhere.
+    """
+    if not model.strip() or "\0" in model:
+        return None
+    if model.startswith(package.SCHEME):
+        return package.resolve(model)
+    if model.startswith(FACTORY):
+        file, _, _ = model.removeprefix(FACTORY).rpartition(":")
+        return Path(file) if file.endswith(".py") else None
+    return Path(model)
+
+
+def _task(model: str) -> Task | None:
+    """What kind of model a source is, where that is plain without loading it."""
+    if model.startswith(FACTORY):
+        return "module"
+    place = _place(model)
+    try:
+        names = json.loads((place / CONFIG).read_text(encoding="utf-8"))["architectures"] if place else []
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # the loader says what is wrong with it
+        return None
+    plain = isinstance(names, list) and len(names) == 1 and str(names[0]).endswith(GENERATING_CLASSES)
+    return "causal-lm" if plain else None
+
+
+def _data(recipe: Recipe, plugins: PluginManager) -> Iterator[str]:
+    """The sources of data that the recipe names and a run of it reads."""
+    calibrated = recipe.tuning is not None or plugins.needs_data(recipe.worker)
+    judging = recipe.evaluation.source or recipe.calibration.source
+    sources = (judging if calibrated or recipe.verify else None, recipe.calibration.source if calibrated else None)
+    yield from dict.fromkeys(source for source in sources if source is not None)
+
+
+def _find_data(source: str, plugins: PluginManager) -> None:
+    if source != BUILTIN and not Path(source).is_file() and plugins.find_data(source) is None:
+        data_file(source)
