@@ -12,8 +12,8 @@ question. An `If` whose condition is then a constant is replaced by the branch t
 and both forms read the same bytes: `w ^ 128` as unsigned byte is the signed `w` plus 128, which the zero point takes off again.
 
 The insides of a branch are folded before it is known whether it is taken, which would make a copy of every weight for nothing.
-But what has no shape yet is left for later. So `bit`, which is 128, comes from an `If` of its own, whose other branch gives an
-empty value of another rank. Signed weights are transposed outside of the branches, which costs nothing where they are used.
+But what has no shape yet is left for later. So `bit`, which is 128, comes from an `If` of its own, whose branches give it in
+different ranks. Signed weights are transposed outside of the branches, which costs nothing where they are used.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class _Chooser:
         self.builder = builder
         self.highest_bit = builder.constant("qconvert/highest_bit", np.array(HIGHEST_BIT, np.uint8))
         self.exact = self._probe()
-        nothing = _constant(f"{FLIPPED}/nothing", np.array([], np.uint8))
+        row = _constant(f"{FLIPPED}/row", np.array([HIGHEST_BIT], np.uint8))
         bit = _constant(f"{FLIPPED}/bit", np.array(HIGHEST_BIT, np.uint8))
         self.flipped_bit = self._either(
             FLIPPED,
-            Graph([], [nothing], nodes=[], initializers=[nothing], name=f"{FLIPPED}/signed"),
+            Graph([], [row], nodes=[], initializers=[row], name=f"{FLIPPED}/signed"),
             Graph([], [bit], nodes=[], initializers=[bit], name=f"{FLIPPED}/unsigned"),
         )
 
