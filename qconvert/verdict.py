@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
+from qconvert.ir.agreement import position_limit
 from qconvert.ir.artifact import MANIFEST, TARGETS, Written, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -33,6 +34,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
         scheme=str(plan.scheme),
         samples=samples.counts,
         size=size,
+        context_length=position_limit(model) if model.task == "causal-lm" else None,
         processor=found.processor,
         parity=found.parity,
         fidelity=found.fidelity,

@@ -1,4 +1,4 @@
-"""What counts when a graph is compared with torch: every output, every row, no padding."""
+"""What counts when a graph is compared with torch: every output, every row, padded on either side, no padding itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrate_models import t5
+from calibrate_models import bert, llama, t5
 from tiny_models import tiny_bert
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -55,7 +55,7 @@ def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
     classifier = BertForSequenceClassification(config).eval()
     model = replace(load(str(tiny_bert(tmp_path / "bert")), lambda source: None), module=classifier)
     expected = [graph_outputs("encoder", classifier, batch) for batch in agreement.probes(model)]
-    assert [len(outputs) for outputs in expected] == [2, 2]
+    assert [len(outputs) for outputs in expected] == [2, 2, 2]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
         hidden, logits = graph_outputs("encoder", classifier, {key: torch.from_numpy(x) for key, x in inputs.items()})
@@ -100,11 +100,61 @@ def test_every_step_of_an_encoder_decoder_counts() -> None:
     expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in agreement.probes(model)]
     sound = Remembering(lambda past: 0)
     assert agreement.relative_error(model, sound, expected) == 0
-    assert sound.seen == [(0, 25), (25, 1), (26, 4)]
+    assert sound.seen == [(0, 25), (25, 1), (26, 4)] * 2  # the source padded on the right, and on the left
     largest = max(float(logits.max()) for (logits,) in expected)
     for step in (0, 25, 26):
         wrong = Remembering(lambda past, step=step: 0.1 * largest if past == step else 0)  # type: ignore[misc]
         assert agreement.relative_error(model, wrong, expected) > 0.05
+
+
+# --- padding ---
+
+FIRST, LAST = 0, -1  # the column of a batch where padding on the left, or on the right, is seen
+
+
+@pytest.mark.parametrize("column", [FIRST, LAST])
+def test_an_encoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
+    plain, model = bert()
+    expected = [graph_outputs("encoder", plain, batch) for batch in agreement.probes(model)]
+
+    def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
+        (hidden,) = graph_outputs("encoder", plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
+        return [hidden + off * torch.from_numpy(inputs["attention_mask"][:, column] == 0)[:, None, None]]
+
+    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
+    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
+
+
+class Adding:
+    """Stands for the session of a decoder: its cache is what was read, its logits add it up, padding left out.
+
+    off: what is added to the logits where the attention mask is 0 in `column`.
+    """
+
+    def __init__(self, column: int, off: float) -> None:
+        self.column, self.off = column, off
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="past_key_values.0.key", shape=("batch", 1, "past", 1), type="tensor(float)")]
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in ("logits", "present.0.key")]
+
+    def run(self, names: None, inputs: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+        past, new, mask = inputs["past_key_values.0.key"], inputs["input_ids"], inputs["attention_mask"]
+        past = past if isinstance(past, np.ndarray) else past.numpy()
+        read = np.concatenate((past, new[:, None, :, None].astype(np.float32)), 2)
+        logits = (read[:, 0, :, 0] * mask).cumsum(1)[:, past.shape[2] :, None]
+        return [logits + self.off * (mask[:, self.column] == 0)[:, None, None], read]
+
+
+@pytest.mark.parametrize("column", [FIRST, LAST])
+def test_a_decoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
+    model = llama()[1]
+    expected = [(batch["input_ids"].cumsum(1)[..., None].float(),) for batch in agreement.probes(model)]
+    assert agreement.relative_error(model, Adding(column, off=0), expected) == 0
+    largest = max(float(logits.max()) for (logits,) in expected)
+    assert agreement.relative_error(model, Adding(column, off=0.1 * largest), expected) > 0.05
 
 
 def test_what_is_not_finite_or_of_another_shape_is_infinitely_wrong() -> None:

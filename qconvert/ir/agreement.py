@@ -1,20 +1,25 @@
-"""Whether an ONNX graph and a torch model compute the same, on a few rows of different length."""
+"""Whether an ONNX graph and a torch model compute the same, on a few rows of different length, padded on either side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.runtime import CROSS, Values, empty
 
-# Rows of different length, padded on the right: the second has to ignore what is not there.
+# Rows of different length: the second has to ignore what is not there.
 LENGTHS = (9, 6)
+
+# Where padding is put. transformers' generate puts it on the left.
+Side = Literal["right", "left"]
+SIDES: tuple[Side, ...] = ("right", "left")
 
 # The token after each row, for one decode step on the cache.
 NEXT_TOKENS = (3, 4)
@@ -23,6 +28,11 @@ NEXT_TOKENS = (3, 4)
 # first run and of two steps on its cache.
 SOURCE_LENGTHS = (40, 27)
 DECODER_STEPS = (25, 1, 4)
+
+
+# The reference's outputs for each of the probes; (what a session gives, what it should give).
+References = Sequence[Sequence[np.ndarray[Any, Any]]]
+Pairs = Iterator[tuple[np.ndarray[Any, Any], ...]]
 
 
 def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
@@ -40,32 +50,48 @@ def vocabulary_size(model: Model) -> int:
 
 
 def position_limit(model: Model) -> int | None:
-    """How many tokens a text model takes at once, None where its config.json does not say."""
-    config = model.config or {}
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    """How many tokens a text model takes at once, None where its config does not say."""
+    limit = getattr(model.module.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tables = (module for name, module in model.module.named_modules() if name.endswith("position_embeddings"))
+    # RoBERTa and its kin have no position for padding, nor any before that.
+    unused = max((padding + 1 for table in tables if (padding := getattr(table, "padding_idx", None)) is not None), default=0)
+    return int(limit) - unused
 
 
 def probes(model: Model) -> list[Batch]:
-    """What the reference is run on: each row of token ids by itself, without padding; or the first example inputs."""
+    """What the reference is run on: each row of token ids by itself, without padding; or the first example inputs.
+
+    For encoders and encoder-decoders the rows follow as one batch, padded on the left: where that moves positions (BERT,
+    BART), torch gives other numbers than for the row alone. A decoder's positions are those of the row alone.
+    """
     if model.task == "module":
         return [{name: value[:2] for name, value in model.example_inputs.items()}]
+    rows = _rows(model, later=True)
+    return rows if model.task == "causal-lm" else [*rows, _padded(rows, "left")]
+
+
+def _rows(model: Model, *, later: bool) -> list[Batch]:
+    """Each row by itself. later: with the tokens of steps on the cache."""
     vocabulary = vocabulary_size(model)
     if model.task == "seq2seq-lm":
+        decoded = sum(DECODER_STEPS) if later else DECODER_STEPS[0]
         return [
             {
                 "input_ids": _tokens(length, row, vocabulary),
                 "attention_mask": torch.ones(1, length, dtype=torch.long),
-                "decoder_input_ids": _tokens(sum(DECODER_STEPS), row + 2, vocabulary),
+                "decoder_input_ids": _tokens(decoded, row + 2, vocabulary),
             }
             for row, length in enumerate(SOURCE_LENGTHS)
         ]
     batches = []
     for row, length in enumerate(LENGTHS):
-        ids = _tokens(length, row, vocabulary)[0]
-        if model.task == "causal-lm":
-            ids = torch.cat((ids, torch.tensor([NEXT_TOKENS[row] % vocabulary])))
-        others = {name: torch.zeros(1, len(ids), dtype=torch.long) for name in model.input_names}
-        batches.append(others | {"input_ids": ids[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.long)})
+        ids = _tokens(length, row, vocabulary)
+        if model.task == "causal-lm" and later:
+            ids = torch.cat((ids, torch.tensor([[NEXT_TOKENS[row] % vocabulary]])), 1)
+        others = {name: torch.zeros_like(ids) for name in model.input_names}
+        batches.append(others | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     return batches
 
 
@@ -74,21 +100,19 @@ def _tokens(length: int, seed: int, vocabulary: int) -> Tensor:
     return ((torch.arange(length) * 7919 + 13 * seed + 5) % vocabulary)[None]
 
 
-def padded_batch(model: Model) -> Batch:
-    """The rows of `probes` as one batch, padded on the right; for decoders without the tokens of later steps."""
-    rows = probes(model)
-    if model.task == "module":
-        return rows[0]
-    lengths = SOURCE_LENGTHS if model.task == "seq2seq-lm" else LENGTHS
-    batch = {}
-    for name in rows[0]:
-        if name == "decoder_input_ids":  # not padded: what comes later does not reach what came before
-            batch[name] = torch.cat([row[name][:, : DECODER_STEPS[0]] for row in rows])
-            continue
-        batch[name] = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        for row, length in enumerate(lengths):
-            batch[name][row, :length] = rows[row][name][0, :length]
-    return batch
+def padded_batch(model: Model, side: Side = "right") -> Batch:
+    """The rows of `probes` as one batch; without the tokens of later steps."""
+    return probes(model)[0] if model.task == "module" else _padded(_rows(model, later=False), side)
+
+
+def _padded(rows: Sequence[Batch], side: Side) -> Batch:
+    return {name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_side=side) for name in rows[0]}
+
+
+def columns_of(row: int, side: Side) -> slice:
+    """Where the tokens of a row are in `padded_batch`; not of an encoder-decoder's source."""
+    longest = max(LENGTHS)
+    return slice(0, LENGTHS[row]) if side == "right" else slice(longest - LENGTHS[row], longest)
 
 
 def feed(session: Any, batch: Mapping[str, Tensor]) -> Values:
@@ -126,41 +150,49 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
     """(output of the session, what it should be), row by row for text models.
 
     expected: the reference's outputs (see ir.forward.graph_outputs) for each of `probes(model)`.
-    The session gets the padded batch; decoders then take steps on its cache. Padding itself is not compared.
+    The session gets the batch padded on the right, and then on the left; those that write text take steps on its cache.
+    Padding itself is not compared.
     """
-    inputs = feed(session, padded_batch(model))
-    found = session.run(None, inputs)
     references = [[output.numpy() for output in outputs] for outputs in expected]
     if model.task == "module":
-        return list(zip(found, references[0], strict=True))
-    if model.task == "seq2seq-lm":
-        return _stepwise(model, session, inputs, found, np.concatenate([logits for (logits,) in references]))
-    pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
-    for output, *rows in zip(found, *references, strict=False):  # caches follow a decoder's logits
-        by_token = len({reference.shape[1] for reference in rows}) > 1  # or one vector per sentence
-        for row, (reference, length) in enumerate(zip(rows, LENGTHS, strict=True)):
-            pairs.append((output[row, :length], reference[0, :length]) if by_token else (output[row], reference[0]))
-    if model.task == "causal-lm":
-        step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
-        logits, *_ = session.run(None, next_inputs(session, inputs, found, step))
-        pairs += [(logits[row, 0], references[row][0][0, length]) for row, length in enumerate(LENGTHS)]
-    return pairs
+        return list(zip(session.run(None, feed(session, padded_batch(model))), references[0], strict=True))
+    compare = {"causal-lm": _decoder_pairs, "seq2seq-lm": _stepwise, "encoder": _encoder_pairs}[model.task]
+    return [pair for side in SIDES for pair in compare(model, session, side, references)]
 
 
-def _stepwise(
-    model: Model,
-    session: Any,
-    inputs: Values,
-    found: Sequence[np.ndarray[Any, Any]],
-    reference: np.ndarray[Any, Any],
-) -> list[tuple[np.ndarray[Any, Any], ...]]:
-    """Of the first run and of every step after it. reference: logits [rows, all tokens, vocabulary]."""
-    tokens = torch.cat([batch["decoder_input_ids"] for batch in probes(model)]).numpy()
+def _decoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
+    """Of each row's tokens, and of a step after them. references: of each row by itself, logits of all its tokens."""
+    inputs = feed(session, padded_batch(model, side))
+    found = session.run(None, inputs)
+    step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
+    next_logits, *_ = session.run(None, next_inputs(session, inputs, found, step))
+    for row, length in enumerate(LENGTHS):
+        logits = references[row][0][0]
+        yield found[0][row, columns_of(row, side)], logits[:length]
+        yield next_logits[row, 0], logits[length]
+
+
+def _encoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
+    """Of each row's tokens, or its one vector. references: of each row by itself, then of the batch padded on the left."""
+    found = session.run(None, feed(session, padded_batch(model, side)))
+    for output, *alone, batch in zip(found, *references, strict=True):
+        by_token = len({reference.shape[1] for reference in alone}) > 1  # or one vector per sentence
+        for row, reference in enumerate(alone):
+            own = (row, columns_of(row, side)) if by_token else row
+            yield output[own], reference[0] if side == "right" else batch[own]
+
+
+def _stepwise(model: Model, session: Any, side: Side, references: References) -> Pairs:
+    """Of the first run and of every step after it. references: logits of all tokens, of each row's source by itself, then of
+    the batch padded on the left."""
+    expected = np.concatenate([logits for (logits,) in references[:-1]]) if side == "right" else references[-1][0]
+    tokens = torch.cat([row["decoder_input_ids"] for row in _rows(model, later=True)]).numpy()
+    inputs = feed(session, padded_batch(model, side))
+    found = session.run(None, inputs)
     read = DECODER_STEPS[0]
-    pairs: list[tuple[np.ndarray[Any, Any], ...]] = [(found[0], reference[:, :read])]
+    yield found[0], expected[:, :read]
     for count in DECODER_STEPS[1:]:
         inputs = next_inputs(session, inputs, found, tokens[:, read : read + count])
         found = session.run(None, inputs)
-        pairs.append((found[0], reference[:, read : read + count]))
+        yield found[0], expected[:, read : read + count]
         read += count
-    return pairs

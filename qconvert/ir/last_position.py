@@ -5,6 +5,8 @@ The graph that ships has the nodes; what compares all positions takes them out a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Node, Value
@@ -13,40 +15,43 @@ from qconvert.ir.artifact import INPUT_KEY
 from qconvert.ir.template import DOMAIN
 
 NAME = "qconvert/last_position"
+TO_THE_END = np.iinfo(np.int64).max
 
 
 def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
     """Let the linear `head` of a decoder's template read only the last token of each row, in place: logits [batch, 1, out].
 
-    Rows are padded on the right. A row that ended before the tokens of this run gives its first one.
+    A row without a token in this run gives its first position.
     """
     node = next(node for node in graph if node.domain == DOMAIN and "module" in node.attributes and _module(node) == head)
     hidden = node.inputs[0]
-    attention = next(each for each in graph if each.op_type == "GroupQueryAttention")
     assert hidden is not None
     assert hidden.shape is not None
-    last_token, total = attention.inputs[5:7]  # index of each row's last token, and length of the longest row, caches included
+    ids, mask = (next(value for value in graph.inputs if value.name == name) for name in ("input_ids", "attention_mask"))
     nodes: list[Node] = []
 
-    def op(op_type: str, inputs: list[Value | None], name: str, **attributes: int) -> Value:
+    def op(op_type: str, inputs: Sequence[Value], name: str, **attributes: int) -> Value:
         nodes.append(onnx_ir.node(op_type, inputs, attributes, name=name))
         made = nodes[-1].outputs[0]
         made.name, made.type = name, onnx_ir.TensorType(DataType.INT64)
         return made
 
-    def constant(name: str, value: list[int]) -> Value:
+    def constant(name: str, value: int | list[int]) -> Value:
         tensor = onnx_ir.tensor(np.array(value, np.int64), name=name)
-        shape, kind = onnx_ir.Shape([len(value)]), onnx_ir.TensorType(tensor.dtype)
-        made = Value(name=name, shape=shape, type=kind, const_value=tensor)
+        made = Value(
+            name=name, shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+        )
         graph.register_initializer(made)
         return made
 
-    ids = next(value for value in graph.inputs if value.name == "input_ids")
-    read_now = op("Shape", [ids], f"{NAME}/sequence", start=1, end=2)
-    before = op("Sub", [op("Cast", [total], f"{NAME}/total", to=DataType.INT64), read_now], f"{NAME}/past")
-    position = op("Sub", [op("Cast", [last_token], f"{NAME}/last_token", to=DataType.INT64), before], f"{NAME}/position")
-    within = op("Max", [position, constant(f"{NAME}/first", [0])], f"{NAME}/within")
-    indices = op("Unsqueeze", [within, constant(f"{NAME}/axes", [1, 2])], f"{NAME}/indices")
+    sequence, axis = op("Shape", [ids], f"{NAME}/sequence", start=1, end=2), constant(f"{NAME}/axis", [1])
+    start = op("Neg", [sequence], f"{NAME}/start")
+    # 1 where a token is, in the columns of this run
+    run = op("Slice", [mask, start, constant(f"{NAME}/end", [TO_THE_END]), axis], f"{NAME}/run")
+    bounds = [constant(f"{NAME}/zero", 0), op("Squeeze", [sequence], f"{NAME}/length"), constant(f"{NAME}/one", 1)]
+    columns = op("Mul", [run, op("Range", bounds, f"{NAME}/columns")], f"{NAME}/tokens")
+    last = op("ReduceMax", [columns, axis], f"{NAME}/last", keepdims=1)
+    indices = op("Unsqueeze", [last, constant(f"{NAME}/new_axis", [2])], f"{NAME}/indices")
     kept = op("GatherND", [hidden, indices], NAME, batch_dims=1)
     kept.type = hidden.type
     graph.insert_before(node, nodes)

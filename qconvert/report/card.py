@@ -118,6 +118,9 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     package = "onnxruntime" if "cpu" in recipe.targets else "onnxruntime-gpu"
     yield f"In this folder, with `pip install {package}{'' if report.task == 'module' else ' transformers'}`:"
     yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
+    if report.context_length is not None:
+        limit = f"at most {report.context_length} tokens, as many as the model has positions"
+        yield f"A prompt and its answer together are {limit}. ONNX Runtime may refuse more."
     if len(recipe.targets) > 1:
         caches = f"; caches are {recipe.cuda_dtype} there" if report.task in GENERATING else ""
         files = " and ".join(f"`{file}`" for file in graph_files(report.task, "cuda").values())

@@ -28,7 +28,7 @@ class AttentionContext:
     """What the attention of every block needs from the graph around it, for the duration of one trace.
 
     past: layer index -> (key, value) [batch, kv_heads, past, head_size]; present likewise, filled by the blocks.
-    last_token: [batch] int32, index of each row's last valid position; total: int32 scalar, length of the longest row.
+    last_place: [batch] int32, where in the cache the last column of this run goes; total: int32 scalar, length of the rows.
     padding: [batch, sequence] int32, 1 where a token is (encoders, and the source that a decoder attends to).
     cross: layer index -> (key, value) [batch, heads, source, head_size] of a decoder's cross-attention.
     fresh: layer index -> (key, value) of an encoder-decoder's new tokens [batch, heads, sequence, head_size].
@@ -38,7 +38,7 @@ class AttentionContext:
 
     past: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    last_token: Tensor | None = None
+    last_place: Tensor | None = None
     total: Tensor | None = None
     padding: Tensor | None = None
     cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -92,9 +92,9 @@ def group_query_attention(
         attributes["local_window_size"] = int(sliding_window)
     if softcap:
         attributes["softcap"] = float(softcap)
-    assert _context.last_token is not None
+    assert _context.last_place is not None
     assert _context.total is not None
-    inputs = [_joined(query), _joined(key), _joined(value), past_key, past_value, _context.last_token, _context.total]
+    inputs = [_joined(query), _joined(key), _joined(value), past_key, past_value, _context.last_place, _context.total]
     if _context.rotary is not None and _context.rotated:
         attributes["do_rotary"] = 1
         inputs += _context.rotary

@@ -69,6 +69,7 @@ def _producer(value: onnx_ir.Value, readers: Collection[onnx_ir.Node]) -> Produc
     1. value = norm(x) * weight (+ bias): divide weight and bias.
     2. value = linear(x), or relu of it, or any x * linear(y): divide the linear's rows and bias.
     3. value = attention(q, k, v) with v a linear: its output mixes rows of v, never channels.
+    4. value = x with its rows in another order: as x.
     """
     if value.is_graph_output() or any(node not in readers for node, _ in value.uses()):
         return None
@@ -82,6 +83,8 @@ def _producer(value: onnx_ir.Value, readers: Collection[onnx_ir.Node]) -> Produc
         if weight is not None and weight.is_initializer() and str(weight.name).endswith(".weight"):
             return Producer("norm", str(weight.name).removesuffix(".weight"))
         return None
+    if node.op_type == "GatherND" and node.inputs[0] is not None:
+        return _producer(node.inputs[0], [node])
     if node.op_type == "Relu":
         return _linear(node.inputs[0])
     if node.op_type == "Mul":

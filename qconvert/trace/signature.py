@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qconvert.ir.model import Model
 from qconvert.ir.outputs import encoder_outputs, tensors_in
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
+from qconvert.trace.padding import TokensFirst
 
 # Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1.
 BATCH, SEQUENCE, PAST = 2, 3, 5
@@ -93,17 +94,23 @@ class _CausalLM(Wrapper):
         total, sequence = attention_mask.shape[1], input_ids.shape[1]
         with attention_context() as context, contextlib.ExitStack() as stack:
             context.past = dict(zip(self.indices, past, strict=True))
-            context.last_token = (attention_mask.sum(1) - 1).to(torch.int32)
+            order = TokensFirst(attention_mask, sequence)
+            context.last_place = (order.before + (sequence - 1)).to(torch.int32)
             context.total = torch.scalar_tensor(total, dtype=torch.int32)
+            stack.enter_context(order.undone_before(self.module.get_output_embeddings()))  # type: ignore[operator]
             if self.form.rotary:
                 stack.enter_context(rotation_left_to_attention(self.module))
                 context.rotary = self.cos_cache, self.sin_cache  # type: ignore[assignment]
             kwargs: dict[str, Any] = {}
             if "position_ids" in inspect.signature(self.module.forward).parameters:
-                # Rows of different length are padded on the right: a token's position is the number of tokens before it.
-                kwargs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, total - sequence :]
+                kwargs["position_ids"] = order.positions
             logits = self.call(
-                parameters, input_ids=input_ids, attention_mask=None, past_key_values=NoCache(), use_cache=True, **kwargs
+                parameters,
+                input_ids=order.applied(input_ids),
+                attention_mask=None,
+                past_key_values=NoCache(),
+                use_cache=True,
+                **kwargs,
             ).logits
             return logits, [context.present[index] for index in self.indices]
 

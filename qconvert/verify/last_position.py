@@ -26,17 +26,20 @@ def session_at_all_positions(path: Path, target: str, settings: SessionSettings 
 
 def last_position_pairs(model: Model, path: Path, target: str) -> list[tuple[np.ndarray[Any, Any], ...]]:
     """(logits that the graph gives, those of the same graph at the last token of each row), of a prompt whose rows are padded
-    on the right, and of a step on its caches; [] for a graph that gives all positions."""
+    on the right, then on the left, and of steps on its caches; [] for a graph that gives all positions."""
     if not keeps_last_position(onnx_ir.load(path).graph):
         return []
     last, every = file_session(path, target), session_at_all_positions(path, target)
-    inputs = agreement.feed(every, agreement.padded_batch(model))
-    found, expected = last.run(None, inputs), every.run(None, inputs)
-    ends = np.array(agreement.LENGTHS) - 1
-    pairs = [(found[0][:, 0], expected[0][np.arange(len(ends)), ends])]
     step = np.array(agreement.NEXT_TOKENS)[:, None] % agreement.vocabulary_size(model)
-    inputs = agreement.next_inputs(every, inputs, expected, step)
-    return [*pairs, (last.run(None, inputs)[0], every.run(None, inputs)[0])]
+    pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
+    for side in agreement.SIDES:
+        inputs = agreement.feed(every, agreement.padded_batch(model, side))
+        found, expected = last.run(None, inputs), every.run(None, inputs)
+        ends = [agreement.columns_of(row, side).stop - 1 for row in range(len(step))]
+        pairs.append((found[0][:, 0], expected[0][np.arange(len(ends)), ends]))
+        inputs = agreement.next_inputs(every, inputs, expected, step)
+        pairs.append((last.run(None, inputs)[0], every.run(None, inputs)[0]))
+    return pairs
 
 
 def _nothing_to_read(name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Parity: the artifact against its own dequantized weights. A gap is a bug of qconvert.
 
 1. The same graph with every int8-activation cluster replaced by its dequantized MatMul and MatMulNBits at accuracy
-   level 1 (float activations), against torch on the dequantized weights.
+   level 1 (float activations), against torch on the dequantized weights. Rows are padded on the right, and on the left.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
    its arithmetic in torch.
    A graph that gives the logits of the last position alone is compared at all of them, and then with itself
