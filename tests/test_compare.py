@@ -215,7 +215,7 @@ def test_each_failure_is_in_the_result_and_the_others_are_published(
     monkeypatch.setattr(pipeline, "export", export)
     gates = [{"metric": "kl", "comparison": "<=", "limit": 1e-9}]
     tries = {
-        "odd": {"quantizer": "awq", "scheme": "int4-g256"},
+        "odd": {"quantizer": "awq", "scheme": "int8-channel-a8"},
         "damaged": {"quantizer": "absmax"},
         "strict": {"quantizer": "per-channel", "gates": gates},
         "bug": {"quantizer": "per-channel"},
@@ -224,7 +224,7 @@ def test_each_failure_is_in_the_result_and_the_others_are_published(
     found = compare(recipes(tries))
     codes = {entry.name: entry.error.code if entry.error else None for entry in found.entries}
     assert codes == {
-        "odd": "QC-PLAN-004", "damaged": "QC-PARITY-001", "strict": None, "bug": "QC-INTERNAL-001", "good": None
+        "odd": "QC-PLAN-002", "damaged": "QC-PARITY-001", "strict": None, "bug": "QC-INTERNAL-001", "good": None
     }  # fmt: skip
     assert [entry.passed for entry in found.entries] == [False, False, False, False, True]
     assert [name for name in left(tmp_path / "out") if not name.startswith(".")] == [FILE, PLOT, "good", "strict"]
@@ -243,7 +243,7 @@ def test_the_exit_code_is_the_highest_of_all() -> None:
 @pytest.mark.usefixtures("quick")
 def test_when_all_fail_there_is_still_a_document(recipes: Recipes, tmp_path: Path) -> None:
     found = compare(
-        recipes({"a": {"quantizer": "awq", "scheme": "int4-g256"}, "b": {"quantizer": "awq", "scheme": "int8-g128"}})
+        recipes({"a": {"quantizer": "llm-int8", "scheme": "int4-g32"}, "b": {"quantizer": "awq", "scheme": "int8-channel-a8"}})
     )
     assert worst(found) == 2
     assert left(tmp_path / "out") == [FILE]
@@ -355,7 +355,7 @@ def test_an_unknown_quantizer_is_refused_before_the_model_is_loaded(recipes: Rec
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_the_document_has_an_entry_per_recipe_and_says_what_was_measured(model: str, recipes: Recipes, tmp_path: Path) -> None:
-    tries = {"awq": TRIES["awq"], "rounded": TRIES["rounded"], "odd": {"quantizer": "awq", "scheme": "int4-g256"}}
+    tries = {"awq": TRIES["awq"], "rounded": TRIES["rounded"], "odd": {"quantizer": "awq", "scheme": "int8-channel-a8"}}
     compare(recipes(tries, model, force=True))
     document = json.loads((tmp_path / "out" / FILE).read_text())
     assert {key: document[key] for key in ("schema", "model", "task")} == {
@@ -368,9 +368,9 @@ def test_the_document_has_an_entry_per_recipe_and_says_what_was_measured(model: 
     assert [set(entry) - {"others_share"} for entry in good] == [always | sized | own] * 2  # which not every system tells
     assert set(odd) == always
     assert {key: odd[key] for key in always - {"error"}} == {
-        "name": "odd", "quantizer": "awq", "scheme": "int4-g256", "passed": False, "pareto": False
+        "name": "odd", "quantizer": "awq", "scheme": "int8-channel-a8", "passed": False, "pareto": False
     }  # fmt: skip
-    assert (odd["error"]["code"], set(odd["error"])) == ("QC-PLAN-004", {"code", "message", "hint"})
+    assert (odd["error"]["code"], set(odd["error"])) == ("QC-PLAN-002", {"code", "message", "hint"})
     for each in good:
         report = json.loads((tmp_path / "out" / each["name"] / REPORT).read_text())
         assert each["weights_bytes"] == report["size"]["weights_bytes"]

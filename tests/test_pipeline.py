@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -32,6 +34,7 @@ from qconvert.ir.report import Report
 from qconvert.ir.runtime import file_session
 from qconvert.plugin.manager import BUILTINS, PluginManager
 from qconvert.recipe import PRESETS, Gate, Recipe
+from qconvert.report.plan import document, table
 
 QUANTIZERS = ("absmax", "zero-point", "per-channel", "hqq", "awq", "gptq", "llm-int8", "smoothquant")
 
@@ -168,6 +171,27 @@ def test_gpt2_needs_the_onnx_layout_and_says_so(sources: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
     report = pipeline.convert(recipe(sources / "gpt2", tmp_path / "out", layout="onnx"))
     assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("float", "passed")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_that_the_group_does_not_fit_are_listed_with_what_they_got(sources: Path, tmp_path: Path) -> None:
+    asked = recipe(sources / "llama", tmp_path / "out", quantizer="per-channel", scheme="int4-g128")
+    report = pipeline.convert(asked)
+    assert {part.target: part.status for part in report.parity} == dict.fromkeys(("cpu", "transformers", "float"), "passed")
+    reason = "its width of 64 is no multiple of 128, the group of int4-g128"
+    written = json.loads((tmp_path / "out" / REPORT).read_text())["layers"]
+    found = {layer["name"]: (layer["scheme"], layer.get("reason")) for layer in written}
+    assert found["model.layers.0.mlp.down_proj"] == ("int4-g128", None)
+    assert found["model.layers.0.mlp.up_proj"] == ("int4-g64", reason)
+    listed = f"int4-g64: {reason}: model.layers.0.self_attn.q_proj, "
+    assert listed in (tmp_path / "out" / CARD).read_text().replace("\\", "")
+    planned = pipeline.plan(asked)
+    assert {layer["name"]: layer.get("reason") for layer in document(planned)["layers"]} == {
+        name: why for name, (_, why) in found.items()
+    }
+    shown = Console(file=io.StringIO(), width=400)
+    shown.print(table(planned))
+    assert f"12 in {listed}" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("quick")

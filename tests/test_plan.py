@@ -228,6 +228,77 @@ def test_linears_that_share_a_weight_both_stay_float() -> None:
     }
 
 
+# What a width does not allow
+
+
+def others(plan: Plan) -> dict[str, str]:
+    return {name: layer.reason for name, layer in plan.layers.items() if layer.reason is not None}
+
+
+def test_a_group_that_does_not_divide_a_width_gives_way_to_the_next_smaller_one(llama: Model) -> None:
+    plan = planned(llama, scheme="int4-g128")
+    odd = [name for name in plan.layers if not name.endswith("down_proj")]
+    assert {name: str(plan.layers[name].scheme) for name in odd} == dict.fromkeys(odd, "int4-g64")
+    assert others(plan) == dict.fromkeys(odd, "its width of 64 is no multiple of 128, the group of int4-g128")
+    assert str(plan.scheme) == "int4-g128"
+    assert schemes(plan)["model.layers.0.mlp.down_proj"] == "int4-g128"
+
+
+def test_a_width_that_no_group_divides_gets_one_scale_per_channel() -> None:
+    """The columns of a flattened kernel count; a pattern is met as far as it can be."""
+    net = model_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 3), nn.Linear(100, 4), nn.Linear(48, 4)))
+    plan = planned(net, scheme="int4-g64-asym", rules={"[3]": "int8-g32"})
+    assert schemes(plan) == {"0": "int4-channel-asym", "1": "int4-g16-asym", "2": "int4-channel-asym", "3": "int8-g16"}
+    assert "its width of 27 is" in others(plan)["0"]
+
+
+def test_a_layer_stays_float_where_the_quantizer_takes_no_scheme_that_fits() -> None:
+    class Grouped(PerChannelQuantizer):
+        def refuses(self, scheme: QuantScheme) -> str | None:
+            return None if str(scheme) == "int4-g32" else "groups of 32 only"
+
+    plan = planned(model_of(nn.Sequential(nn.Linear(40, 8), nn.Linear(64, 8))), Grouped(), scheme="int4-g32")
+    assert list(plan.layers) == ["1"]
+    assert reasons(plan) == {"0": "its width of 40 is no multiple of 32, the group of int4-g32"}
+
+
+def test_where_transformers_bears_one_scheme_alone_all_layers_take_the_smaller_group(llama: Model) -> None:
+    plan = planned(llama, AWQQuantizer(), scheme="int4-g128-asym")
+    assert set(schemes(plan).values()) == {"int4-g64-asym"}
+    assert "int4-g128-asym does not fit every layer" in others(plan)["model.layers.0.mlp.down_proj"]
+    onnx = planned(llama, AWQQuantizer(), scheme="int4-g128-asym", layout="onnx")
+    assert schemes(onnx)["model.layers.0.mlp.down_proj"] == "int4-g128-asym"
+
+
+def test_where_transformers_bears_one_scheme_alone_what_does_not_fit_stays_float_if_that_is_smaller() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow, self.odd = nn.Linear(1024, 1024), nn.Linear(16, 4), nn.Linear(20, 4)
+
+    plan = planned(model_of(Wide(), config={}), AWQQuantizer(), scheme="int4-g128-asym")
+    assert schemes(plan) == {"wide": "int4-g128-asym"}
+    assert reasons(plan) == {
+        "narrow": "its width of 16 is no multiple of 128, the group of int4-g128-asym; beside other schemes only --layout "
+        "onnx allows int4-g16-asym",
+        "odd": "its width of 20 is no multiple of 128, the group of int4-g128-asym; beside other schemes only --layout onnx "
+        "allows int4-channel-asym",
+    }
+
+
+def test_a_shared_tensor_whose_width_fits_no_kernel_stays_float() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.linear, self.head = nn.Embedding(10, 24), nn.Linear(24, 24), nn.Linear(24, 10, bias=False)
+            self.head.weight = self.words.weight
+
+    plan = planned(model_of(Tied()), rules={"*": "int8-channel"})
+    assert list(plan.layers) == ["linear"]
+    assert plan.shared == {}
+    assert reasons(plan)["head"] == "shares its weight with words, which stays in float"
+
+
 # What is refused
 
 
@@ -266,20 +337,19 @@ def test_003_a_rule_that_matches_nothing(llama: Model) -> None:
     planned(llama, rules={"model.norm": "float"})  # what stays float anyway may be named
 
 
-def test_004_a_group_that_does_not_divide_lists_every_layer(llama: Model) -> None:
+def test_004_a_group_that_does_not_divide_the_width_of_a_layer_that_a_rule_names(llama: Model) -> None:
     """Fault 14."""
-    error = refusal(llama, scheme="int4-g128")
+    odd = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    error = refusal(llama, scheme="int4-g32", rules=dict.fromkeys([*odd, "model.layers.1.mlp.down_proj"], "int4-g128"))
     assert error.code == "QC-PLAN-004"
-    odd = [name for name in planned(llama).layers if not name.endswith("down_proj")]
-    assert f"{len(odd)} layers" in error.message
-    assert all(f"{name} (64 inputs, int4-g128)" in error.message for name in odd)
+    assert "2 layers" in error.message
+    assert all(f"{name}: its width of 64 is no multiple of 128, the group of int4-g128" in error.message for name in odd)
     assert "down_proj" not in error.message
     assert f"--rule '{odd[0]}=float'" in error.hint
 
 
-def test_004_counts_the_columns_of_a_flattened_kernel() -> None:
-    net = nn.Sequential(nn.Conv2d(8, 4, 3), nn.Conv2d(16, 4, 3))
-    assert "1 layers: 0 (72 inputs, int8-g16)" in refusal(model_of(net), scheme="int8-g16").message
+def test_004_a_rule_may_name_the_head_of_a_shared_tensor(llama: Model) -> None:
+    assert refusal(llama, scheme="int4-g32", rules={"lm_head": "int4-g128"}).code == "QC-PLAN-004"
 
 
 @pytest.mark.parametrize(
@@ -339,7 +409,9 @@ def test_010_quantized_embeddings_have_no_padded_copy_on_cuda(scheme: str, fits:
         return
     error = refusal(model_of(net), **settings)
     assert error.code == "QC-PLAN-010"
-    assert "0 has a width of 48: the CUDA provider's kernels for quantized embeddings take blocks of 32" in error.message
+    assert "0: its width of 48 is no multiple of 32, the block of the CUDA provider's kernel" in error.message
+    kept = reasons(planned(model_of(net), **settings | {"rules": {"*": scheme}}))
+    assert list(kept) == ["0"]
 
 
 @pytest.mark.parametrize("activation", [nn.CELU, nn.ELU], ids=["no-kernel", "kernel-of-an-older-opset"])
@@ -442,6 +514,9 @@ def test_009_an_embedding_that_the_kernels_blocks_do_not_divide() -> None:
     error = refusal(model, rules={"0": "int8-channel"})
     assert error.code == "QC-PLAN-009"
     assert "24" in error.message
+    assert reasons(planned(model, rules={"*": "int8-channel"})) == {
+        "0": "its width of 24 is no multiple of 16, the block of the kernel for quantized embeddings"
+    }
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,17 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_cut_off(width: int) -
     assert "…" not in text
 
 
+def test_layers_with_another_scheme_than_was_asked_for_are_listed_with_the_reason() -> None:
+    narrow = LayerReport(name="fc", scheme="int4-g16", relative_error=0.05, bytes=1, reason="its width is odd")
+    mixed = but(layers=(*REPORT.layers, narrow))
+    assert "1 in int4-g16: its width is odd: fc" in on_terminal(table(mixed))
+    assert "| another scheme than asked for | | 1 | int4-g16: its width is odd: fc |" in card(mixed, RECIPE, "m").replace(
+        "  ", " "
+    )
+    assert mixed.document()["layers"][-1]["reason"] == "its width is odd"
+    assert "reason" not in mixed.document()["layers"][0]
+
+
 def test_the_five_worst_layers_are_listed_worst_first() -> None:
     names = re.findall(r"layers\.\d+\.fc", on_terminal(table(REPORT)))
     assert names == [f"layers.{i}.fc" for i in (29, 28, 27, 26, 25)]

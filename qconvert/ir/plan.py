@@ -19,6 +19,7 @@ class LayerPlan:
 
     out_features, in_features: of the weight after transposing (Conv1D) or flattening (Conv2d).
     weight_read: whether the model's own code looks at the weight, beside calling the layer.
+    reason: why it has not the scheme that was asked for; None where it has.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LayerPlan:
     in_features: int
     scheme: QuantScheme
     weight_read: bool = False
+    reason: str | None = None
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:

@@ -157,6 +157,7 @@ class LayerReport(_Part):
     """relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers.
 
     outlier_share: of the layer's input columns, those kept in float beside the codes; None where there are none.
+    reason: why the scheme is not the one that was asked for; None where it is.
     """
 
     name: str
@@ -164,6 +165,7 @@ class LayerReport(_Part):
     relative_error: float
     bytes: int
     outlier_share: float | None = None
+    reason: str | None = None
 
 
 class KeptFloat(_Part):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from qconvert.errors import UsageError
-from qconvert.ir import kernel, layout
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
@@ -18,6 +17,7 @@ from qconvert.ir.report import KeptFloat
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template, layer_kind
 from qconvert.plan.cuda import check_cuda, cuda_bytes
+from qconvert.plan.fit import Fitting
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin import contract
 from qconvert.plugin.quantizer import Quantizer
@@ -28,24 +28,28 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     """Decide on every module of the model.
 
     Raises UsageError QC-PLAN-001 to QC-PLAN-011 for a scheme that the quantizer, the kernels or the layout can't carry,
-    for group sizes that do not divide (all layers are listed), and for rules that match nothing; QC-CUDA-001 for what the
-    CUDA provider has no kernel for, where that is a target.
+    for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
+    has no kernel for, where that is a target.
     """
     default = recipe.scheme or quantizer.default_scheme
     check(model, recipe)
     layers, kept, shared = _sort_modules(model, template, recipe, default)
     _check_rules(recipe, [*layers, *shared, *(entry.name for entry in kept)])
+    _check_schemes(default, layers.values(), recipe, quantizer)
+    fitting = Fitting(recipe, quantizer, model, shared)
+    layers, misfits = fitting.fit(layers)
+    kept += misfits
+    apart = {head: embedding for head, embedding in shared.items() if embedding not in layers}
+    kept += [KeptFloat(name=head, reason=_shares((embedding,))) for head, embedding in apart.items()]
     if not layers:
         raise UsageError(
             "QC-PLAN-006",
             f"no layer of {model.name} would be quantized: " + "; ".join(sorted({entry.reason for entry in kept})),
             hint="check the rules, and that the model has linear or Conv2d layers",
         )
-    _check_schemes(default, layers.values(), recipe, quantizer)
-    _check_groups(layers.values())
-    _check_layout(layers.values(), recipe, quantizer, model)
+    _check_layout(fitting.layout_refuses(layers.values()))
     if "cuda" in recipe.targets:
-        check_cuda(model, template, layers, shared, recipe.cuda_dtype, recipe.logits)
+        check_cuda(model, template, layers, recipe.cuda_dtype, recipe.logits)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
     return Plan(
@@ -55,7 +59,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         calibrated=calibrates(recipe, quantizer),
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
         peak_bytes=_peak_bytes(model, layers),
-        shared=shared,
+        shared={head: embedding for head, embedding in shared.items() if head not in apart},
         targets=recipe.targets,
         cuda_bytes=cuda_bytes(model, layers, recipe.cuda_dtype) if "cuda" in recipe.targets else 0,
         unread=_unread(model, template),
@@ -105,11 +109,11 @@ def _sort_modules(
         named = recipe.rule_for(name) or (recipe.rule_for(head) if head else None)
         scheme = named.scheme if named else default
         if kind is None:
-            reason = f"{type(module).__name__} is not quantized"
+            reason = _why_no_layer(module)
         elif kind == "embedding" and named is None:
             reason = "an embedding stays in float unless a rule names it"
         elif name in sharing and head is None:
-            reason = f"shares its weight with {', '.join(sharing[name])}, which stays in float"
+            reason = _shares(sharing[name])
         elif name not in reached:
             reason = "the exported graph does not use it as a layer"
         elif scheme is None:
@@ -140,6 +144,16 @@ def _unread(model: Model, template: Template) -> dict[str, str]:
     parameters = {model.stored_name(name) for name in model.parameter_shapes}
     unread = {name: "the exported graph has no use for it" for name in model.source.tensors if name in parameters - read}
     return {**unread, **model.unplaced}
+
+
+def _why_no_layer(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and "weight" not in module._parameters:
+        return "its weight is computed at every call"
+    return f"{type(module).__name__} is not quantized"
+
+
+def _shares(others: Iterable[str]) -> str:
+    return f"shares its weight with {', '.join(others)}, which stays in float"
 
 
 def _check_schemes(default: QuantScheme, layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quantizer) -> None:
@@ -175,32 +189,7 @@ def _check_rules(recipe: Recipe, names: list[str]) -> None:
             )
 
 
-def _check_groups(layers: Iterable[LayerPlan]) -> None:
-    """All layers whose width the group size does not divide, at once, before any work is done."""
-    layers = tuple(layers)
-    odd = [layer for layer in layers if layer.in_features % layer.scheme.group_size(layer.in_features)]
-    if odd:
-        listed = ", ".join(f"{layer.name} ({layer.in_features} inputs, {layer.scheme})" for layer in odd)
-        raise UsageError(
-            "QC-PLAN-004",
-            f"the group size does not divide the width of {len(odd)} layers: {listed}",
-            hint=f"take a smaller group or -channel, or keep them in float: --rule '{odd[0].name}=float'",
-        )
-    packed = [layer for layer in layers if layer.kind == "embedding" and layout.is_packed(layer)]
-    narrow = [layer for layer in packed if kernel.is_padded(layer)]
-    if narrow:
-        raise UsageError(
-            "QC-PLAN-009",
-            f"{narrow[0].name} has a width of {narrow[0].in_features}: the kernel for quantized embeddings takes blocks of "
-            f"{kernel.block_size(narrow[0])}",
-            hint=f"keep it in float: --rule '{narrow[0].name}=float'",
-        )
-
-
-def _check_layout(layers: Iterable[LayerPlan], recipe: Recipe, quantizer: Quantizer, model: Model) -> None:
-    if recipe.layout == "onnx" or model.config is None:
-        return
-    reason = layout.transformers_refuses(layers, outliers=quantizer.has_outliers)
+def _check_layout(reason: str | None) -> None:
     if reason is not None:
         raise UsageError(
             "QC-PLAN-005",

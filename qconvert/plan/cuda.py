@@ -19,24 +19,14 @@ from qconvert.ir.template import Template
 from qconvert.recipe import Logits
 
 
-def check_cuda(
-    model: Model, template: Template, layers: Mapping[str, LayerPlan], shared: Mapping[str, str], dtype: str, logits: Logits
-) -> None:
-    """Raises UsageError QC-PLAN-007 for zero points, QC-PLAN-010 for embeddings that do not fit the kernels' blocks, and
-    QC-CUDA-001 if something between the layers has no kernel: the graph is made with its layers in float, and checked.
+def check_cuda(model: Model, template: Template, layers: Mapping[str, LayerPlan], dtype: str, logits: Logits) -> None:
+    """Raises UsageError QC-PLAN-007 for zero points, and QC-CUDA-001 if something between the layers has no kernel: the graph
+    is made with its layers in float, and checked.
     QC-CUDA-002 for a constant of the model that `dtype` can't hold.
     """
     for layer in layers.values():
         if not layer.scheme.symmetric:
             raise no_zero_points(layer.scheme, layer.name)
-        gathered = layer.kind == "embedding" and (not layer.scheme.activation_bits or layer.name in shared.values())
-        if gathered and cuda.is_padded(layer):
-            raise UsageError(
-                "QC-PLAN-010",
-                f"{layer.name} has a width of {layer.in_features}: the CUDA provider's kernels for quantized embeddings take "
-                f"blocks of {cuda.block_size(layer)}",
-                hint=f"keep it in float: --rule '{layer.name}=float', or leave out --target cuda",
-            )
     for part in template.graphs.values():
         made = part.clone()
         if logits == "last" and model.output_head is not None:

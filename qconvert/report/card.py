@@ -182,6 +182,10 @@ def _evidence(report: Report) -> str:
     if outliers := wording.outliers(report.layers):
         rows.append(("outlier columns", "", "", outliers))
     rows += [
+        ("another scheme than asked for", "", str(len(names)), f"{scheme}: {wording.some(names)}")
+        for scheme, names in wording.other_schemes(report.layers)
+    ]
+    rows += [
         ("kept in float", "", str(len(names)), f"{reason}: {wording.some(names)}")
         for reason, names in wording.reasons(report.kept_float)
     ]

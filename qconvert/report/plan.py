@@ -42,6 +42,10 @@ def table(plan: Plan) -> RenderableType:
             *([f"budget: {wording.assignment(plan.assignment)}"] if plan.assignment else []),
             *_cuda(plan),
             *(
+                f"{len(names)} in {printable(scheme)}: {wording.some(names)}"
+                for scheme, names in wording.other_schemes(plan.layers.values())
+            ),
+            *(
                 f"{len(names)} kept in float, {printable(reason)}: {wording.some(names)}"
                 for reason, names in wording.reasons(plan.kept_float)
             ),
@@ -82,6 +86,7 @@ def document(plan: Plan) -> dict[str, Any]:
                 "shape": [layer.out_features, layer.in_features],
                 "scheme": str(layer.scheme),
                 "bytes": layer.nbytes,
+                **({"reason": layer.reason} if layer.reason else {}),
                 **({"cuda": cuda.describe(layer)} if "cuda" in plan.targets else {}),
             }
             for layer in plan.layers.values()

@@ -53,6 +53,11 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
         "layers",
         Text(f"{len(report.layers)} quantized: {wording.schemes(report.layers)}" if report.layers else "none quantized"),
     )
+    if others := wording.other_schemes(report.layers):
+        yield (
+            "others",
+            Text("\n").join(Text(f"{len(names)} in {printable(scheme)}: {wording.some(names)}") for scheme, names in others),
+        )
     if report.assignment is not None:
         yield "budget", Text(wording.assignment(report.assignment, report.fidelity))
     if outliers := wording.outliers(report.layers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from qconvert.errors import printable
 from qconvert.ir.report import (
@@ -18,6 +19,9 @@ from qconvert.ir.report import (
     Report,
     Trial,
 )
+
+if TYPE_CHECKING:
+    from qconvert.ir.plan import LayerPlan
 
 WORST_LAYERS = 5
 
@@ -183,6 +187,11 @@ def outliers(layers: Iterable[LayerReport]) -> str:
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
     """Modules kept in float, by reason, in the order of first appearance."""
     return by_reason({part.name: part.reason for part in kept})
+
+
+def other_schemes(layers: Iterable[LayerReport | LayerPlan]) -> list[tuple[str, list[str]]]:
+    """Layers that do not have the scheme that was asked for, by "int4-g16: REASON", in the order of first appearance."""
+    return by_reason({layer.name: f"{layer.scheme}: {layer.reason}" for layer in layers if layer.reason is not None})
 
 
 def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:

@@ -110,6 +110,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
             bytes=sum(stored[f"{name}.{suffix}"].nbytes for suffix in unit.layers[name].disk_tensors)
             + sum(tensor.nbytes for _, tensor in extra[name]),
             outlier_share=_outlier_share(layer.tensor),
+            reason=unit.layers[name].reason,
         )
         for name, layer in layers.items()
     ]
