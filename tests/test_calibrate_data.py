@@ -363,6 +363,25 @@ def test_a_module_is_fed_from_arrays_in_its_own_dtype(module: Model, tmp_path: P
     assert samples.calibration[0]["input"].shape == (5, 3)
 
 
+@pytest.mark.parametrize("step", [torch.tensor(0.5), torch.tensor([0.5])], ids=["scalar", "one row"])
+def test_what_all_rows_share_goes_with_every_batch_as_it_is(step: Tensor, tmp_path: Path) -> None:
+    examples = {"step": step, "x": torch.arange(60.0).reshape(20, 3)}
+    model = model_of(nn.Linear(3, 2), input_names=("step", "x"), example_inputs=examples)
+    assert model.shared_inputs == {"step"}
+    samples = read_samples(model, recipe(samples=10), calibrated=True)
+    assert samples.counts.model_dump() == {"calibration": 10, "evaluation": 10}
+    assert [batch["x"].shape for batch in samples.evaluation] == [(8, 3), (2, 3)]
+    assert all(torch.equal(batch["step"], step) for batch in (*samples.evaluation, *samples.calibration))
+    np.savez(tmp_path / "data.npz", step=step.numpy() * 3, x=np.arange(30.0).reshape(10, 3))
+    (batch,) = read_samples(model, recipe(samples=5, source=tmp_path / "data.npz"), calibrated=False).evaluation
+    assert torch.equal(batch["step"], step * 3)
+    np.savez(tmp_path / "data.npz", step=np.ones(10), x=np.arange(30.0).reshape(10, 3))
+    with pytest.raises(
+        InputError, match=rf"'step' is torch.float64 \[10\], but 'tiny' takes torch.float32 \{list(step.shape)}"
+    ):
+        read_samples(model, recipe(source=tmp_path / "data.npz"), calibrated=False)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from qconvert.errors import InputError
 from qconvert.ir.model import Model
 from qconvert.load import load
-from qconvert.load.factory import MemorySource
+from qconvert.load.factory import MemorySource, _skeleton
 
 
 def no_plugin(source: str) -> Model | None:
@@ -165,7 +166,7 @@ def no_inputs(): return made, ()
 def too_many(): return made, (torch.ones(5, 4),) * 3
 def unknown_name(): return made, {"y": torch.ones(5, 4)}
 def no_tensor(): return made, ([1, 2],)
-def scalar_input(): return made, (torch.tensor(1.0),)
+def scalars_only(): return made, (torch.tensor(1.0),)
 def uneven(): return made, (torch.ones(5, 4), torch.ones(6, 4))
 def no_rows(): return made, torch.ones(0, 4)
 def compiled(): return torch.compile(nn.Linear(2, 2)), torch.ones(1, 2)
@@ -273,6 +274,22 @@ def test_the_skeleton_is_a_copy_without_weights(factories: str) -> None:
     assert made.get_buffer("table").dtype is torch.float64
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a forward"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_copied(norm: Callable[[nn.Module], nn.Module], used: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(norm(nn.Linear(4, 3)))
+    if used:
+        plain(torch.ones(1, 4))
+    before = plain.eval()(torch.ones(2, 4))
+    copied = _skeleton("module:f", plain)
+    assert all(parameter.is_meta for parameter in copied.parameters())
+    copied.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(copied(torch.ones(2, 4)), before)
+    assert plain(torch.ones(2, 4)).requires_grad
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -310,7 +327,7 @@ def test_a_module_that_fails_to_import_says_why(factories: str, tmp_path: Path) 
         ("too_many", "3 example inputs, but forward names 2 (x, mask)"),
         ("unknown_name", "no parameter 'y'; it has x, mask"),
         ("no_tensor", "'x' is list"),
-        ("scalar_input", "'x' is a tensor of shape []"),
+        ("scalars_only", "no axis that counts rows"),
         ("uneven", "5, 6 rows"),
         ("no_rows", "0 rows"),
         ("compiled", "returned OptimizedModule, a wrapper: return the module inside, its ._orig_mod"),

@@ -15,7 +15,7 @@ from qconvert.calibrate.records import read_arrays, read_records
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.agreement import position_limit
 from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN
-from qconvert.ir.layer import Batch
+from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples
 from qconvert.recipe import DataSpec, Recipe
@@ -25,7 +25,7 @@ BATCH_ROWS = 8
 MIN_CHARACTERS = 4_000_000  # of a long text only the beginning is read, about a million tokens
 CHARACTERS_PER_TOKEN = 16  # generous, so that a request for very many tokens reads on
 
-# One sample without its batch axis, by input name.
+# One sample without its batch axis, by input name, and what all samples share as it is.
 Row = Mapping[str, Tensor]
 
 
@@ -106,7 +106,7 @@ def _read_pool(model: Model, recipe: Recipe, source: str | None) -> _Pool:
                 f"{source!r} can't feed a module",
                 hint=f"give a {ARRAYS_SUFFIX} file with {', '.join(model.input_names)}",
             )
-        rows, windowed = _split_rows(model.example_inputs), False
+        rows, windowed = _split_rows(model, model.example_inputs), False
     else:
         windowed = model.task == "causal-lm"
         rows = _text_rows(model, recipe, origin, windowed)
@@ -184,26 +184,28 @@ def _module_rows(model: Model, source: str) -> Iterator[Row]:
             hint="name the arrays as the inputs of the module's forward",
         )
     for name, value in arrays.items():
-        example = examples[name]
-        fits = value.shape[1:] == example.shape[1:] and value.is_floating_point() == example.is_floating_point()
-        if not fits or not value.dim() or not value.isfinite().all():
+        example, shared = examples[name], name in model.shared_inputs
+        shape = value.shape if shared else value.shape[1:]
+        expected = example.shape if shared else example.shape[1:]
+        fits = shape == expected and value.is_floating_point() == example.is_floating_point() and bool(shared or value.dim())
+        if not fits or not value.isfinite().all():
             raise InputError(
                 "QC-DATA-008",
                 f"{source!r}: the array {name!r} is {value.dtype} {list(value.shape)}{' with NaN or Inf' if fits else ''}, "
-                f"but {model.name!r} takes {example.dtype} {['rows', *example.shape[1:]]}",
+                f"but {model.name!r} takes {example.dtype} {list(expected) if shared else ['rows', *expected]}",
                 hint="give one row per sample, finite and of the same shape as the factory's example inputs",
             )
-    if len({len(value) for value in arrays.values()}) > 1:
-        counts = {name: len(value) for name, value in arrays.items()}
+    counts = {name: len(value) for name, value in arrays.items() if name not in model.shared_inputs}
+    if len(set(counts.values())) > 1:
         raise InputError(
             "QC-DATA-008", f"{source!r}: the arrays have different numbers of rows: {counts}", hint="give one row per sample"
         )
-    return _split_rows({name: arrays[name].to(example.dtype) for name, example in examples.items()})
+    return _split_rows(model, {name: arrays[name].to(example.dtype) for name, example in examples.items()})
 
 
-def _split_rows(inputs: Mapping[str, Tensor]) -> Iterator[Row]:
-    for values in zip(*inputs.values(), strict=True):
-        yield dict(zip(inputs, values, strict=True))
+def _split_rows(model: Model, inputs: Mapping[str, Tensor]) -> Iterator[Row]:
+    for row in range(row_count(inputs)):
+        yield {name: value if name in model.shared_inputs else value[row] for name, value in inputs.items()}
 
 
 def _draw(pool: _Pool, spec: DataSpec, role: str, seed: int, excluded: frozenset[bytes]) -> tuple[list[Row], frozenset[bytes]]:
@@ -241,7 +243,8 @@ def _batches(model: Model, rows: list[Row]) -> Iterator[Batch]:
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         if model.task == "module":
-            yield {name: torch.stack([row[name] for row in part]) for name in part[0]}
+            shared = {name: part[0][name] for name in model.shared_inputs}
+            yield {name: torch.stack([row[name] for row in part]) for name in part[0] if name not in shared} | shared
         else:
             batch = _padded([row["input_ids"] for row in part], (model.config or {}).get("pad_token_id") or 0)
             # What else the model takes (token types) is zero for plain text.

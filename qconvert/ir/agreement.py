@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qconvert.ir.layer import Batch
+from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.model import Model
 from qconvert.ir.runtime import CROSS, Values, empty
 
-# Rows of different length: the second has to ignore what is not there.
+# Rows of different length: the second has to ignore what is not there. Neither they nor their number are what graphs are traced
+# with (trace/signature.py), so that what is fixed there is found.
 LENGTHS = (9, 6)
 
 # Where padding is put. transformers' generate puts it on the left.
@@ -61,13 +62,13 @@ def position_limit(model: Model) -> int | None:
 
 
 def probes(model: Model) -> list[Batch]:
-    """What the reference is run on: each row of token ids by itself, without padding; or the first example inputs.
+    """What the reference is run on: each row of token ids by itself, without padding; or as many example inputs.
 
     For encoders and encoder-decoders the rows follow as one batch, padded on the left: where that moves positions (BERT,
     BART), torch gives other numbers than for the row alone. A decoder's positions are those of the row alone.
     """
     if model.task == "module":
-        return [{name: value[:2] for name, value in model.example_inputs.items()}]
+        return [model.example_rows(len(LENGTHS))]
     rows = _rows(model, later=True)
     return rows if model.task == "causal-lm" else [*rows, _padded(rows, "left")]
 
@@ -118,10 +119,9 @@ def columns_of(row: int, side: Side) -> slice:
 def feed(session: Any, batch: Mapping[str, Tensor]) -> Values:
     """The session's inputs from a batch, with empty KV caches where it has them."""
     inputs = {name: value.numpy() for name, value in batch.items()}
-    rows = next(iter(inputs.values())).shape[0]
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            inputs[value.name] = empty((rows, value.shape[1], 0, value.shape[3]), value.type)
+            inputs[value.name] = empty((row_count(batch), value.shape[1], 0, value.shape[3]), value.type)
     return inputs
 
 

@@ -119,3 +119,8 @@ class Block:
 
 
 Batch = dict[str, Any]
+
+
+def row_count(inputs: Mapping[str, Tensor]) -> int:
+    """How many rows inputs have; what all rows of a module's share has one, or is a scalar."""
+    return max(len(value) for value in inputs.values() if value.ndim)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.report import Task
 
 
@@ -63,7 +64,7 @@ class Model:
     output_head: module name of the layer that nothing but outputs come after: a language model's head, or the linear layer
         of an encoder's pooler; None where there is none.
     input_names: of the forward's tensor inputs, in order; for a "module" also the names in the ONNX graph.
-    example_inputs: for a "module": tensors by input name, first axis = rows; {} for text models.
+    example_inputs: for a "module": tensors by input name, first axis = rows, but for `shared_inputs`; {} for text models.
     encode_text: for text models; None where no tokenizer came with the checkpoint.
     config: config.json as it was read, None for a "module".
     files: non-weight files to carry over: relative path -> path or content.
@@ -110,6 +111,20 @@ class Model:
         """Significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype that config.json names."""
         dtype = None if self.config is None else getattr(self.module.config, "dtype", None)
         return 8 if dtype == torch.bfloat16 else 11 if dtype == torch.float16 else 24
+
+    @property
+    def shared_inputs(self) -> frozenset[str]:
+        """Of a "module": the inputs that all rows share, such as a timestep: scalars, and one row beside many of others."""
+        inputs = self.example_inputs
+        return frozenset(name for name, value in inputs.items() if not value.ndim or len(value) < row_count(inputs))
+
+    def take_rows(self, inputs: Mapping[str, Tensor], rows: slice | Tensor) -> Batch:
+        """Some rows of a module's inputs. rows: what their first axis is indexed with."""
+        return {name: value if name in self.shared_inputs else value[rows] for name, value in inputs.items()}
+
+    def example_rows(self, count: int) -> Batch:
+        """That many rows of the example inputs; where there are fewer, they repeat."""
+        return self.take_rows(self.example_inputs, torch.arange(count) % row_count(self.example_inputs))
 
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:

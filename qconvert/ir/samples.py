@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qconvert.ir import report
-from qconvert.ir.layer import Batch
+from qconvert.ir.layer import Batch, row_count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -15,7 +15,7 @@ class Samples:
     """Two disjoint sets of model inputs: no evaluation sample has been calibrated on.
 
     A batch maps input names to tensors with the samples as first axis. Text models: input_ids and attention_mask,
-    [rows, tokens] int64, padded on the right. A "module": what its forward takes.
+    [rows, tokens] int64, padded on the right. A "module": what its forward takes, and what all samples share as it is.
 
     calibration: () where the quantizer needs none.
     files: "calibration", "evaluation" -> the file that they were drawn from, where it was one.
@@ -31,4 +31,4 @@ class Samples:
 
 
 def _rows(batches: tuple[Batch, ...]) -> int:
-    return sum(next(iter(batch.values())).shape[0] for batch in batches)
+    return sum(map(row_count, batches))

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
@@ -35,7 +35,8 @@ SCHEME = "module:"
 
 _FORMS = "write module:package.module:function or module:path/to/file.py:function"
 _CONTRACT = (
-    "FACTORY() must return (module, example_inputs); inputs are a tensor, a tuple of tensors, or a dict from name to tensor"
+    "FACTORY() must return (module, example_inputs); inputs are a tensor, a tuple of tensors, or a dict from name to tensor; "
+    "their first axis counts rows, and what is a scalar, or one row beside many, goes with all of them"
 )
 
 
@@ -188,10 +189,13 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _skeleton(source: str, module: nn.Module) -> nn.Module:
-    """A copy of the module's structure: parameters on meta and in float32 (if floating), buffers copied."""
+    """A copy of the module's structure: parameters on meta and in float32 (if floating), other tensors copied."""
     try:
-        # deepcopy takes from its memo what was copied before: weights never are.
-        memo: dict[int, Any] = {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
+        # deepcopy takes from its memo what was copied before: weights never are. What was computed of them, by a hook of the
+        # old weight_norm say, it would refuse.
+        attributes = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+        memo: dict[int, Any] = {id(tensor): _in_float32(tensor.detach().clone()) for tensor in attributes}
+        memo |= {id(parameter): _on_meta(parameter) for parameter in module.parameters()}
         skeleton = copy.deepcopy(module, memo)
     except Exception as error:  # whatever __deepcopy__ of the user's classes raises
         if is_out_of_memory(error):
@@ -199,8 +203,12 @@ def _skeleton(source: str, module: nn.Module) -> nn.Module:
         raise _broken(source, f"the module can't be copied: {type(error).__name__}: {in_one_line(error)}") from error
     for part in skeleton.modules():
         for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, buffer.cpu().float() if buffer.is_floating_point() else buffer.cpu())
+            setattr(part, name, _in_float32(buffer))
     return skeleton.eval()
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu()
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
@@ -230,18 +238,13 @@ def _named_inputs(source: str, module: nn.Module, inputs: Any) -> dict[str, Tens
     for name, tensor in inputs.items():
         if name not in names and not takes_any:
             raise _broken(source, f"forward has no parameter {name!r}; it has {', '.join(names) or 'none'}")
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
-            raise _broken(source, f"example input {name!r} is {_kind(tensor)}; a tensor whose first axis counts rows is wanted")
-    rows = _rows(inputs.values())
-    if len(rows) > 1 or 0 in rows:
-        raise _broken(
-            source, f"example inputs have {', '.join(map(str, sorted(rows)))} rows; the same number, at least 1, is wanted"
-        )
+        if not isinstance(tensor, Tensor):
+            raise _broken(source, f"example input {name!r} is {_kind(tensor)}; a tensor is wanted")
+    rows = {len(tensor) for tensor in inputs.values() if tensor.ndim}
+    if not rows or 0 in rows or len(rows - {1}) > 1:
+        found = f"{', '.join(map(str, sorted(rows)))} rows" if rows else "no axis that counts rows"
+        raise _broken(source, f"example inputs have {found}; the same number, at least 1, is wanted")
     return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
-
-
-def _rows(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.shape[0] for tensor in tensors}
 
 
 def _kind(value: object) -> str:

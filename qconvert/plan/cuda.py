@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from onnx_ir import DataType
 
-from qconvert.errors import UsageError
 from qconvert.ir import cuda
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.last_position import keep_last_position

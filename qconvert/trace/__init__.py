@@ -20,6 +20,13 @@ from qconvert.trace.stamp import stamp
 
 logger = logging.getLogger("qconvert")
 
+# What can be traced.
+TEXT = "the model runs in torch with batches of different length"
+MODULE = (
+    "the module takes any number of rows, counted by the first axis of its inputs (an LSTM with batch_first=True, say), and "
+    "does not branch on values"
+)
+
 
 def trace(model: Model) -> Template:
     """Trace one block of each kind, check it numerically, and stamp out the whole graph (two of an encoder-decoder).
@@ -79,7 +86,7 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
     raise InputError(
         "QC-EXPORT-001",
         f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(reasons)}",
-        hint="check that the model runs in torch with batches of different length; QCONVERT_DEBUG=1 shows the traces",
+        hint=f"check that {MODULE if model.task == 'module' else TEXT}; QCONVERT_DEBUG=1 shows the traces",
     )
 
 

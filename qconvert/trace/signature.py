@@ -19,8 +19,9 @@ from qconvert.ir.outputs import encoder_outputs, tensors_in
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
 from qconvert.trace.padding import TokensFirst
 
-# Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1.
-BATCH, SEQUENCE, PAST = 2, 3, 5
+# Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1. All are different, and none
+# is what traces are checked with (ir/agreement.py).
+BATCH, SEQUENCE, PAST = 7, 3, 5
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,6 @@ class _Module(Wrapper):
 
 
 def _module(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
-    inputs = {name: _two_rows(tensor) for name, tensor in model.example_inputs.items()}
-    shapes = {"inputs": {name: {0: "batch"} for name in inputs}}
+    inputs = model.example_rows(BATCH)
+    shapes = {"inputs": {name: None if name in model.shared_inputs else {0: "batch"} for name in inputs}}
     return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
-
-
-def _two_rows(example: Tensor) -> Tensor:
-    rows = example[:BATCH]
-    return rows if rows.shape[0] == BATCH else rows.expand(BATCH, *rows.shape[1:]).contiguous()

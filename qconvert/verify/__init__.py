@@ -18,7 +18,7 @@ from qconvert.ir.artifact import graph_files, is_model_file
 from qconvert.ir.dequantized import Artifact
 from qconvert.ir.float_graph import float_graph
 from qconvert.ir.last_position import keep_last_position, keeps_last_position
-from qconvert.ir.layer import Batch
+from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.manifest import read_manifest
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -92,7 +92,7 @@ def verify(
             latency[target] = Latency(target=target, status="not-run", reason=WRONG)
             continue
         session = joined({part: session_at_all_positions(path, target, SHARING) for part, path in paths[target].items()})
-        progress.stage(f"fidelity on {target}", sum(next(iter(batch.values())).shape[0] for batch in evaluation))
+        progress.stage(f"fidelity on {target}", sum(map(row_count, evaluation)))
         fidelity[target] = measure_fidelity(session, baseline, evaluation, model.task, target, progress)
         if fidelity[target].status == "failed" and target != "cpu" and in_float16:
             raise overflow(target, "the evaluation data")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qconvert.ir.agreement import feed
 from qconvert.ir.divergence import kl_divergence, log_probabilities
-from qconvert.ir.layer import Batch
+from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import GENERATING, Fidelity, Task
 from qconvert.verify.finite import first_not_finite, require_finite_float
@@ -31,11 +31,10 @@ def measure_fidelity(
     done = 0
     meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
     for batch in batches:
-        rows = next(iter(batch.values())).shape[0]
+        rows = row_count(batch)
         # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
-        pieces = [slice(row, row + 1) for row in range(rows)] if by_token else [slice(0, rows)]
-        for piece in pieces:
-            part = {name: value[piece] for name, value in batch.items()}
+        parts = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(rows)] if by_token else [batch]
+        for part in parts:
             found, expected = (torch.from_numpy(each.run(None, feed(each, part))[0]) for each in (artifact, baseline))
             require_finite_float(expected, part, "evaluation", done)
             row = first_not_finite(found, part)
@@ -43,7 +42,7 @@ def measure_fidelity(
                 reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
                 return Fidelity(target=target, status="failed", reason=reason)
             meter.update(found, expected, part)
-            done += len(next(iter(part.values())))
+            done += row_count(part)
         progress.advance(rows)
     return meter.result(target)
 

@@ -64,8 +64,10 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
 
     Raises InputError QC-FLOAT-001 where torch gives no finite numbers either.
     """
-    length = int(sample["attention_mask"][0].sum()) if "attention_mask" in sample else None
-    row = {name: value[:1] if length is None else value[:1, :length] for name, value in sample.items()}
+    row = model.take_rows(sample, slice(1))
+    if "attention_mask" in sample:
+        length = int(row["attention_mask"].sum())
+        row = {name: value[:, :length] for name, value in row.items()}
     found = session.run(None, agreement.feed(session, row))
     (expected,) = torch_outputs(model, model.read, [row])
     require_finite_float(expected[0], row, "evaluation")
