@@ -216,7 +216,7 @@ def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Recipe]:
     """What the command asked for; the answer has one recipe that failed."""
     asked: dict[str, Recipe] = {}
 
-    def compare(recipes: dict[str, Recipe], progress: object) -> Comparison:
+    def compare(recipes: dict[str, Recipe], progress: object, plugins: object) -> Comparison:
         asked.update(recipes)
         print("chatter")
         return comparison(entry("good", kl=0.1), failed("odd", 2))

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from architecture_models import build
-from calibrate_models import model_of
+from calibrate_models import InMemory, model_of
 from exporting import nearest, publish, quantize_nearest, whole_numbers
 from narrow_graphs import CUDA_GRAPH, graph_of, session_of, widened_session
 from onnx import TensorProto
@@ -257,10 +257,10 @@ def test_a_tied_pair_is_one_tensor(scheme: str, tmp_path: Path) -> None:
 
 def test_a_float_tensor_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
     model, template = traced("llama")
-    held = dict(model.source.held)  # type: ignore[attr-defined]
+    held = {name: model.source.read(name) for name in model.source.tensors}
     large = held["model.norm.weight"].clone()
     large[5] = -1e5
-    changed = dataclasses.replace(model, source=type(model.source)(held | {"model.norm.weight": large}))  # type: ignore[call-arg]
+    changed = dataclasses.replace(model, source=InMemory(held | {"model.norm.weight": large}))
     with pytest.raises(UsageError, match=r"model\.norm\.weight holds 100000, but float16 ends at 65504") as caught:
         publish(changed, template, {}, tmp_path / "out", ("cuda",))
     assert caught.value.code == "QC-CUDA-002"
@@ -311,8 +311,8 @@ def test_every_target_has_its_graph_and_genai_takes_the_cpus_where_there_is_one(
 def test_a_table_that_has_the_type_is_not_copied(tmp_path: Path) -> None:
     """A float16 checkpoint's norms, embedding and head are read where they lie."""
     model, template = traced("llama")
-    held = {name: tensor.half() for name, tensor in model.source.held.items()}  # type: ignore[attr-defined]
-    half = dataclasses.replace(model, source=type(model.source)(held))  # type: ignore[call-arg]
+    held = {name: model.source.read(name).half() for name in model.source.tensors}
+    half = dataclasses.replace(model, source=InMemory(held))
     artifact = publish(half, template, {}, tmp_path / "out", ("cuda",))
     in_sidecar = {name for name, tensor in artifact.tensors.items() if tensor.file == SIDECAR}
     assert not any(name.startswith("model.") for name in in_sidecar)

@@ -49,7 +49,7 @@ def refused(folder: Path, code: str) -> str:
     """What `run` and `plan` say of a folder that is not converted: the message and the hint."""
     answers = []
     for verb in ("run", "plan"):
-        result = CliRunner().invoke(main, [verb, "--model", str(folder), "--output", str(folder / "out"), "--json"])
+        result = CliRunner().invoke(main, [verb, "--model", str(folder), "--output", f"{folder}-out", "--json"])
         assert result.exit_code == 3
         answers.append(json.loads(result.stdout)["error"])
     assert answers[0] == answers[1]

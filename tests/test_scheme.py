@@ -47,7 +47,7 @@ def test_what_is_no_scheme_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError) as raised:
         QuantScheme.parse(text)
     assert raised.value.code == "QC-SCHEME-001"
-    assert f"'{text}' is not a scheme" in raised.value.message
+    assert f"{text!a} is not a scheme" in raised.value.message
     assert "16, 32, 64, 128, 256" in raised.value.hint
 
 

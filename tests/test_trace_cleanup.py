@@ -198,7 +198,7 @@ def linear(name: str, x: str) -> str:
 def producer_of(text: str, layer: str = "fc", outputs: str = "float[B,S,4] fc") -> Producer | None:
     weights = "float[4] n__weight = {1, 1, 1, 1}, float[4] one = {1, 1, 1, 1}"
     model = parse(f"(float[B,S,4] x) => ({outputs}) <{weights}> {{ {text} }}")
-    return next(group.producer for group in input_groups(model.graph, lambda name: "") if layer in group.layers)
+    return next(group.producer for group in input_groups([model.graph], lambda name: "") if layer in group.layers)
 
 
 NORM = "a = LayerNormalization(x, n__weight)"
@@ -263,7 +263,7 @@ def test_linears_of_one_input_are_one_group_and_a_convolution_is_alone() -> None
             {linear("b", "x")}
         }}"""
     )
-    assert [group.layers for group in input_groups(model.graph, lambda name: "")] == [("a", "b"), ("c",)]
+    assert [group.layers for group in input_groups([model.graph], lambda name: "")] == [("a", "b"), ("c",)]
 
 
 def attention(op: str, attributes: str) -> str:
@@ -280,5 +280,5 @@ def test_grouped_attention_repeats_the_heads_of_v() -> None:
         f"(float[B,S,4] x) => (float[B,S,4] fc) <float[B,S,8] a>"
         f"{{ {attention('GroupQueryAttention', 'num_heads = 4, kv_num_heads = 2')} }}"
     )
-    producer = next(group.producer for group in input_groups(model.graph, lambda name: "") if "fc" in group.layers)
+    producer = next(group.producer for group in input_groups([model.graph], lambda name: "") if "fc" in group.layers)
     assert producer == Producer("linear", "v", (0, 1, 0, 1, 2, 3, 2, 3))

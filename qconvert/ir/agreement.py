@@ -52,7 +52,7 @@ def vocabulary_size(model: Model) -> int:
 
 def position_limit(model: Model) -> int | None:
     """How many tokens a text model takes at once, None where its config does not say."""
-    limit = getattr(model.module.config, "max_position_embeddings", None)
+    limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     if limit is None:
         return None
     tables = (module for name, module in model.module.named_modules() if name.endswith("position_embeddings"))

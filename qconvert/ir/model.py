@@ -109,7 +109,7 @@ class Model:
     @property
     def scale_bits(self) -> int:
         """Significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype that config.json names."""
-        dtype = None if self.config is None else getattr(self.module.config, "dtype", None)
+        dtype = None if self.config is None else getattr(getattr(self.module, "config", None), "dtype", None)
         return 8 if dtype == torch.bfloat16 else 11 if dtype == torch.float16 else 24
 
     @property

@@ -31,6 +31,8 @@ class PluginSource:
 
     def read(self, name: str) -> Tensor:
         """Raises PluginError QC-PLUGIN-006 if the plugin raises, or reads what is not the tensor that it has described."""
+        from torch import Tensor  # here: who asks for data needs no torch
+
         try:
             with watch.calling(self._distribution, f"read {name!a}"):
                 tensor = self._source.read(name)
