@@ -142,9 +142,9 @@ def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
     """What `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget, also
     from all that its decision takes.
 
-    Raises what `convert` would raise before it quantizes anything.
+    Raises what `convert` would raise before it quantizes anything, but for an output folder that is there.
     """
-    plugins = plugins or preflight.check(recipe)
+    plugins = plugins or preflight.check(recipe, writes=False)
     checked_device(recipe.device)
     quantizer, model, template = _load(recipe, plugins, silent)
     decides = recipe.quantizer == AUTO

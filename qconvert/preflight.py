@@ -26,14 +26,16 @@ from qconvert.recipe import Gate, Recipe, refuse_gates
 GENERATING_CLASSES = ("ForCausalLM", "LMHeadModel")
 
 
-def check(recipe: Recipe) -> PluginManager:
+def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
     """Raise what keeps a recipe from being carried out, as far as that is known at once. Gives the plugins that it may use.
+
+    writes: whether an output folder that is there is in its way.
 
     Raises UsageError QC-OUTPUT-001 to 005, QC-PLUGIN-002 and 009, QC-DATA-002, QC-GATE-002, QC-PLAN-001 and 007, InputError
     QC-INPUT-001, 020 and 021 and QC-DATA-001, ResourceError QC-LOCK-001, and what plugins raise.
     """
     plugins = plugins_of(recipe)
-    _check(recipe, plugins)
+    _check(recipe, plugins, writes=writes)
     scheme = recipe.scheme
     if scheme is not None and not recipe.rules:  # else no layer may have it in the end
         if not scheme.has_kernel:
@@ -82,10 +84,11 @@ def plugins_of(recipe: Recipe) -> PluginManager:
     return plugin_manager(recipe.plugins)
 
 
-def _check(recipe: Recipe, plugins: PluginManager) -> None:
+def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> None:
     source, data = _place(recipe.model), tuple(_data(recipe, plugins))
     inputs = [*recipe.plugins, *(Path(name) for name in data), *([source] if source else [])]
-    check_output(recipe.output, force=recipe.force, inputs=[path for path in inputs if path.exists()])
+    replaces = recipe.force or not writes
+    check_output(recipe.output, force=replaces, inputs=[path for path in inputs if path.exists()])
     plugins.require(recipe.worker)
     if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
         raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")

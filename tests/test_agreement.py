@@ -118,8 +118,8 @@ def test_an_encoder_that_is_wrong_about_padding_on_one_side_is_found(column: int
     expected = [graph_outputs("encoder", plain, batch) for batch in agreement.probes(model)]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
-        (hidden,) = graph_outputs("encoder", plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
-        return [hidden + off * torch.from_numpy(inputs["attention_mask"][:, column] == 0)[:, None, None]]
+        hidden, *others = graph_outputs("encoder", plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
+        return [hidden + off * torch.from_numpy(inputs["attention_mask"][:, column] == 0)[:, None, None], *others]
 
     assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
     assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1

@@ -64,7 +64,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     monkeypatch.setitem(sys.modules, "qconvert.pipeline", fake)
     monkeypatch.setattr(qconvert, "pipeline", fake, raising=False)
     for name in ("check", "check_published"):  # nothing that the flags name is there
-        monkeypatch.setattr(preflight, name, lambda *_: None)
+        monkeypatch.setattr(preflight, name, lambda *_, **__: None)
     monkeypatch.delenv("QCONVERT_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
     return fake

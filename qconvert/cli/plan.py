@@ -26,7 +26,7 @@ def plan(as_json: bool, **flags: Any) -> None:
 
     with working(StderrConsole()):
         recipe = recipe_of(flags)
-        plugins = preflight.check(recipe)
+        plugins = preflight.check(recipe, writes=False)
         with importing():
             from qconvert import pipeline
             from qconvert.report.plan import document, table
