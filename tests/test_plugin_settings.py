@@ -30,7 +30,7 @@ FAULTS: dict[str, list[Callable[[], object]]] = {
     "the umask": [lambda: os.umask(0o777)],
     "the current folder": [lambda: os.chdir("/")],
     "signal handlers": [
-        lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        lambda: signal.signal(signal.SIGINT, print),  # what runs in the background ignores it already
         lambda: (signal.signal(signal.SIGALRM, signal.default_int_handler), signal.alarm(1000)),
     ],
     "sys.stdin, stdout or stderr": [lambda: setattr(sys, "stdout", io.StringIO()), lambda: setattr(sys, "stderr", None)],
