@@ -139,7 +139,7 @@ def test_plugins_can_be_restricted(plugins: Path) -> None:
     one = run(plugins, "--quantizer", "prints", "--no-verify", QCONVERT_PLUGINS="QConvert_Prints")
     assert one.returncode == 0
     assert "qconvert-absent" not in one.stderr
-    missing = run(plugins, "--quantizer", "theirs", QCONVERT_PLUGINS="qconvert-theirs")
+    missing = run(plugins, "--quantizer", "theirs", "--force", QCONVERT_PLUGINS="qconvert-theirs")
     assert missing.returncode == 4
     assert "QCONVERT_PLUGINS names it, but it is not installed" in missing.stdout
 

@@ -41,8 +41,8 @@ TESTS = Path(__file__).parent
 SATURATES = "EPYC-Milan"
 PROCESSORS = (SATURATES, "Nehalem", "cortex-a72", "neoverse-n1")
 EXACT = 1e-6
-# Another order of float sums turns the rounding of a few activations around.
-ROUNDING = 2e-3
+# Another order of float sums turns the rounding of a few activations around; in kernels for other vectors, of some more.
+ROUNDING, OTHER_VECTORS = 2e-3, 1e-2
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 
 # Name of a case -> (path of its graph, inputs).
@@ -212,10 +212,8 @@ def kept_weights(path: Path, level: str = "ORT_ENABLE_ALL") -> list[int]:
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     graph = onnx.load(optimized, load_external_data=False).graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    left = {node.op_type for node in graph.node}
-    assert not left & {"If", "MatMulInteger", "BitwiseXor", "Transpose"} - (
-        {"Transpose"} if level == "ORT_ENABLE_BASIC" else set()
-    )
+    left = {node.op_type for node in graph.node if node.op_type != "Transpose" or node.input[0] in kinds}
+    assert not left & {"If", "MatMulInteger", "BitwiseXor", "Transpose"}
     return [kinds[product.input[1]] for product in integer_products(graph)]
 
 
@@ -313,12 +311,12 @@ def test_pairs_that_are_called_exact_are_exact(processor: str, emulated: Callabl
 def test_artifacts_compute_the_same_there(processor: str, name: str, cases: Cases, emulated: Callable[[str], Any]) -> None:
     path, inputs = cases[name]
     here = file_session(path).run(None, inputs)[0]
-    found = emulated(processor)
-    assert largest_difference(found[name], here) < ROUNDING
-    assert largest_difference(found[f"{name}-unsigned"], here) < ROUNDING
+    found, limit = emulated(processor), ROUNDING if processor == SATURATES else OTHER_VECTORS
+    assert largest_difference(found[name], here) < limit
+    assert largest_difference(found[f"{name}-unsigned"], here) < limit
     if "MatMulIntegerToFloat" in str(onnx.load(path, load_external_data=False)):
         signed = largest_difference(found[f"{name}-signed"], here)
-        assert signed > ROUNDING if processor == SATURATES else signed < ROUNDING  # what the question is for
+        assert signed > limit if processor == SATURATES else signed < limit  # what the question is for
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -370,7 +368,7 @@ def test_onnxruntime_web_takes_either_answer(cases: Cases, tmp_path: Path) -> No
     modules = os.environ.get("QCONVERT_NODE_MODULES")
     if modules is None or shutil.which("node") is None:
         pytest.skip("needs node, and QCONVERT_NODE_MODULES=DIR with onnxruntime-web")
-    names = [f"{name}{answer}" for name in ("outliers-embedding", "asymmetric") for answer in ("", "-signed", "-unsigned")]
+    names = [f"{name}{answer}" for name in ("outliers-embedding", "smoothquant") for answer in ("", "-signed", "-unsigned")]
     listed = {}
     for name in names:
         path, inputs = cases[name]

@@ -34,10 +34,13 @@ class Setting:
 def settings_kept() -> Iterator[list[str]]:
     """Within, foreign code runs. What it has changed is put back, and the names of that are then in the list."""
     before = [(setting, setting.read()) for setting in settings()]
+    had_torch = "torch" in sys.modules
     changed: list[str] = []
     try:
         yield changed
     finally:
+        if not had_torch and "torch" in sys.modules:
+            before += _torch_as_imported()
         changed += [setting.name for setting, value in before if _has_put_back(setting, value)]
 
 
@@ -67,6 +70,20 @@ def _torch() -> Iterator[Setting]:
     yield Setting("torch's determinism", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode)
     yield Setting("torch's precision of products", _precision, _set_precision)
     yield Setting("numpy's handling of errors", np.geterr, lambda before: np.seterr(**before))
+
+
+def _torch_as_imported() -> list[tuple[Setting, Any]]:
+    """Those of torch and numpy whose value after the import is the same everywhere, for code that imports torch itself."""
+    import torch
+
+    values = {
+        "torch's default dtype": torch.float32,
+        "torch's default device": None,
+        "torch's recording of gradients": True,
+        "torch's determinism": 0,
+        "torch's precision of products": ("highest", "none", "none"),
+    }
+    return [(setting, values[setting.name]) for setting in _torch() if setting.name in values]
 
 
 def _default_device() -> object:
