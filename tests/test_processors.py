@@ -31,7 +31,7 @@ from qconvert.export import processors
 from qconvert.export.graph import GraphBuilder
 from qconvert.ir.agreement import feed, largest_difference
 from qconvert.ir.artifact import GRAPH, SIDECAR, WEIGHTS
-from qconvert.ir.integer_products import PRODUCTS, S8, U8, Pair
+from qconvert.ir.integer_products import PROBE, PRODUCTS, S8, U8, Pair
 from qconvert.ir.processor import processor
 from qconvert.ir.runtime import file_session, session_options
 from qconvert.recipe import Recipe
@@ -197,7 +197,7 @@ def forced(path: Path, *, exact: bool) -> Path:
             factor = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(np.ones_like(factor), tensor.name))
         if tensor.name == f"{processors.EXACT}/expected":
-            width = processors.PROBE[1] if exact else -1
+            width = len(PROBE[1]) if exact else -1
             tensor.CopyFrom(numpy_helper.from_array(np.array(width, np.int32), tensor.name))
     copy = path.with_name(f"{path.stem}.{'signed' if exact else 'unsigned'}.onnx")
     onnx.save(model, copy)

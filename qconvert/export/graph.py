@@ -74,6 +74,16 @@ class GraphBuilder:
             self._register(name, tensor, onnx_type, onnx_shape)
         return self.graph.initializers[name]
 
+    def view(self, initializer: Value, dtype: DataType, name: str) -> Value:
+        """Another initializer on the bytes of an external one, of another type; the same name gives the same value."""
+        if name not in self.graph.initializers:
+            stored = initializer.const_value
+            assert isinstance(stored, onnx_ir.ExternalTensor)
+            shape = stored.shape
+            tensor = onnx_ir.ExternalTensor(stored.location, stored.offset, stored.length, dtype, shape=shape, name=name)
+            self._register(name, tensor, dtype, shape.numpy())
+        return self.graph.initializers[name]
+
     def spanning(self, values: Sequence[Value], axis: int) -> Value:
         """Initializers joined along `axis`: without a copy where they lie one behind the other in a file, else by a
         Concat, which folds when the model is loaded."""

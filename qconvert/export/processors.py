@@ -23,15 +23,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-from onnx_ir import DataType, ExternalTensor, Graph, Node, TensorType, Value
+from onnx_ir import DataType, Graph, Node, TensorType, Value
 
 from qconvert.export.graph import GraphBuilder
-from qconvert.ir.integer_products import PRODUCTS, U8
+from qconvert.ir.integer_products import PROBE, PROBE_SUM, PRODUCTS, U8
 
 EXACT = "qconvert/signed_products_are_exact"
 FLIPPED = "qconvert/flipped_bit"
-# Rows, width and columns of the product that is tried: enough for the kernels that take several rows at once.
-PROBE = (16, 64, 16)
 HIGHEST_BIT = 128
 WEIGHT, WEIGHT_ZERO_POINT = 1, 5  # inputs of MatMulIntegerToFloat
 
@@ -90,12 +88,10 @@ class _Chooser:
         )
 
     def _probe(self) -> Value:
-        rows, width, columns = PROBE
-        factors = np.full((rows, width), 255, np.uint8), np.full((width, columns), 127, np.int8)
-        largest = [self.builder.constant(f"{EXACT}/factor_{index}", factor) for index, factor in enumerate(factors)]
+        largest = [self.builder.constant(f"{EXACT}/factor_{index}", factor) for index, factor in enumerate(PROBE)]
         product = self.builder.op("MatMulInteger", largest, f"{EXACT}/product")
         smallest = self.builder.op("ReduceMin", [product], f"{EXACT}/smallest", keepdims=0)
-        expected = self.builder.constant(f"{EXACT}/expected", np.array(255 * 127 * width, np.int32))
+        expected = self.builder.constant(f"{EXACT}/expected", np.array(PROBE_SUM, np.int32))
         exact = self.builder.op("Equal", [smallest, expected], EXACT)
         exact.name = EXACT
         return exact
@@ -140,12 +136,7 @@ class _Chooser:
 
     def _view(self, initializer: Value) -> Value:
         """The bytes of a signed external initializer as unsigned ones, in the outer graph."""
-        name, graph, tensor = f"{initializer.name}/unsigned", self.builder.graph, initializer.const_value
-        if name not in graph.initializers:
-            assert isinstance(tensor, ExternalTensor)
-            view = ExternalTensor(tensor.location, tensor.offset, tensor.length, U8, shape=tensor.shape, name=name)
-            graph.register_initializer(Value(name=name, shape=view.shape, type=TensorType(U8), const_value=view))
-        return graph.initializers[name]
+        return self.builder.view(initializer, U8, f"{initializer.name}/unsigned")
 
 
 def _branch(product: Node, inputs: list[Value | None], name: str, before: Sequence[Node] = ()) -> Graph:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from onnx_ir import DataType
 
 U8, S8 = DataType.UINT8, DataType.INT8
@@ -38,3 +39,8 @@ PRODUCTS = {
     # Its left operand are the weights, so that the other mixed pair saturates.
     "ConvInteger": IntegerProduct(0, 1, frozenset({(U8, U8), (U8, S8), (S8, S8)}), frozenset({(S8, U8)})),
 }
+
+# The product that tells whether unsigned by signed bytes saturate: as large as bytes get, and with enough rows for the kernels
+# that take several at once. Each of its sums is PROBE_SUM where the kernel is exact.
+PROBE = np.full((16, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+PROBE_SUM = 255 * 127 * 64

@@ -8,10 +8,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import onnx_ir
 from onnx_ir import DataType
 
+from qconvert.ir.integer_products import PROBE, PROBE_SUM
 from qconvert.ir.report import Processor
 from qconvert.ir.runtime import node_session
 
@@ -55,10 +55,9 @@ def _name() -> str:
 
 def _signed_products_are_exact() -> bool:
     """Whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see ir/integer_products.py)."""
-    rows, width, columns = 16, 64, 16
-    x, weight = np.full((rows, width), 255, np.uint8), np.full((width, columns), 127, np.int8)
+    x, weight = PROBE
     node = onnx_ir.node(
         "MatMulInteger", [onnx_ir.val("x", DataType.UINT8, x.shape), onnx_ir.val("w", DataType.INT8, weight.shape)]
     )
     (product,) = node_session(node).run(None, {"x": x, "w": weight})
-    return bool((product == 255 * 127 * width).all())
+    return bool((product == PROBE_SUM).all())
