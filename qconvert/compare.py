@@ -13,8 +13,8 @@ from pathlib import Path
 from qconvert import pipeline, preflight, verdict
 from qconvert.calibrate import Share, calibrate_together, read_samples
 from qconvert.errors import QConvertError, unexpected
+from qconvert.execution.block_runner import checked_device
 from qconvert.ir.comparison import FILE, PLOT, Comparison, Entry
-from qconvert.ir.forward import checked_device
 from qconvert.ir.layer import Block
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -22,14 +22,14 @@ from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
 from qconvert.ir.samples import Samples
 from qconvert.ir.template import Template
-from qconvert.output import disk_errors, replace_file
 from qconvert.plan import calibrates
-from qconvert.plugin.manager import PluginManager
+from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize_block
 from qconvert.recipe import AUTO, Recipe
 from qconvert.report.plot import plot
-from qconvert.workdir import Stage
+from qconvert.storage.output import disk_errors, replace_file
+from qconvert.storage.stage import Stage
 from qconvert.write import Writer
 
 logger = logging.getLogger("qconvert")

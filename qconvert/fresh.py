@@ -19,11 +19,11 @@ from typing import Any
 
 from qconvert import errors
 from qconvert.errors import QConvertError, ResourceError, unexpected
-from qconvert.ir.garbage import importing
-from qconvert.ir.process import become_watched, end_with_parent, import_path, watched_too
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
+from qconvert.supervision.child import become_watched, end_with_parent, import_path, watched_too
+from qconvert.supervision.startup import importing
 
 NO_MEMORY = (
     "free some and run the same command again, which resumes, or take --no-verify and run qconvert verify on a larger machine"

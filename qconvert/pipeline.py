@@ -16,11 +16,10 @@ from qconvert import preflight, verdict
 from qconvert.allocate import allocate
 from qconvert.calibrate import calibrate, read_samples
 from qconvert.errors import InputError
+from qconvert.execution.block_runner import checked_device
 from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
 from qconvert.ir.artifact import Written
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.forward import checked_device
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -29,20 +28,21 @@ from qconvert.ir.samples import Samples
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.load import load
-from qconvert.output import check_output
 from qconvert.plan import calibrates, check
 from qconvert.plan import plan as make_plan
-from qconvert.plugin.distribution import Code
-from qconvert.plugin.manager import PluginManager
+from qconvert.plugin.host.distribution import Code
+from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.published import published_recipe
 from qconvert.quantize import quantize
 from qconvert.recipe import AUTO, Gate, Recipe
 from qconvert.report.files import complete_report, write_report
+from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.output import check_output
+from qconvert.storage.published import published_recipe
+from qconvert.storage.stage import Stage, open_stage
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
-from qconvert.workdir import Stage, open_stage
 from qconvert.write import run_digest, write, write_manifest
 from qconvert.write.origin import Origin, file_digests, graph_digests, machine, option_digests, sample_digests, versions
 

@@ -16,11 +16,11 @@ from qconvert.ir.report import Task
 from qconvert.ir.scheme import no_kernel, no_zero_points
 from qconvert.load import package
 from qconvert.load.folder import CONFIG, no_folder
-from qconvert.output import check_output, recover
-from qconvert.plugin import watch
-from qconvert.plugin.manager import PluginManager, plugin_manager
-from qconvert.published import FACTORY, published_recipe
+from qconvert.plugin.host import calls
+from qconvert.plugin.host.manager import PluginManager, plugin_manager
 from qconvert.recipe import Gate, Recipe, refuse_gates
+from qconvert.storage.output import check_output, recover
+from qconvert.storage.published import FACTORY, published_recipe
 
 # How classes of models that write text are called; what others are is for the loader to say.
 GENERATING_CLASSES = ("ForCausalLM", "LMHeadModel")
@@ -80,7 +80,7 @@ def check_published(folder: Path, targets: Sequence[str], evaluation: str | None
 
 def plugins_of(recipe: Recipe) -> PluginManager:
     """All plugins that a recipe may use. Their calls are limited to its time from now on."""
-    watch.limit_calls(recipe.plugin_timeout)
+    calls.limit_calls(recipe.plugin_timeout)
     return plugin_manager(recipe.plugins)
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
-from qconvert.ir.agreement import position_limit
 from qconvert.ir.artifact import MANIFEST, TARGETS, Written, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.reader import read_written
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, Size
 from qconvert.ir.samples import Samples
+from qconvert.ort.compare import position_limit
 from qconvert.recipe import Gate, Recipe
 from qconvert.report import wording
+from qconvert.storage.reader import read_written
 
 
 def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None) -> Report:

@@ -1,4 +1,4 @@
-"""Tiny models for the tests of calibrate/ and ir/forward.py, each a skeleton with its weights in memory."""
+"""Tiny models for the tests of calibrate/ and execution/block_runner.py, each a skeleton with its weights in memory."""
 
 from __future__ import annotations
 

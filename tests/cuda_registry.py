@@ -1,4 +1,4 @@
-"""The CUDA provider's kernels, read out of an onnxruntime-gpu: what qconvert/ir/cuda_kernels.json is made from.
+"""The CUDA provider's kernels, read out of an onnxruntime-gpu: what qconvert/graph/cuda_kernels.json is made from.
 
 Where onnxruntime-gpu is installed, `python tests/cuda_registry.py` writes the file anew for its version.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-from qconvert.ir import cuda
+from qconvert.graph import cuda_kernels
 from qconvert.trace.capture import OPSET
 
 PROVIDER = "CUDAExecutionProvider"
@@ -105,12 +105,14 @@ def _merged(rows: list[dict[str, list[str]]]) -> list[dict[str, list[str]]]:
 
 
 def main() -> None:
-    known = json.loads(cuda.TABLE.read_text(encoding="utf-8")) if cuda.TABLE.exists() else {}
+    known = json.loads(cuda_kernels.TABLE.read_text(encoding="utf-8")) if cuda_kernels.TABLE.exists() else {}
     lines = ",\n  ".join(json.dumps(record) for record in operators(registered()))
     known |= {"onnxruntime": onnxruntime.__version__, "opset": OPSET}
     known.pop("operators", None)
     head = json.dumps(known, indent=1)
-    Path(cuda.TABLE).write_text(f'{head.removesuffix(chr(10) + "}")},\n "operators": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+    Path(cuda_kernels.TABLE).write_text(
+        f'{head.removesuffix(chr(10) + "}")},\n "operators": [\n  {lines}\n ]\n}}\n', encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

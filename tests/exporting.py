@@ -11,18 +11,19 @@ from torch import Tensor
 from writing import DIGEST
 
 from qconvert.export import export
-from qconvert.ir import affine, kernel
-from qconvert.ir.dequantized import Artifact
+from qconvert.ir import affine
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
-from qconvert.ir.reader import read_index
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.recipe import Recipe
+from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.reader import read_index
+from qconvert.storage.stage import open_stage
+from qconvert.targets import cpu
 from qconvert.verify.parity import cluster_parity, graph_parity, torch_outputs
-from qconvert.workdir import open_stage
 from qconvert.write import write, write_manifest
 from qconvert.write.origin import Origin
 
@@ -118,7 +119,7 @@ def lossless_rows(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) ->
     """
     x = whole_numbers(shape, -127, 127, seed)
     if scheme.activation_bits:
-        x[:, LARGEST] = kernel.SYMMETRIC_ROWS.steps
+        x[:, LARGEST] = cpu.SYMMETRIC_ROWS.steps
     return x
 
 

@@ -10,10 +10,10 @@ import onnx
 import pytest
 import torch
 
+from qconvert.execution.block_runner import materialize
 from qconvert.ir.artifact import GRAPH, graph_files
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.forward import materialize
-from qconvert.ir.runtime import file_session
+from qconvert.ort.session import file_session
+from qconvert.storage.artifact_reader import Artifact
 
 PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir
 from onnx import TensorProto, helper
 
-from qconvert.ir.runtime import file_session
+from qconvert.ort.session import file_session
 
 CUDA_GRAPH = "model.cuda.onnx"
 

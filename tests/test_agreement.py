@@ -15,10 +15,10 @@ from tiny_models import tiny_bert
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from qconvert.ir import agreement
+from qconvert.execution.outputs import graph_outputs
 from qconvert.ir.model import Model
-from qconvert.ir.outputs import graph_outputs
 from qconvert.load import load
+from qconvert.ort import compare
 
 
 @dataclass
@@ -42,11 +42,11 @@ class TwoHeads(nn.Module):
 def test_every_output_of_a_module_counts() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     model = Model("two", "module", TwoHeads(), source=None, example_inputs={"x": rows})  # type: ignore[arg-type]
-    expected = [graph_outputs("module", model.module, batch) for batch in agreement.probes(model)]
+    expected = [graph_outputs("module", model.module, batch) for batch in compare.probes(model)]
     sound = Session(lambda inputs: [rows.sum(-1), 2 * rows])
-    assert agreement.relative_error(model, sound, expected) == 0
+    assert compare.relative_error(model, sound, expected) == 0
     wrong = Session(lambda inputs: [rows.sum(-1), 2 * rows + torch.tensor([0.0, 0.0, 1.0])])
-    assert agreement.relative_error(model, wrong, expected) == pytest.approx(0.1)
+    assert compare.relative_error(model, wrong, expected) == pytest.approx(0.1)
 
 
 def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
@@ -54,15 +54,15 @@ def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
     config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     classifier = BertForSequenceClassification(config).eval()
     model = replace(load(str(tiny_bert(tmp_path / "bert")), lambda source: None), module=classifier)
-    expected = [graph_outputs("encoder", classifier, batch) for batch in agreement.probes(model)]
+    expected = [graph_outputs("encoder", classifier, batch) for batch in compare.probes(model)]
     assert [len(outputs) for outputs in expected] == [2, 2, 2]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
         hidden, logits = graph_outputs("encoder", classifier, {key: torch.from_numpy(x) for key, x in inputs.items()})
         return [hidden, logits + off]
 
-    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
-    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
+    assert compare.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
+    assert compare.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
 
 
 class Remembering:
@@ -97,14 +97,14 @@ def totals(source: Tensor, tokens: Tensor) -> Tensor:
 
 def test_every_step_of_an_encoder_decoder_counts() -> None:
     model = t5()[1]
-    expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in agreement.probes(model)]
+    expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in compare.probes(model)]
     sound = Remembering(lambda past: 0)
-    assert agreement.relative_error(model, sound, expected) == 0
+    assert compare.relative_error(model, sound, expected) == 0
     assert sound.seen == [(0, 25), (25, 1), (26, 4)] * 2  # the source padded on the right, and on the left
     largest = max(float(logits.max()) for (logits,) in expected)
     for step in (0, 25, 26):
         wrong = Remembering(lambda past, step=step: 0.1 * largest if past == step else 0)  # type: ignore[misc]
-        assert agreement.relative_error(model, wrong, expected) > 0.05
+        assert compare.relative_error(model, wrong, expected) > 0.05
 
 
 # --- padding ---
@@ -115,14 +115,14 @@ FIRST, LAST = 0, -1  # the column of a batch where padding on the left, or on th
 @pytest.mark.parametrize("column", [FIRST, LAST])
 def test_an_encoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
     plain, model = bert()
-    expected = [graph_outputs("encoder", plain, batch) for batch in agreement.probes(model)]
+    expected = [graph_outputs("encoder", plain, batch) for batch in compare.probes(model)]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
         hidden, *others = graph_outputs("encoder", plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
         return [hidden + off * torch.from_numpy(inputs["attention_mask"][:, column] == 0)[:, None, None], *others]
 
-    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
-    assert agreement.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
+    assert compare.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
+    assert compare.relative_error(model, Session(lambda inputs: forward(inputs, 1.0)), expected) > 0.1
 
 
 class Adding:
@@ -151,15 +151,15 @@ class Adding:
 @pytest.mark.parametrize("column", [FIRST, LAST])
 def test_a_decoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
     model = llama()[1]
-    expected = [(batch["input_ids"].cumsum(1)[..., None].float(),) for batch in agreement.probes(model)]
-    assert agreement.relative_error(model, Adding(column, off=0), expected) == 0
+    expected = [(batch["input_ids"].cumsum(1)[..., None].float(),) for batch in compare.probes(model)]
+    assert compare.relative_error(model, Adding(column, off=0), expected) == 0
     largest = max(float(logits.max()) for (logits,) in expected)
-    assert agreement.relative_error(model, Adding(column, off=0.1 * largest), expected) > 0.05
+    assert compare.relative_error(model, Adding(column, off=0.1 * largest), expected) > 0.05
 
 
 def test_what_is_not_finite_or_of_another_shape_is_infinitely_wrong() -> None:
     one = np.ones((2, 3), np.float32)
-    assert agreement.largest_difference(one, one) == 0
+    assert compare.largest_difference(one, one) == 0
     for other in (np.full_like(one, np.nan), np.full_like(one, np.inf), np.ones((3, 2), np.float32)):
-        assert agreement.largest_difference(other, one) == np.inf
-        assert agreement.largest_difference(one, other) == np.inf
+        assert compare.largest_difference(other, one) == np.inf
+        assert compare.largest_difference(one, other) == np.inf

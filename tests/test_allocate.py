@@ -25,11 +25,11 @@ from qconvert.allocate.wavefront import Wavefront, relative_square
 from qconvert.errors import UsageError
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.budget import Budget
-from qconvert.ir.reader import read_index
 from qconvert.ir.report import Report
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.recipe import Recipe
+from qconvert.storage.reader import read_index
 
 # --- the solver ---
 

@@ -29,14 +29,14 @@ from generation import (
 from onnx_ir import DataType
 from torch import Tensor
 
-from qconvert.ir import cuda
-from qconvert.ir.agreement import largest_difference
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.float_graph import float_graph
+from qconvert.graph import cuda_kernels
+from qconvert.graph.float_graph import float_graph
+from qconvert.graph.half_precision import narrow
 from qconvert.ir.model import Model, stack_of
-from qconvert.ir.narrow import narrow
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
+from qconvert.ort.compare import largest_difference
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.trace import trace
 from qconvert.verify.parity import TOLERANCE
 
@@ -88,7 +88,7 @@ def test_cuda_has_a_kernel_for_every_node(name: str, dtype: DataType) -> None:
     for part in template.graphs.values():
         graph = float_graph(part, model.parameter_shapes).graph
         narrow(graph, dtype)
-        cuda.check_kernels(graph)
+        cuda_kernels.check_kernels(graph)
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *ENCODER_DECODERS])

@@ -255,7 +255,7 @@ def test_qconverts_warnings_are_shown_and_those_of_libraries_are_not(
     def noisy() -> Report:
         warnings.warn("library warning", UserWarning, stacklevel=1)
         logging.getLogger("transformers").warning("library log")
-        logging.getLogger("qconvert.plugin.manager").warning("plugin x is left out")
+        logging.getLogger("qconvert.plugin.host.manager").warning("plugin x is left out")
         return REPORT
 
     monkeypatch.setattr(pipeline, "answer", noisy)

@@ -11,7 +11,7 @@ from broken_plugins import PRINTING, UNUSABLE
 from click.testing import CliRunner, Result
 
 from qconvert.cli import main
-from qconvert.plugin.manager import BUILTINS, PluginManager
+from qconvert.plugin.host.manager import BUILTINS, PluginManager
 
 
 def run(*arguments: str) -> Result:

@@ -51,7 +51,7 @@ def test_a_run_needs_no_matplotlib() -> None:
 def test_the_plugin_manager_needs_no_torch_until_a_quantizer_is_asked_for() -> None:
     """What plugins import is theirs: a loader can wait, a quantizer is made of it."""
     ask = "import os; os.environ['QCONVERT_PLUGINS'] = 'qconvert-gguf,qconvert-mlflow'; "
-    assert "torch" not in heavy_modules_after(f"{ask}from qconvert.plugin.manager import PluginManager; PluginManager(())")
+    assert "torch" not in heavy_modules_after(f"{ask}from qconvert.plugin.host.manager import PluginManager; PluginManager(())")
 
 
 def test_the_public_names_are_the_documented_ones() -> None:

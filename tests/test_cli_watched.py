@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from qconvert.cli import watched
 from qconvert.errors import PluginError, QConvertError
+from qconvert.supervision import parent
 
-ROOT = Path(watched.__file__).parents[2]
+ROOT = Path(parent.__file__).parents[2]
 BEGIN = f"""#!{sys.executable} -S
 import json, os, signal, subprocess, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-from qconvert.ir import process
-process.EXIT_SECONDS = 0.3
-process.become_watched()
+from qconvert.supervision import child
+child.EXIT_SECONDS = 0.3
+child.become_watched()
 def call(verb, seconds=100):
-    process.tell_call({{"plugin": "qconvert-rude", "version": "0.3", "call": verb, "seconds": seconds}}, seconds)
+    child.tell_call({{"plugin": "qconvert-rude", "version": "0.3", "call": verb, "seconds": seconds}}, seconds)
 """
 
 
@@ -34,8 +34,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path = tmp_path / "process"
         path.write_text(BEGIN + script)
         path.chmod(0o755)
-        monkeypatch.setattr(watched.sys, "executable", str(path))
-        return watched.run([])
+        monkeypatch.setattr(parent.sys, "executable", str(path))
+        return parent.run([])
 
     return run
 
@@ -52,13 +52,13 @@ def test_the_exit_code_is_what_the_command_gave(command: Any, end: str) -> None:
 def test_a_thread_that_is_left_is_named_and_not_waited_for(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     thread = "threading.Thread(target=time.sleep, args=(1000,), name='poll')"
     begin = f"thread = {thread}\nthread.start()\nprocess.left_running[thread] = 'plugin qconvert-rude 0.3'\n"
-    assert command(f"{begin}process.tell_done(0)") == 0
+    assert command(f"{begin}child.tell_done(0)") == 0
     said = "thread 'poll' of plugin qconvert-rude 0.3 ran on for 10 seconds after the command was done, and was ended"
     assert capsys.readouterr().err == f"warning: {said}\n"
 
 
 def test_neither_is_an_exit_handler(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("import atexit; atexit.register(time.sleep, 1000); process.tell_done(1)") == 1
+    assert command("import atexit; atexit.register(time.sleep, 1000); child.tell_done(1)") == 1
     assert capsys.readouterr().err.startswith("warning: an exit handler of a plugin or a library ran on for ")
 
 
@@ -84,9 +84,9 @@ def test_a_process_that_ends_before_the_command_is_done_is_no_success(command: A
         ("call('quantize x'); os._exit(0)", "QC-PLUGIN-010", "exited with code 0: quantize x"),
         ("call('quantize x'); os.kill(os.getpid(), 11)", "QC-PLUGIN-010", "crashed with SIGSEGV: quantize x"),
         ("call('quantize x', 0.3); time.sleep(1000)", "QC-PLUGIN-011", "was ended after 0.3 seconds: quantize x"),
-        ("call('quantize x'); process.tell_done(6)", "QC-PLUGIN-010", "exited with code 0: quantize x"),  # in the verification
+        ("call('quantize x'); child.tell_done(6)", "QC-PLUGIN-010", "exited with code 0: quantize x"),  # in the verification
         (
-            "call('set up x'); process.tell_call(None); call('x' * 4000); os._exit(3)",
+            "call('set up x'); child.tell_call(None); call('x' * 4000); os._exit(3)",
             "QC-PLUGIN-010",
             "exited with code 3: xxx",
         ),

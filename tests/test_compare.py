@@ -20,13 +20,13 @@ from qconvert.calibrate import Share, calibrate, calibrate_together
 from qconvert.cli.exits import worst
 from qconvert.compare import Attempt, compare
 from qconvert.errors import PluginError, ResourceError, UsageError
+from qconvert.execution.block_runner import BlockRunner
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.comparison import FILE, PLOT
-from qconvert.ir.forward import BlockRunner
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin.manager import plugin_manager
+from qconvert.plugin.host.manager import plugin_manager
 from qconvert.plugin.observer import AbsMax
 from qconvert.quantizers.absmax import AbsMaxQuantizer
 from qconvert.recipe import Recipe, named_recipes

@@ -13,8 +13,8 @@ import pytest
 from onnx_ir import DataType, Node, TensorType, Value
 
 from qconvert.errors import UsageError
-from qconvert.ir import cuda
-from qconvert.ir.runtime import why_unavailable
+from qconvert.graph import cuda_kernels
+from qconvert.ort.session import why_unavailable
 from qconvert.trace.capture import OPSET
 
 HALF, FLOAT, INT64, INT32, UINT8 = DataType.FLOAT16, DataType.FLOAT, DataType.INT64, DataType.INT32, DataType.UINT8
@@ -40,7 +40,7 @@ def graph(inputs: list[Value], nodes: list[Node], constants: list[Value] = ()) -
 
 def refusal(made: onnx_ir.Graph) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        cuda.check_kernels(made)
+        cuda_kernels.check_kernels(made)
     assert caught.value.code == "QC-CUDA-001"
     assert "leave out --target cuda" in caught.value.hint
     return caught.value
@@ -50,7 +50,7 @@ def refusal(made: onnx_ir.Graph) -> UsageError:
 
 
 def test_the_table_is_of_the_opset_that_is_traced_and_of_the_installed_onnx_runtime() -> None:
-    table = json.loads(cuda.TABLE.read_text())
+    table = json.loads(cuda_kernels.TABLE.read_text())
     assert (table["opset"], table["onnxruntime"]) == (OPSET, onnxruntime.__version__)
     assert table["source"]
 
@@ -58,7 +58,7 @@ def test_the_table_is_of_the_opset_that_is_traced_and_of_the_installed_onnx_runt
 @pytest.mark.skipif(cuda_registry.PROVIDER not in onnxruntime.get_available_providers(), reason="needs onnxruntime-gpu")
 def test_the_table_is_what_this_onnx_runtime_registers() -> None:
     assert why_unavailable("cuda") is None
-    assert json.loads(cuda.TABLE.read_text())["operators"] == cuda_registry.operators(cuda_registry.registered())
+    assert json.loads(cuda_kernels.TABLE.read_text())["operators"] == cuda_registry.operators(cuda_registry.registered())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_merged_rows_say_the_same() -> None:
 def test_nodes_with_kernels_pass() -> None:
     x = value("x", HALF)
     add = node("Add", [x, x], HALF)
-    cuda.check_kernels(graph([x], [add, node("Cast", [add.outputs[0]], FLOAT, to=FLOAT)]))
+    cuda_kernels.check_kernels(graph([x], [add, node("Cast", [add.outputs[0]], FLOAT, to=FLOAT)]))
 
 
 def test_an_op_without_a_kernel_is_named_with_its_types() -> None:
@@ -108,7 +108,7 @@ def test_attention_has_no_kernel_for_float32_and_none_for_a_cache_of_another_typ
         inputs = [q, q, q, past, past, lengths, lengths]
         return graph([q, past, lengths], [node("GroupQueryAttention", inputs, activations, "com.microsoft")])
 
-    cuda.check_kernels(attention(HALF, HALF))
+    cuda_kernels.check_kernels(attention(HALF, HALF))
     refusal(attention(FLOAT, FLOAT))
     refusal(attention(HALF, DataType.BFLOAT16))
 
@@ -117,7 +117,7 @@ def test_what_is_computed_from_constants_needs_no_kernel() -> None:
     """ONNX Runtime folds it when the model is loaded, on the CPU."""
     codes = value("codes", UINT8)
     flip = node("BitwiseXor", [codes, codes], UINT8)
-    cuda.check_kernels(graph([], [flip, node("Cast", [flip.outputs[0]], HALF, to=HALF)], [codes]))
+    cuda_kernels.check_kernels(graph([], [flip, node("Cast", [flip.outputs[0]], HALF, to=HALF)], [codes]))
     given = value("given", UINT8)
     refusal(graph([given], [node("BitwiseXor", [given, given], UINT8)]))
 
@@ -125,14 +125,14 @@ def test_what_is_computed_from_constants_needs_no_kernel() -> None:
 def test_integers_that_become_a_shape_may_stay_on_the_cpu() -> None:
     x, size = value("x", HALF), value("size", INT64)
     odd = node("BitwiseXor", [size, size], INT64)  # no CUDA kernel
-    cuda.check_kernels(graph([x, size], [odd, node("Reshape", [x, odd.outputs[0]], HALF)]))
+    cuda_kernels.check_kernels(graph([x, size], [odd, node("Reshape", [x, odd.outputs[0]], HALF)]))
 
 
 def test_integers_that_become_a_sequence_length_may_stay_on_the_cpu() -> None:
     q, total = value("q", HALF), value("total", INT32)
     odd = node("BitwiseXor", [total, total], INT32)
     attention = node("GroupQueryAttention", [q, q, q, q, q, total, odd.outputs[0]], HALF, "com.microsoft")
-    cuda.check_kernels(graph([q, total], [odd, attention]))
+    cuda_kernels.check_kernels(graph([q, total], [odd, attention]))
 
 
 def test_integers_that_are_computed_with_may_not() -> None:

@@ -24,13 +24,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 from qconvert import pipeline
 from qconvert.errors import TargetError
-from qconvert.ir.agreement import feed, largest_difference, next_inputs, padded_batch
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.runtime import EncoderDecoderSession, file_session, is_cache, why_unavailable
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
+from qconvert.ort.compare import feed, largest_difference, next_inputs, padded_batch
+from qconvert.ort.session import EncoderDecoderSession, file_session, is_cache, why_unavailable
 from qconvert.recipe import Recipe
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
 
 GRAPHS = ("encoder.onnx", "decoder.onnx")

@@ -23,13 +23,13 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from qconvert.errors import UsageError
-from qconvert.ir import agreement
 from qconvert.ir.artifact import GENAI_CONFIG, GRAPH, SIDECAR, WEIGHTS
-from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
+from qconvert.ort import compare
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.trace import trace
 from qconvert.verify.parity import torch_outputs
 
@@ -62,7 +62,7 @@ def converted(name: str, scheme: str, output: Path, **settings: Any) -> Artifact
 def test_models_agree_with_torch_on_their_dequantized_weights(name: str, scheme: str, tmp_path: Path) -> None:
     artifact = converted(name, scheme, tmp_path / "out")
     expected = torch_outputs(artifact.model, artifact.read)
-    assert agreement.relative_error(artifact.model, session_of(artifact.folder), expected) < FLOAT16
+    assert compare.relative_error(artifact.model, session_of(artifact.folder), expected) < FLOAT16
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,7 +72,7 @@ def test_bfloat16_is_a_graph_of_its_own(name: str, tmp_path: Path) -> None:
     assert TensorProto.BFLOAT16 in types
     assert TensorProto.FLOAT16 not in types
     expected = torch_outputs(artifact.model, artifact.read)
-    assert agreement.relative_error(artifact.model, widened_session(artifact.folder), expected) < BFLOAT16
+    assert compare.relative_error(artifact.model, widened_session(artifact.folder), expected) < BFLOAT16
 
 
 def test_types_are_those_of_the_contract(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_convolution_is_dequantized_when_the_model_is_loaded(scheme: str, tmp_
     tensors = quantize_nearest(model, lambda name, _: QuantScheme.parse(scheme) if name == "conv" else None)
     artifact = publish(model, trace(model), tensors, tmp_path / "out", ("cuda",))
     expected = torch_outputs(model, artifact.read)
-    assert agreement.relative_error(model, session_of(artifact.folder), expected) < FLOAT16
+    assert compare.relative_error(model, session_of(artifact.folder), expected) < FLOAT16
     assert {"Conv", "MatMul"} <= {node.op_type for node in graph_of(artifact.folder).node}
 
 
@@ -241,7 +241,7 @@ def test_a_tied_pair_is_one_tensor(scheme: str, tmp_path: Path) -> None:
         shared={"head": "embedding"},
     )
     expected = torch_outputs(model, artifact.read)
-    assert agreement.relative_error(model, session_of(artifact.folder), expected) < FLOAT16
+    assert compare.relative_error(model, session_of(artifact.folder), expected) < FLOAT16
     codes = "embedding.weight" if scheme.endswith("a8") else "embedding.weight_packed"
     readers = [
         tensor

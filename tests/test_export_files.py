@@ -14,9 +14,9 @@ from onnx import TensorProto
 from tiny_models import tiny_llama
 
 from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, SIDECAR, WEIGHTS
-from qconvert.ir.dequantized import Artifact
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load import load
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.trace import trace
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -24,14 +24,14 @@ from exporting import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qconvert.ir.agreement import largest_difference
 from qconvert.ir.artifact import GRAPH
-from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
-from qconvert.ir.runtime import file_session
 from qconvert.ir.scheme import PerGroup, QuantScheme
 from qconvert.ir.template import Template
+from qconvert.ort.compare import largest_difference
+from qconvert.ort.session import file_session
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.trace import trace
 
 EXACT = 2e-6  # float32 sums in another order

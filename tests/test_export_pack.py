@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from trace_models import DECODER
 
 from qconvert.ir.artifact import GRAPH
-from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.trace import trace
 
 EXACT = 5e-6

@@ -14,8 +14,8 @@ from torch import Tensor
 from trace_models import ENCODERS, traced
 
 from qconvert.ir.artifact import GENAI_CONFIG
-from qconvert.ir.dequantized import Artifact
 from qconvert.ir.scheme import QuantScheme
+from qconvert.storage.artifact_reader import Artifact
 
 DECODERS = ("llama", "gpt2", "smollm3")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.quantizers.awq import AWQQuantizer

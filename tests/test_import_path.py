@@ -13,7 +13,7 @@ import yaml
 from broken_plugins import quantizing
 from tiny_models import tiny_bert
 
-from qconvert.ir.process import import_path
+from qconvert.supervision.child import import_path
 
 SCRIPT = Path(sys.executable).with_name("qconvert")
 # Found by way of PYTHONPATH, it writes down each import path that a process has had.

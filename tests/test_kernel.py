@@ -1,4 +1,4 @@
-"""ir/kernel.py: ONNX Runtime's kernels compute with our bytes what dequantize says."""
+"""targets/cpu.py: ONNX Runtime's kernels compute with our bytes what dequantize says."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from qconvert.ir import kernel, layout
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
-from qconvert.ir.reader import tensor_bytes
 from qconvert.ir.scheme import GROUP_SIZES, QuantScheme
 from qconvert.plugin.quantizer import round_to_nearest
+from qconvert.storage import compressed_tensors
+from qconvert.storage.reader import tensor_bytes
+from qconvert.targets import cpu
 
 OUT = 6
 
@@ -30,9 +31,9 @@ def quantized(width: int, scheme: str, kind: LayerKind = "linear", out: int = OU
 
 def matmul_nbits(plan: LayerPlan, tensor: QuantizedTensor) -> Tensor:
     """The matrix [out, in] that MatMulNBits multiplies with: its output for an identity matrix."""
-    disk, sidecar = layout.encode(plan, tensor), kernel.sidecar_tensors(plan, tensor)
-    size, bits = kernel.block_size(plan), plan.scheme.bits
-    packed = sidecar["kernel_weight"] if kernel.is_padded(plan) else disk["weight_packed"]
+    disk, sidecar = compressed_tensors.encode(plan, tensor), cpu.sidecar_tensors(plan, tensor)
+    size, bits = cpu.block_size(plan), plan.scheme.bits
+    packed = sidecar["kernel_weight"] if cpu.is_padded(plan) else disk["weight_packed"]
     shape = (plan.out_features, -(-plan.in_features // size), size * bits // 8)
     inputs = {
         "w": np.frombuffer(bytes(tensor_bytes(packed)), np.uint8).reshape(shape),
@@ -102,7 +103,7 @@ def test_a_layer_of_one_output(scheme: str) -> None:
 )
 def test_the_block_is_the_group_or_the_largest_that_divides(scheme: str, width: int, size: int, padded: bool) -> None:
     plan, _ = quantized(width, scheme)
-    assert (kernel.block_size(plan), kernel.is_padded(plan)) == (size, padded)
+    assert (cpu.block_size(plan), cpu.is_padded(plan)) == (size, padded)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_the_block_is_the_group_or_the_largest_that_divides(scheme: str, width: 
 def test_the_sidecar_holds_only_what_the_shared_bytes_do_not(
     scheme: str, width: int, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> None:
-    extra = kernel.sidecar_tensors(*quantized(width, scheme))
+    extra = cpu.sidecar_tensors(*quantized(width, scheme))
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()} == expected
 
 
@@ -138,7 +139,7 @@ def test_the_sidecar_holds_only_what_the_shared_bytes_do_not(
 def test_convolutions_get_unpacked_unsigned_zero_points(scheme: str, bits: int) -> None:
     plan, tensor = quantized(32, scheme, "conv2d")
     assert tensor.zero_point is not None
-    extra = kernel.sidecar_tensors(plan, tensor)
+    extra = cpu.sidecar_tensors(plan, tensor)
     assert extra.keys() == {"kernel_zero_point"}
     assert extra["kernel_zero_point"].dtype == torch.uint8
     assert torch.equal(extra["kernel_zero_point"].int(), tensor.zero_point.int().expand(OUT, -1) + 2 ** (bits - 1))
@@ -153,7 +154,7 @@ def with_outliers(columns: list[int], dtype: torch.dtype) -> tuple[LayerPlan, Qu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_int8_product_without_the_outliers_plus_their_float_product_is_the_whole(dtype: torch.dtype) -> None:
     plan, tensor = with_outliers([3, 17], dtype)
-    extra = kernel.sidecar_tensors(plan, tensor)
+    extra = cpu.sidecar_tensors(plan, tensor)
     assert extra["outlier_weight"].dtype == dtype  # in half the space only where that loses nothing
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     codes = tensor.q.float() * tensor.scale
@@ -165,7 +166,7 @@ def test_what_could_not_be_folded_is_a_factor_of_the_input() -> None:
     plan, tensor = quantized(32, "int8-channel")
     scale = torch.linspace(0.5, 2, 32)
     scaled = QuantizedTensor(tensor.q, tensor.scale, None, tensor.scheme, input_scale=scale)
-    factor = kernel.sidecar_tensors(plan, scaled)["input_factor"]
+    factor = cpu.sidecar_tensors(plan, scaled)["input_factor"]
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert torch.allclose((x * factor) @ tensor.dequantize().T, x @ scaled.dequantize().T, atol=1e-5)
 
@@ -175,6 +176,6 @@ def test_scales_are_stored_without_loss_whatever_their_size(scheme: str) -> None
     for size, dtype in ((1.0, torch.float16), (1e-8, torch.float32), (1e8, torch.float32)):
         parsed = QuantScheme.parse(scheme)
         scale = round_to_nearest(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) * size, parsed).scale
-        stored = kernel.stored_scale(scale, parsed)
+        stored = cpu.stored_scale(scale, parsed)
         assert stored.dtype == dtype
         assert torch.equal(stored.float(), scale)

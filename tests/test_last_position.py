@@ -12,12 +12,12 @@ from tiny_models import VOCABULARY, tiny_bert, tiny_llama
 
 from qconvert import Recipe, convert
 from qconvert.errors import ParityError, UsageError
-from qconvert.ir import runtime
-from qconvert.ir.agreement import largest_difference
+from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.artifact import GRAPH
-from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.report import Report
-from qconvert.ir.runtime import file_session
+from qconvert.ort import session
+from qconvert.ort.compare import largest_difference
+from qconvert.ort.session import file_session
 
 LENGTHS = (9, 6)
 
@@ -84,7 +84,7 @@ def test_it_is_compared_at_every_position_and_measured_as_it_ships(source: Path,
 def test_a_graph_that_takes_the_wrong_token_is_found(
     source: Path, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(runtime.PROVIDERS, "cuda", runtime.PROVIDERS["cpu"])
+    monkeypatch.setitem(session.PROVIDERS, "cuda", session.PROVIDERS["cpu"])
 
     def take_the_first(graph: Any, head: str) -> None:
         keep_last_position(graph, head)
@@ -98,7 +98,7 @@ def test_a_graph_that_takes_the_wrong_token_is_found(
 @pytest.mark.usefixtures("quick")
 def test_the_graph_for_cuda_gives_the_last_position_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU provider stands in for CUDA's; the plan has checked the graph against CUDA's kernels."""
-    monkeypatch.setitem(runtime.PROVIDERS, "cuda", runtime.PROVIDERS["cpu"])
+    monkeypatch.setitem(session.PROVIDERS, "cuda", session.PROVIDERS["cpu"])
     report = converted(source, tmp_path / "out", logits="last", targets=["cuda"], layout="onnx")
     assert report.passed
     assert file_session(tmp_path / "out" / "model.cuda.onnx").get_outputs()[0].shape == ["batch", 1, VOCABULARY]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qconvert import pipeline
-from qconvert.plugin.manager import BUILTINS
+from qconvert.plugin.host.manager import BUILTINS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qconvert"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qconvert import pipeline
 from qconvert.cli import main
-from qconvert.ir.runtime import file_session
 from qconvert.load.hugging_face import load_folder
+from qconvert.ort.session import file_session
 from qconvert.recipe import Recipe
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]

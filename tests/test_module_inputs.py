@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qconvert.errors import InputError
 from qconvert.ir.report import Report
-from qconvert.ir.runtime import file_session
+from qconvert.ort.session import file_session
 from qconvert.pipeline import convert
 from qconvert.recipe import Recipe
 

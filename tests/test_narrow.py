@@ -15,8 +15,8 @@ from onnx_ir import DataType
 from torch import Tensor, nn
 
 from qconvert.errors import UsageError
-from qconvert.ir.float_graph import float_graph
-from qconvert.ir.narrow import narrow
+from qconvert.graph.float_graph import float_graph
+from qconvert.graph.half_precision import narrow
 from qconvert.trace import trace
 
 HALF, FLOAT = DataType.FLOAT16, DataType.FLOAT

@@ -18,8 +18,8 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from qconvert import convert
 from qconvert.cli import main
 from qconvert.errors import InputError
+from qconvert.execution.outputs import named_outputs
 from qconvert.ir.artifact import GRAPH
-from qconvert.ir.outputs import named_outputs
 from qconvert.load.skeleton import build_skeleton
 from qconvert.recipe import Recipe
 

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 from qconvert import Recipe, convert
 from qconvert.errors import InputError
-from qconvert.ir.agreement import largest_difference
 from qconvert.ir.artifact import GRAPH
-from qconvert.ir.runtime import file_session
+from qconvert.ort.compare import largest_difference
+from qconvert.ort.session import file_session
 from qconvert.trace import trace
 from qconvert.trace.padding import TokensFirst
 

@@ -31,8 +31,8 @@ from qconvert.cli.exits import verdict
 from qconvert.errors import InputError, ParityError, TargetError, UsageError
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.report import Report
-from qconvert.ir.runtime import file_session
-from qconvert.plugin.manager import BUILTINS, PluginManager
+from qconvert.ort.session import file_session
+from qconvert.plugin.host.manager import BUILTINS, PluginManager
 from qconvert.recipe import PRESETS, Gate, Recipe
 from qconvert.report.plan import document, table
 
@@ -636,7 +636,7 @@ def test_an_output_that_a_killed_run_has_left_under_another_name_is_verified_und
         return real(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("qconvert.output._exchange", lambda one, other: False)
+        patch.setattr("qconvert.storage.output._exchange", lambda one, other: False)
         patch.setattr(Path, "rename", first_only)
         with pytest.raises(KeyboardInterrupt):
             pipeline.convert(recipe(published.parent / "bert", published, quantizer="absmax", force=True, verify=False))

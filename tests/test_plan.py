@@ -33,8 +33,8 @@ from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.quantizers.smoothquant import SmoothQuantQuantizer
 from qconvert.quantizers.zero_point import ZeroPointQuantizer
 from qconvert.recipe import Recipe
+from qconvert.storage.stage import open_stage
 from qconvert.trace import trace
-from qconvert.workdir import open_stage
 from qconvert.write import write
 
 Build = Callable[[Path], Path]

@@ -13,7 +13,7 @@ from qconvert.errors import PluginError, QConvertError, UsageError
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 

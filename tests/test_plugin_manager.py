@@ -14,8 +14,7 @@ import pytest
 from qconvert import quantizers
 from qconvert.errors import InputError, PluginError, UsageError
 from qconvert.ir.report import Report, Samples, Size
-from qconvert.plugin import watch
-from qconvert.plugin.manager import BUILTINS, PluginManager, plugin_manager
+from qconvert.plugin.host.manager import BUILTINS, PluginManager, plugin_manager
 from qconvert.recipe import Recipe
 
 QUANTIZER = """

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from qconvert.calibrate.products import coarse_products
-from qconvert.plugin import settings, watch
-from qconvert.plugin.distribution import Distribution, builtin
-from qconvert.plugin.watch import calling
+from qconvert.calibrate.bfloat16_matmul import coarse_products
+from qconvert.plugin.host import calls, process_settings
+from qconvert.plugin.host.calls import calling
+from qconvert.plugin.host.distribution import Distribution, builtin
 
 RUDE = Distribution("qconvert-rude", "0.3")
 OTHER_LOCALE = "C.UTF-8" if locale.setlocale(locale.LC_CTYPE) == "C" else "C"
@@ -42,7 +42,7 @@ FAULTS: dict[str, list[Callable[[], object]]] = {
         logging.disable,
         lambda: logging.root.handlers.clear(),
         lambda: setattr(logging.getLogger("qconvert"), "propagate", False),
-        lambda: setattr(logging.getLogger("qconvert.plugin.watch"), "disabled", True),  # logging.config does so
+        lambda: setattr(logging.getLogger("qconvert.plugin.host.calls"), "disabled", True),  # logging.config does so
     ],
     "the processors it runs on": [lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})],
     "torch's default dtype": [lambda: torch.set_default_dtype(torch.float64)],
@@ -61,16 +61,16 @@ FAULTS: dict[str, list[Callable[[], object]]] = {
 @pytest.fixture
 def kept() -> Iterator[dict[str, object]]:
     """The settings; also where a test fails, the next ones find them."""
-    before = [(each, each.read()) for each in settings.settings()]
+    before = [(each, each.read()) for each in process_settings.settings()]
     yield {each.name: value for each, value in before}
     for each, value in before:
         if each.read() != value:
             each.put_back(value)
-    watch._said.clear()
+    calls._said.clear()
 
 
 def read() -> dict[str, object]:
-    return {each.name: each.read() for each in settings.settings()}
+    return {each.name: each.read() for each in process_settings.settings()}
 
 
 def test_every_setting_has_a_fault() -> None:

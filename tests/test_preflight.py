@@ -18,9 +18,9 @@ from qconvert import compare as comparing
 from qconvert import pipeline, preflight
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.artifact import MANIFEST
-from qconvert.ir.manifest import KEYS
-from qconvert.plugin.manager import CALIBRATED, plugin_manager
+from qconvert.plugin.host.manager import CALIBRATED, plugin_manager
 from qconvert.recipe import Recipe, named_recipes
+from qconvert.storage.manifest import KEYS
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 COMMAND = f"""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.ir import processor as module
 from qconvert.ir.report import Processor
+from qconvert.ort import processor as module
 from qconvert.report import wording
 
 INTEL = (

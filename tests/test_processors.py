@@ -29,11 +29,11 @@ from torch import nn
 from qconvert import pipeline
 from qconvert.export import processors
 from qconvert.export.graph import GraphBuilder
-from qconvert.ir.agreement import feed, largest_difference
+from qconvert.graph.integer_products import PROBE, PRODUCTS, S8, U8, Pair
 from qconvert.ir.artifact import GRAPH, SIDECAR, WEIGHTS
-from qconvert.ir.integer_products import PROBE, PRODUCTS, S8, U8, Pair
-from qconvert.ir.processor import processor
-from qconvert.ir.runtime import file_session, session_options
+from qconvert.ort.compare import feed, largest_difference
+from qconvert.ort.processor import processor
+from qconvert.ort.session import file_session, session_options
 from qconvert.recipe import Recipe
 
 TESTS = Path(__file__).parent

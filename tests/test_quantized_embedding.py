@@ -16,11 +16,11 @@ from tiny_models import tiny_bert, tiny_llama
 from torch import Tensor, nn
 
 from qconvert import pipeline
-from qconvert.ir.agreement import largest_difference
 from qconvert.ir.artifact import GRAPH, WEIGHTS
 from qconvert.ir.report import Report
-from qconvert.ir.runtime import file_session
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ort.compare import largest_difference
+from qconvert.ort.session import file_session
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
 

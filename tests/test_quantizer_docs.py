@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.plugin.manager import BUILTINS
+from qconvert.plugin.host.manager import BUILTINS
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import PRESETS
 

@@ -13,7 +13,7 @@ from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup, Producer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.observer import AbsMax, Gram, SampledRows
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.absmax import AbsMaxQuantizer

@@ -15,8 +15,8 @@ from transformers import AlbertConfig, AlbertModel
 
 from qconvert.ir.layer import Producer
 from qconvert.ir.model import Model
-from qconvert.ir.runtime import file_session
 from qconvert.load import load
+from qconvert.ort.session import file_session
 from qconvert.pipeline import convert
 from qconvert.recipe import Recipe
 from qconvert.trace import trace

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto
 from rich.console import Console, RenderableType
 
-from qconvert.ir import cuda
+from qconvert.graph import cuda_kernels
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import (
@@ -440,7 +440,9 @@ def plan() -> Plan:
 def test_a_plan_for_cuda_says_what_the_table_of_kernels_says() -> None:
     for_cuda = dataclasses.replace(plan(), targets=("cuda",), cuda_bytes=3_000)
     text = on_terminal(plan_view.table(for_cuda), 160)
-    assert f"on CUDA, by the kernels of ONNX Runtime {cuda.version()}: 4 x MatMulNBits of 4 bits in blocks of 32" in text
+    assert (
+        f"on CUDA, by the kernels of ONNX Runtime {cuda_kernels.version()}: 4 x MatMulNBits of 4 bits in blocks of 32" in text
+    )
     assert "2 x MatMulNBits of 8 bits in blocks of 32" in text
     assert "for CUDA in qconvert.bin: about 3.0 kB" in text
     document = plan_view.document(for_cuda)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import PerGroup, QuantScheme
-from qconvert.plugin.manager import BUILTINS
+from qconvert.plugin.host.manager import BUILTINS
 from qconvert.plugin.observer import AbsMax, Gram, Observer
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.testing import Check, CheckFailure, CheckResult, check_quantizer, checks, parametrize_with_checks

@@ -17,11 +17,11 @@ from trace_models import DECODERS, ENCODERS, build, float_session, structure, tr
 from transformers.pytorch_utils import Conv1D
 
 from qconvert.errors import InputError
-from qconvert.ir.agreement import largest_difference
 from qconvert.ir.layer import Producer
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, Template
 from qconvert.load.factory import load_factory
+from qconvert.ort.compare import largest_difference
 from qconvert.trace import trace
 from qconvert.trace.attention import rotary_caches
 from qconvert.trace.capture import FORMS, capture

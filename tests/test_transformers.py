@@ -16,9 +16,9 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import Tensor, nn
 
 from qconvert import pipeline
-from qconvert.ir.reader import read_index, read_layer
 from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
+from qconvert.storage.reader import read_index, read_layer
 
 pytestmark = pytest.mark.usefixtures("quick", "quiet")
 

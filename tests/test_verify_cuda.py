@@ -25,12 +25,12 @@ from tiny_models import save_tensors, tiny_llama
 
 from qconvert import pipeline
 from qconvert.errors import ParityError, TargetError, UsageError
-from qconvert.ir import agreement, runtime
 from qconvert.ir.artifact import GRAPH, MANIFEST, REPORT
 from qconvert.ir.report import Latency, Report
-from qconvert.ir.runtime import DeviceSession, empty, file_session, why_unavailable
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load import load
+from qconvert.ort import compare, session
+from qconvert.ort.session import DeviceSession, empty, file_session, why_unavailable
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
 from qconvert.verify.narrow_parity import narrow_parity
@@ -56,7 +56,7 @@ def recipe(source: Path, output: Path, **settings: Any) -> Recipe:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU provider in the place of CUDA's, unless there is one."""
     if why_unavailable("cuda") is not None:
-        monkeypatch.setitem(runtime.PROVIDERS, "cuda", "CPUExecutionProvider")
+        monkeypatch.setitem(session.PROVIDERS, "cuda", "CPUExecutionProvider")
 
 
 # --- parity ---
@@ -171,13 +171,13 @@ def test_a_device_session_gives_what_a_plain_one_gives_and_keeps_caches_to_itsel
     folder = publish(model, trace(model), tensors, tmp_path / "out", ("cuda",)).folder
     plain = file_session(folder / CUDA_GRAPH)
     device = DeviceSession(plain, "cpu")
-    inputs = agreement.feed(device, agreement.padded_batch(model))
+    inputs = compare.feed(device, compare.padded_batch(model))
     logits, *caches = device.run(None, inputs)
     expected, *arrays = plain.run(None, inputs)
     assert np.array_equal(logits, expected)
     assert {cache.data_type() for cache in caches} == {"tensor(float16)"}
     assert all(np.array_equal(cache.numpy(), array) for cache, array in zip(caches, arrays, strict=True))
-    assert agreement.relative_error(model, device, [(torch.zeros(1, 10, 384),)] * 2) > 0  # a step on the caches works too
+    assert compare.relative_error(model, device, [(torch.zeros(1, 10, 384),)] * 2) > 0  # a step on the caches works too
 
 
 @pytest.mark.parametrize("kind", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"])
@@ -321,7 +321,7 @@ def test_on_a_gpu_every_scheme_agrees_with_its_weights(scheme: str, dtype: str, 
 
 
 def test_the_types_of_caches_are_onnxs() -> None:
-    assert runtime.FLOATS == {
+    assert session.FLOATS == {
         "tensor(float)": TensorProto.FLOAT,
         "tensor(float16)": TensorProto.FLOAT16,
         "tensor(bfloat16)": TensorProto.BFLOAT16,

@@ -11,7 +11,7 @@ from calibrate_models import model_of
 from torch import nn
 
 from qconvert.ir.report import Latency
-from qconvert.ir.runtime import SessionSettings
+from qconvert.ort.session import SessionSettings
 from qconvert.verify import cores, latency
 from qconvert.verify.cores import CoreTimes
 from qconvert.verify.latency import measure_latency

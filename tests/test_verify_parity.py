@@ -17,11 +17,11 @@ from onnx import helper
 from trace_models import DECODER, traced
 
 from qconvert.errors import InputError
-from qconvert.ir import agreement
+from qconvert.graph.float_graph import float_graph
 from qconvert.ir.artifact import GRAPH, SIDECAR
-from qconvert.ir.float_graph import float_graph
-from qconvert.ir.runtime import memory_session
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ort import compare
+from qconvert.ort.session import memory_session
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify.parity import (
@@ -226,7 +226,7 @@ def test_a_window_that_was_lost_shows_on_a_sample_of_full_length() -> None:
 
     def error() -> tuple[float, float]:
         session = memory_session(float_graph(graph, model.parameter_shapes), model.read)
-        on_probes = agreement.relative_error(model, session, torch_outputs(model, model.read))
+        on_probes = compare.relative_error(model, session, torch_outputs(model, model.read))
         return on_probes, float_parity(model, session, sample)
 
     assert max(error()) < TOLERANCE

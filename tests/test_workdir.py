@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert import workdir
 from qconvert.errors import ResourceError, UsageError
 from qconvert.ir.artifact import MANIFEST, SIDECAR
-from qconvert.ir.reader import read_tensor, tensor_record
-from qconvert.output import recover
-from qconvert.workdir import Stage, open_stage
+from qconvert.storage import stage
+from qconvert.storage.output import recover
+from qconvert.storage.reader import read_tensor, tensor_record
+from qconvert.storage.stage import Stage, open_stage
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -62,7 +62,7 @@ class TestPublish:
         publish(tmp_path / "out", "old")
         (tmp_path / "out" / "stale").write_text("old")
         if not swaps:
-            monkeypatch.setattr("qconvert.output._exchange", lambda one, other: False)
+            monkeypatch.setattr("qconvert.storage.output._exchange", lambda one, other: False)
         publish(tmp_path / "out", "new", force=True)
         assert names(tmp_path) == ["out"]
         assert names(tmp_path / "out") == [MANIFEST]
@@ -264,7 +264,7 @@ class TestFault22Kill:
         fresh, stale = interrupt(tmp_path / "out", "a" * 64), interrupt(tmp_path / "out", "b" * 64)
         others = [interrupt(tmp_path / "out2", "c" * 64), tmp_path / ".out.qconvert-notes"]
         others[1].mkdir()
-        yesterday = time.time() - workdir.KEEP_SECONDS - 60
+        yesterday = time.time() - stage.KEEP_SECONDS - 60
         for root in (stale, *others):
             for path in (root, *root.iterdir()):
                 os.utime(path, (yesterday, yesterday))
@@ -286,7 +286,7 @@ class TestFault23TwoRuns:
 
     def test_a_killed_run_holds_no_lock(self, tmp_path: Path) -> None:
         script = (
-            "import os, signal, sys\nfrom pathlib import Path\nfrom qconvert.workdir import open_stage\n"
+            "import os, signal, sys\nfrom pathlib import Path\nfrom qconvert.storage.stage import open_stage\n"
             f"with open_stage(Path(sys.argv[1]), {DIGEST!r}) as stage:\n"
             "    stage.journal.append({'block': 'a'})\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         )

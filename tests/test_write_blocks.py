@@ -23,9 +23,9 @@ from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import Outliers, QuantizedBlock
-from qconvert.ir.reader import read_layer, read_tensor
-from qconvert.workdir import open_stage
-from qconvert.write import safetensors as write_safetensors
+from qconvert.storage import safetensors as write_safetensors
+from qconvert.storage.reader import read_layer, read_tensor
+from qconvert.storage.stage import open_stage
 from qconvert.write import write
 
 SCHEMES = [

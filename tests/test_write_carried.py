@@ -10,7 +10,7 @@ import pytest
 from writing import DIGEST, all_linears, convert, net
 
 from qconvert.errors import InputError
-from qconvert.workdir import open_stage
+from qconvert.storage.stage import open_stage
 from qconvert.write.carried import write_carried
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from writing import DIGEST, MemorySource, SchemeOf, all_linears, net, plan_of, quantize_layer, quantized_blocks
 
 from qconvert.errors import UsageError
-from qconvert.ir.layout import dequantizes_exactly, must_dequantize, transformers_refuses
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
-from qconvert.workdir import open_stage
+from qconvert.storage.compressed_tensors import dequantizes_exactly, must_dequantize, transformers_refuses
+from qconvert.storage.stage import open_stage
 from qconvert.write import write
 
 # Relative to the largest |output|. Also where transformers dequantizes in the scale's dtype (QuantScheme.scale_dtype).

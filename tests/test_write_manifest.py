@@ -16,11 +16,11 @@ from writing import DIGEST, all_linears, net, plan_of, quantize_layer, quantized
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS
-from qconvert.ir.reader import CHUNK, read_index, read_layer
-from qconvert.plugin.distribution import Code, Distribution, builtin
-from qconvert.published import published_recipe
+from qconvert.plugin.host.distribution import Code, Distribution, builtin
 from qconvert.recipe import Recipe
-from qconvert.workdir import open_stage
+from qconvert.storage.published import published_recipe
+from qconvert.storage.reader import CHUNK, read_index, read_layer
+from qconvert.storage.stage import open_stage
 from qconvert.write import run_digest, write, write_manifest
 from qconvert.write.origin import Origin, file_digests, machine, versions
 

@@ -13,11 +13,11 @@ import transformers
 from calibrate_models import VOCABULARY, model_of
 from torch import Tensor, nn
 
-from qconvert.ir.agreement import feed
-from qconvert.ir.float_graph import float_graph
+from qconvert.graph.float_graph import float_graph
 from qconvert.ir.model import Model
-from qconvert.ir.runtime import memory_session
 from qconvert.ir.template import Template
+from qconvert.ort.compare import feed
+from qconvert.ort.session import memory_session
 from qconvert.trace import trace
 
 # Heads of 16: GroupQueryAttention does not rotate smaller ones.

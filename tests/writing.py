@@ -15,7 +15,7 @@ from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.workdir import open_stage
+from qconvert.storage.stage import open_stage
 from qconvert.write import write
 
 DIGEST = "0123456789abcdef"

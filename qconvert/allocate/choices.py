@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import UsageError
-from qconvert.ir import affine, kernel, layout
+from qconvert.ir import affine
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.recipe import Recipe
+from qconvert.storage import compressed_tensors
+from qconvert.targets import cpu
 
 # Weights only, with fast kernels on every target, and a layout whose bytes the kernels read as they are.
 SCHEMES = tuple(map(QuantScheme.parse, ("int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8-g128", "int8-g32")))
@@ -77,7 +79,7 @@ def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
     for index, choice in enumerate(found):
         scheme = choice.schemes[index % len(choice.schemes)]
         mixed |= {name: dataclasses.replace(mixed[name], scheme=scheme) for name in choice.layers}
-    reason = layout.transformers_refuses(mixed.values())
+    reason = compressed_tensors.transformers_refuses(mixed.values())
     if reason is not None:
         raise UsageError(
             "QC-BUDGET-005",
@@ -112,4 +114,4 @@ def _stored_bytes(plan: LayerPlan) -> int:
     scale = torch.ones(plan.scheme.scale_shape(out, width))
     zero_point = None if plan.scheme.symmetric else torch.zeros(scale.shape, dtype=torch.int8)
     tensor = QuantizedTensor(torch.zeros(out, width, dtype=torch.int8), scale, zero_point, plan.scheme)
-    return plan.nbytes + sum(extra.nbytes for extra in kernel.sidecar_tensors(plan, tensor).values())
+    return plan.nbytes + sum(extra.nbytes for extra in cpu.sidecar_tensors(plan, tensor).values())

@@ -26,10 +26,10 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import in_own_shape
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
+from qconvert.plugin.input_scaling import scaled
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.plugin.scaling import scaled
 from qconvert.recipe import Recipe
 
 # Of the samples on which losses are measured. Twice as many found assignments 2 % better (SmolLM2, 4.5 bits).

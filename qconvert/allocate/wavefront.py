@@ -16,8 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir.divergence import kl_divergence, log_probabilities
-from qconvert.ir.forward import BlockRunner
+from qconvert.execution.block_runner import BlockRunner
+from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import GENERATING

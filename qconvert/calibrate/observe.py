@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qconvert.calibrate.bfloat16_matmul import coarse_products
 from qconvert.calibrate.importance import importance_of, padding_mask
-from qconvert.calibrate.products import coarse_products
 from qconvert.calibrate.tuning_samples import FloatOutputs, TuningSamples
 from qconvert.errors import UsageError
-from qconvert.ir import agreement
+from qconvert.execution.block_runner import BlockRunner, ReadParameter, StopForward, checked_device
 from qconvert.ir.finite import not_finite
-from qconvert.ir.forward import BlockRunner, ReadParameter, StopForward, checked_device
 from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import InputGroup
-from qconvert.plugin import contract
+from qconvert.ort import compare
+from qconvert.plugin.host import contract
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 
@@ -100,7 +100,7 @@ def observe(
             yield Block(unit, tuple(_linear_group(model, plan, replace(group, producer=None), None) for group in members[unit]))
         return
     runner = BlockRunner(model, device=device)
-    runner.start(batches if counted else agreement.probes(model))
+    runner.start(batches if counted else compare.probes(model))
     floats = FloatOutputs(runner) if tuned and written else None
     products = nullcontext if tuned else coarse_products  # what tuning approaches is the float block's output itself
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):

@@ -9,7 +9,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from qconvert.calibrate.importance import importance_of, padding_mask
-from qconvert.ir.forward import BlockRunner
+from qconvert.execution.block_runner import BlockRunner
 from qconvert.ir.template import in_own_shape
 
 

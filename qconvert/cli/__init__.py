@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from qconvert.cli import watched
 from qconvert.cli.exits import exit_codes
-from qconvert.ir.process import import_path, tell_done
+from qconvert.supervision import parent
+from qconvert.supervision.child import import_path, tell_done
 
 COMMANDS = {
     "run": "qconvert.cli.run",
@@ -39,10 +39,10 @@ class Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         if args is None:
             os.environ.update(import_path())  # for all that is started from here, plugins' processes included
-            if watched.is_needed(sys.argv[1:]):
+            if parent.is_needed(sys.argv[1:]):
                 with exit_codes(as_json="--json" in sys.argv):
-                    sys.exit(watched.run(sys.argv[1:]))
-            watched.begin()
+                    sys.exit(parent.run(sys.argv[1:]))
+            parent.begin()
         try:
             return super().main(args, *others, **settings)
         except SystemExit as leaving:

@@ -12,7 +12,7 @@ import click
 from qconvert.cli.exits import worst
 from qconvert.cli.recipe_flags import part_of, settings_of, shared_flags
 from qconvert.cli.stdout import emit, emit_table
-from qconvert.ir.garbage import importing
+from qconvert.supervision.startup import importing
 
 
 @click.command()

@@ -9,7 +9,7 @@ import click
 
 from qconvert.cli.recipe_flags import recipe_flags, recipe_of
 from qconvert.cli.stdout import emit, emit_table
-from qconvert.ir.garbage import importing
+from qconvert.supervision.startup import importing
 
 
 @click.command()

@@ -15,7 +15,7 @@ import click
 
 from qconvert.cli.stdout import emit, emit_table
 from qconvert.errors import PluginError
-from qconvert.ir.garbage import importing
+from qconvert.supervision.startup import importing
 
 if TYPE_CHECKING:
     from qconvert.testing import CheckResult
@@ -44,8 +44,8 @@ def list_plugins(files: tuple[Path, ...], as_json: bool) -> None:
     stdout: a table, or with --json a document.
     """
     with _quiet():
-        from qconvert.plugin.catalogue import document, entries
-        from qconvert.plugin.manager import plugin_manager
+        from qconvert.plugin.host.catalogue import document, entries
+        from qconvert.plugin.host.manager import plugin_manager
         from qconvert.report.catalogue import table
 
         found = plugin_manager(files)
@@ -66,8 +66,8 @@ def show(name: str, files: tuple[Path, ...], as_json: bool) -> None:
     NAME is a quantizer, a distribution or a module. stdout: a page, or with --json a document.
     """
     with _quiet():
-        from qconvert.plugin.catalogue import entries
-        from qconvert.plugin.manager import plugin_manager
+        from qconvert.plugin.host.catalogue import entries
+        from qconvert.plugin.host.manager import plugin_manager
         from qconvert.report.catalogue import page
 
         found = plugin_manager(files)
@@ -86,8 +86,8 @@ def show(name: str, files: tuple[Path, ...], as_json: bool) -> None:
 def schema(files: tuple[Path, ...]) -> None:
     """Print the JSON schema of a recipe, with the options of every quantizer, for editors that complete and check YAML."""
     with _quiet():
-        from qconvert.plugin.catalogue import recipe_schema
-        from qconvert.plugin.manager import plugin_manager
+        from qconvert.plugin.host.catalogue import recipe_schema
+        from qconvert.plugin.host.manager import plugin_manager
 
         document = recipe_schema(plugin_manager(files))
     emit(json.dumps(document, indent=2))
@@ -125,11 +125,11 @@ def check(name: str, plugin_timeout: float, as_json: bool) -> None:
     console = StderrConsole()
     results: dict[str, list[CheckResult]] = {}
     with _quiet():
-        from qconvert.plugin import watch
-        from qconvert.plugin.manager import plugin_manager
+        from qconvert.plugin.host import calls
+        from qconvert.plugin.host.manager import plugin_manager
         from qconvert.testing import check_quantizer
 
-        watch.limit_calls(plugin_timeout)
+        calls.limit_calls(plugin_timeout)
         found = plugin_manager((Path(name),) if name.endswith(".py") else ())
         wanted = {name, Path(name).name}
         kinds = [
@@ -172,7 +172,7 @@ def new(folder: Path) -> None:
     The quantizer gets the folder's name: qconvert-kmeans brings kmeans. stdout: the folder.
     """
     with _quiet():
-        from qconvert.plugin.scaffold import new_plugin
+        from qconvert.plugin.host.scaffold import new_plugin
 
         new_plugin(folder)
     emit(str(folder))

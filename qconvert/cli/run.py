@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from qconvert.cli.recipe_flags import recipe_flags, recipe_of
-from qconvert.ir.garbage import importing
+from qconvert.supervision.startup import importing
 
 
 @click.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qconvert.cli.recipe_flags import TARGETS
-from qconvert.ir.garbage import importing
+from qconvert.supervision.startup import importing
 
 
 @click.command()

@@ -17,17 +17,17 @@ from qconvert.export.lower_cuda import CudaLowering
 from qconvert.export.lowering import MICROSOFT
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
+from qconvert.graph.float_graph import lower_float, number_repeated_names, substitute
+from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, Written, graph_files
-from qconvert.ir.float_graph import lower_float, number_repeated_names, substitute
-from qconvert.ir.last_position import keep_last_position
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.reader import read_tensor
 from qconvert.ir.report import GENERATING
 from qconvert.ir.template import DOMAIN, Template
-from qconvert.output import disk_errors
 from qconvert.recipe import Logits
-from qconvert.workdir import Stage
+from qconvert.storage.output import disk_errors
+from qconvert.storage.reader import read_tensor
+from qconvert.storage.stage import Stage
 
 IR_VERSION = 10
 # Gather takes every float but these: such a table is widened when the model is loaded.

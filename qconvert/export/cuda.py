@@ -8,10 +8,10 @@ import torch
 from qconvert.export.graph import ONNX_TYPES
 from qconvert.export.lower_cuda import CudaLowering
 from qconvert.export.pack import pack_query_key_value
-from qconvert.ir.cuda import check_kernels
-from qconvert.ir.float_graph import lower_float, parameter, substitute
+from qconvert.graph.cuda_kernels import check_kernels
+from qconvert.graph.float_graph import lower_float, parameter, substitute
+from qconvert.graph.half_precision import narrow
 from qconvert.ir.model import Model
-from qconvert.ir.narrow import narrow
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import DOMAIN
 

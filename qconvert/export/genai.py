@@ -13,8 +13,8 @@ import onnx_ir
 
 from qconvert.ir.artifact import GENAI_CONFIG, graph_files
 from qconvert.ir.model import Model
-from qconvert.output import disk_errors
-from qconvert.workdir import Stage
+from qconvert.storage.output import disk_errors
+from qconvert.storage.stage import Stage
 
 # The name of onnxruntime-genai for any decoder that is one graph with a KV cache, whatever its architecture.
 MODEL_TYPE = "decoder"

@@ -1,7 +1,7 @@
 """The graph asks the processor that it is loaded on which weights its integer products want: signed or unsigned ones.
 
 Signed weights are fast with VNNI and AMX and saturate on AVX2 alone; unsigned ones are exact everywhere and have no fast kernel
-with VNNI (ir/integer_products.py). So every such product is there twice, in the branches of an `If`:
+with VNNI (graph/integer_products.py). So every such product is there twice, in the branches of an `If`:
 
     exact  = ReduceMin(MatMulInteger(255s, 127s)) == what it must be      once per graph, from constants
     y      = If(exact): MatMulIntegerToFloat(x, Transpose(signed))
@@ -26,7 +26,7 @@ import onnx_ir
 from onnx_ir import DataType, Graph, Node, TensorType, Value
 
 from qconvert.export.graph import GraphBuilder
-from qconvert.ir.integer_products import PROBE, PROBE_SUM, PRODUCTS, U8
+from qconvert.graph.integer_products import PROBE, PROBE_SUM, PRODUCTS, U8
 
 EXACT = "qconvert/signed_products_are_exact"
 FLIPPED = "qconvert/flipped_bit"

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from qconvert.errors import InputError, in_one_line, is_out_of_memory
 from qconvert.ir.model import Model, TensorInfo
-from qconvert.ir.reader import tensor_bytes
-from qconvert.plugin.settings import settings_kept
+from qconvert.plugin.host.process_settings import settings_kept
+from qconvert.storage.reader import tensor_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir.model import TensorInfo
-from qconvert.ir.reader import DTYPES
 from qconvert.load.folder import INDEX, SINGLE, parse_json, read_weight_map, refuse_git_lfs_pointer, weight_files
+from qconvert.storage.reader import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 

@@ -19,7 +19,7 @@ from qconvert.ir.template import Template, layer_kind
 from qconvert.plan.cuda import check_cuda, cuda_bytes
 from qconvert.plan.fit import Fitting
 from qconvert.plan.tied import modules_that_share, shared_heads
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe, refuse_gates
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from onnx_ir import DataType
 
-from qconvert.ir import cuda
-from qconvert.ir.float_graph import float_graph
-from qconvert.ir.last_position import keep_last_position
+from qconvert.graph import cuda_kernels
+from qconvert.graph.float_graph import float_graph
+from qconvert.graph.half_precision import narrow
+from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.model import Model
-from qconvert.ir.narrow import narrow
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import no_zero_points
 from qconvert.ir.template import Template
@@ -32,7 +32,7 @@ def check_cuda(model: Model, template: Template, layers: Mapping[str, LayerPlan]
             keep_last_position(made.graph, model.output_head)
         graph = float_graph(made, model.parameter_shapes).graph
         narrow(graph, DataType[dtype.upper()])
-        cuda.check_kernels(graph)
+        cuda_kernels.check_kernels(graph)
 
 
 def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], dtype: str) -> int:
@@ -47,10 +47,10 @@ def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], dtype: str) -> int
     for layer in layers.values():
         if layer.kind == "conv2d":
             continue
-        blocks = -(-layer.in_features // cuda.block_size(layer))
+        blocks = -(-layer.in_features // cuda_kernels.block_size(layer))
         scale = layer.disk_tensors["weight_scale"]
         if scale.dtype != narrow_type or scale.shape[1] != blocks:
             total += layer.out_features * blocks * narrow_type.itemsize
-        if cuda.is_padded(layer):
-            total += layer.out_features * blocks * cuda.block_size(layer) * layer.scheme.bits // 8
+        if cuda_kernels.is_padded(layer):
+            total += layer.out_features * blocks * cuda_kernels.block_size(layer) * layer.scheme.bits // 8
     return total

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qconvert.errors import UsageError
-from qconvert.ir import cuda, kernel, layout
+from qconvert.graph import cuda_kernels
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.report import KeptFloat
 from qconvert.ir.scheme import GROUP_SIZES, Granularity, PerChannel, PerGroup
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
+from qconvert.storage import compressed_tensors
+from qconvert.targets import cpu
 
 Layers = dict[str, LayerPlan]
 
@@ -66,17 +68,17 @@ class Fitting:
         """Why transformers could not load these layers from one folder, as half a sentence; None if it can, or need not."""
         if self.recipe.layout == "onnx" or self.model.config is None:
             return None
-        return layout.transformers_refuses(layers, outliers=self.quantizer.has_outliers)
+        return compressed_tensors.transformers_refuses(layers, outliers=self.quantizer.has_outliers)
 
     def _misfit(self, layer: LayerPlan) -> _Misfit | None:
         """The first of what the layer's width has to be a multiple of, and is not."""
-        width, scheme, packed = layer.in_features, layer.scheme, layout.is_packed(layer)
+        width, scheme, packed = layer.in_features, layer.scheme, compressed_tensors.is_packed(layer)
         wanted = [("QC-PLAN-004", scheme.group_size(width), f"the group of {scheme}", "take a smaller group or -channel, or ")]
         if layer.kind == "embedding" and packed:
-            wanted.append(("QC-PLAN-009", kernel.block_size(layer), "the block of the kernel for quantized embeddings", ""))
+            wanted.append(("QC-PLAN-009", cpu.block_size(layer), "the block of the kernel for quantized embeddings", ""))
         if layer.kind == "embedding" and "cuda" in self.recipe.targets and (packed or layer.name in self.shared.values()):
             block = "the block of the CUDA provider's kernel for quantized embeddings"
-            wanted.append(("QC-PLAN-010", cuda.block_size(layer), block, "leave out --target cuda, or "))
+            wanted.append(("QC-PLAN-010", cuda_kernels.block_size(layer), block, "leave out --target cuda, or "))
         for code, divisor, what, hint in wanted:
             if width % divisor:
                 reason = f"its width of {width} is no multiple of {divisor}, {what}"

@@ -13,7 +13,7 @@ from qconvert.ir.layer import Block, BlockSamples, Layer
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantize.fold import Folded, fold
 from qconvert.quantize.tune import tune

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qconvert.ir.layer import Block, Producer
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
+from qconvert.plugin.input_scaling import divided, scaled
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.plugin.scaling import divided, scaled
 
 logger = logging.getLogger("qconvert")
 

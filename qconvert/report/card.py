@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qconvert.errors import printable
-from qconvert.ir import cuda
+from qconvert.graph import cuda_kernels
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.report import GENERATING, Report, Task
 from qconvert.recipe import DataSpec, Recipe
@@ -212,7 +212,7 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     if "cuda" in recipe.targets:
         notes.append(
             f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was "
-            f"checked against the kernels of ONNX Runtime {cuda.version()}."
+            f"checked against the kernels of ONNX Runtime {cuda_kernels.version()}."
         )
     if notes:
         yield "## Notes"

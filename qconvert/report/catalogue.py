@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qconvert.plugin.catalogue import Entry
-from qconvert.plugin.discovery import BrokenPlugin
+from qconvert.plugin.host.catalogue import Entry
+from qconvert.plugin.host.discovery import BrokenPlugin
 
 TITLES = ("name", "kind", "distribution", "version", "API", "data", "schemes")
 

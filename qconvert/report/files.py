@@ -9,9 +9,9 @@ from pathlib import Path
 from qconvert.errors import ResourceError
 from qconvert.ir.artifact import CARD, REPORT
 from qconvert.ir.report import Report
-from qconvert.output import replace_file
 from qconvert.recipe import Recipe
 from qconvert.report.card import card
+from qconvert.storage.output import replace_file
 
 logger = logging.getLogger("qconvert")
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qconvert.errors import printable
-from qconvert.ir import cuda
+from qconvert.graph import cuda_kernels
 from qconvert.report import wording
 
 if TYPE_CHECKING:
@@ -62,9 +62,12 @@ def _cuda(plan: Plan) -> list[str]:
     """What the table of CUDA kernels says of the layers."""
     if "cuda" not in plan.targets:
         return []
-    counted = Counter(cuda.describe(layer) for layer in plan.layers.values())
+    counted = Counter(cuda_kernels.describe(layer) for layer in plan.layers.values())
     return [
-        *(f"on CUDA, by the kernels of ONNX Runtime {cuda.version()}: {count} x {what}" for what, count in counted.items()),
+        *(
+            f"on CUDA, by the kernels of ONNX Runtime {cuda_kernels.version()}: {count} x {what}"
+            for what, count in counted.items()
+        ),
         f"for CUDA in qconvert.bin: about {wording.byte_size(plan.cuda_bytes)}, float tensors in its own type above all",
     ]
 
@@ -87,7 +90,7 @@ def document(plan: Plan) -> dict[str, Any]:
                 "scheme": str(layer.scheme),
                 "bytes": layer.nbytes,
                 **({"reason": layer.reason} if layer.reason else {}),
-                **({"cuda": cuda.describe(layer)} if "cuda" in plan.targets else {}),
+                **({"cuda": cuda_kernels.describe(layer)} if "cuda" in plan.targets else {}),
             }
             for layer in plan.layers.values()
         ],

@@ -6,9 +6,9 @@ import dataclasses
 import pickle
 
 from qconvert.ir.scheme import QuantScheme
+from qconvert.plugin.host.scaffold import NAME
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.plugin.scaffold import NAME
 from qconvert.testing.failure import CheckFailure
 from qconvert.testing.samples import SCHEMES, difference, every_outcome, typical
 

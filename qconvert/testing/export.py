@@ -11,7 +11,6 @@ from pathlib import Path
 from qconvert.calibrate import calibrate
 from qconvert.errors import QConvertError
 from qconvert.export import export
-from qconvert.ir.dequantized import Artifact
 from qconvert.ir.model import Model
 from qconvert.ir.progress import silent
 from qconvert.ir.quantized import QuantizedTensor
@@ -22,11 +21,12 @@ from qconvert.plan import plan as make_plan
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
 from qconvert.recipe import Recipe
+from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.stage import open_stage
 from qconvert.testing.failure import CheckFailure
 from qconvert.testing.samples import difference, schemes_of
 from qconvert.trace import trace
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
-from qconvert.workdir import open_stage
 from qconvert.write import write
 
 SOURCE = "module:qconvert.testing.network:network"

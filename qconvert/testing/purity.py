@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qconvert.ir.layer import LinearGroup
+from qconvert.plugin.host.process_settings import settings_kept
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.plugin.settings import settings_kept
 from qconvert.testing.failure import CheckFailure
 from qconvert.testing.samples import (
     Outcome,

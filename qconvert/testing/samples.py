@@ -17,11 +17,11 @@ from qconvert.errors import QConvertError
 from qconvert.ir.layer import CalibrationStats, Layer, LayerKind, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import contract
-from qconvert.plugin.discovery import FAILURES, reason
+from qconvert.plugin.host import contract
+from qconvert.plugin.host.discovery import FAILURES, reason
+from qconvert.plugin.input_scaling import scaled
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.plugin.scaling import scaled
 from qconvert.testing.failure import CheckFailure, place
 
 # One of each kind that differs in arithmetic or storage; all of them can be planned.

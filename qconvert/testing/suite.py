@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from qconvert.plugin.discovery import FAILURES, reason
+from qconvert.plugin.host.discovery import FAILURES, reason
 from qconvert.plugin.options import first_paragraph
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.testing import declaration, export, observers, purity, quality, record, robustness

@@ -13,9 +13,9 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir.garbage import uncollected
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
+from qconvert.supervision.startup import uncollected
 from qconvert.trace import encoder_decoder
 from qconvert.trace import opaque as opaque_nodes
 from qconvert.trace.attention import DECODER, ENCODER, ENCODER_DECODER
@@ -49,7 +49,7 @@ class Captured:
 def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> dict[str, Captured]:
     """Trace the skeleton with only `blocks` kept: part (see ir.artifact.graph_files) -> graph.
 
-    outputs: names of what the model gives (see ir.outputs.named_outputs).
+    outputs: names of what the model gives (see execution.outputs.named_outputs).
     Raises whatever the exporter raises; the caller decides whether another form is tried.
     """
     module = opaque_nodes.shortened(model, blocks)

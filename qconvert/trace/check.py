@@ -9,12 +9,12 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir import agreement
+from qconvert.execution.outputs import named_outputs
+from qconvert.graph.float_graph import float_graph
 from qconvert.ir.finite import not_finite, require_finite
-from qconvert.ir.float_graph import float_graph
 from qconvert.ir.model import Model
-from qconvert.ir.outputs import named_outputs
-from qconvert.ir.runtime import joined, memory_session
+from qconvert.ort import compare
+from qconvert.ort.session import joined, memory_session
 from qconvert.trace.opaque import original_name, shortened
 
 # Relative to the largest |output|; float32 sums in another order differ by about 1e-6.
@@ -31,7 +31,7 @@ def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
         owner, _, leaf = name.rpartition(".")
         value = model.read(original_name(name, blocks)).float()
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    return [named_outputs(model.task, module, batch) for batch in agreement.probes(model)]
+    return [named_outputs(model.task, module, batch) for batch in compare.probes(model)]
 
 
 def relative_error(
@@ -50,7 +50,7 @@ def relative_error(
             for part, graph in graphs.items()
         }
     )
-    error = agreement.relative_error(model, session, [tuple(outputs.values()) for outputs in expected])
+    error = compare.relative_error(model, session, [tuple(outputs.values()) for outputs in expected])
     if math.isinf(error):
         for name, _ in shortened(model, blocks).named_parameters():
             weight = original_name(name, blocks)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconvert.execution.outputs import encoder_outputs, tensors_in
 from qconvert.ir.model import Model
-from qconvert.ir.outputs import encoder_outputs, tensors_in
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
 from qconvert.trace.padding import TokensFirst
 
 # Batch and sequence of the example inputs: torch.export specialises dimensions of size 0 and 1. All are different, and none
-# is what traces are checked with (ir/agreement.py).
+# is what traces are checked with (ort/compare.py).
 BATCH, SEQUENCE, PAST = 7, 3, 5
 
 

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
-from qconvert.ir import agreement
+from qconvert.graph.float_graph import float_graph
+from qconvert.graph.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.artifact import graph_files, is_model_file
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.float_graph import float_graph
-from qconvert.ir.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.layer import Batch, row_count
-from qconvert.ir.manifest import read_manifest
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.processor import processor
 from qconvert.ir.progress import Progress
-from qconvert.ir.reader import read_index, sha256
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
-from qconvert.ir.runtime import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.ir.template import Template
+from qconvert.ort import compare
+from qconvert.ort.processor import processor
+from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
+from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.manifest import read_manifest
+from qconvert.storage.reader import read_index, sha256
 from qconvert.verify.attempt import attempt
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.finite import require_finite_float
@@ -106,7 +106,7 @@ def verify(
 
 
 def _require_finite_float(model: Model) -> None:
-    for probe, outputs in zip(agreement.probes(model), torch_outputs(model, model.read), strict=True):
+    for probe, outputs in zip(compare.probes(model), torch_outputs(model, model.read), strict=True):
         for output in outputs:
             require_finite_float(output, probe, "built-in")
 
@@ -114,7 +114,7 @@ def _require_finite_float(model: Model) -> None:
 def _cpu_error(artifact: Artifact, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]) -> tuple[float, str]:
     """(largest relative difference, what differs by that)."""
     pairs = [pair for path in paths.values() for pair in last_position_pairs(artifact.model, path, "cpu")]
-    errors = [(agreement.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
+    errors = [(compare.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
     whole = graph_parity(artifact, dequantized), "outputs, with float activations,"
     return max(whole, worst_cluster(artifact), *errors)
 
@@ -125,7 +125,7 @@ def _device_pairs(
     """(what the graphs give on a target, what they should): torch's outputs, and their own at the last positions."""
     session = joined({part: session_at_all_positions(path, target) for part, path in paths.items()})
     own = [pair for path in paths.values() for pair in last_position_pairs(model, path, target)]
-    return agreement.compared(model, session, dequantized) + own
+    return compare.compared(model, session, dequantized) + own
 
 
 def _open_float(template: Template, model: Model, settings: SessionSettings, *, last_position: bool = False) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconvert.ir.agreement import feed
-from qconvert.ir.divergence import kl_divergence, log_probabilities
+from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import GENERATING, Fidelity, Task
+from qconvert.ort.compare import feed
 from qconvert.verify.finite import first_not_finite, require_finite_float
 
 # Positions whose logits are compared at once: 128 of a vocabulary of 150,000 are 150 MB in float64.

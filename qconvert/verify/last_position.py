@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir
 from torch import Tensor
 
-from qconvert.ir import agreement
-from qconvert.ir.last_position import keeps_last_position, restore_all_positions
+from qconvert.graph.last_position import keeps_last_position, restore_all_positions
 from qconvert.ir.model import Model
-from qconvert.ir.runtime import DEFAULT, SessionSettings, file_session, memory_session
+from qconvert.ort import compare
+from qconvert.ort.session import DEFAULT, SessionSettings, file_session, memory_session
 
 
 def session_at_all_positions(path: Path, target: str, settings: SessionSettings = DEFAULT) -> Any:
@@ -30,14 +30,14 @@ def last_position_pairs(model: Model, path: Path, target: str) -> list[tuple[np.
     if not keeps_last_position(onnx_ir.load(path).graph):
         return []
     last, every = file_session(path, target), session_at_all_positions(path, target)
-    step = np.array(agreement.NEXT_TOKENS)[:, None] % agreement.vocabulary_size(model)
+    step = np.array(compare.NEXT_TOKENS)[:, None] % compare.vocabulary_size(model)
     pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
-    for side in agreement.SIDES:
-        inputs = agreement.feed(every, agreement.padded_batch(model, side))
+    for side in compare.SIDES:
+        inputs = compare.feed(every, compare.padded_batch(model, side))
         found, expected = last.run(None, inputs), every.run(None, inputs)
-        ends = [agreement.columns_of(row, side).stop - 1 for row in range(len(step))]
+        ends = [compare.columns_of(row, side).stop - 1 for row in range(len(step))]
         pairs.append((found[0][:, 0], expected[0][np.arange(len(ends)), ends]))
-        inputs = agreement.next_inputs(every, inputs, expected, step)
+        inputs = compare.next_inputs(every, inputs, expected, step)
         pairs.append((last.run(None, inputs)[0], every.run(None, inputs)[0]))
     return pairs
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconvert.ir.agreement import feed, next_inputs, position_limit, vocabulary_size
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import GENERATING, Latency, Trial
-from qconvert.ir.runtime import SessionSettings
+from qconvert.ort.compare import feed, next_inputs, position_limit, vocabulary_size
+from qconvert.ort.session import SessionSettings
 from qconvert.verify.cores import CoreTimes, others_share
 
 PROMPT, NEW_TOKENS = 128, 32

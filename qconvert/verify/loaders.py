@@ -11,10 +11,10 @@ import transformers
 from compressed_tensors.quantization import disable_quantization
 from torch import Tensor, nn
 
-from qconvert.ir import agreement
-from qconvert.ir.auto_class import auto_class
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.outputs import graph_outputs
+from qconvert.execution.auto_class import auto_class
+from qconvert.execution.outputs import graph_outputs
+from qconvert.ort import compare
+from qconvert.storage.artifact_reader import Artifact
 from qconvert.verify.parity import torch_outputs
 
 
@@ -34,12 +34,12 @@ def transformers_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...
             name: part.dtype for name, part in loaded.named_parameters(remove_duplicate=False) if part.is_floating_point()
         }
         _compute_in_float32(loaded, model.module)
-        found = [graph_outputs(model.task, loaded, inputs) for inputs in agreement.probes(model)]
+        found = [graph_outputs(model.task, loaded, inputs) for inputs in compare.probes(model)]
 
     if artifact.has_outliers or set(dtypes.values()) != {torch.float32}:
         expected = torch_outputs(model, lambda name: artifact.read_plain(name).to(dtypes.get(name, torch.float32)))
     return max(
-        agreement.largest_difference(a.numpy(), b.numpy())
+        compare.largest_difference(a.numpy(), b.numpy())
         for outputs, reference in zip(found, expected, strict=True)
         for a, b in zip(outputs, reference, strict=True)
     )

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from qconvert.errors import UsageError
-from qconvert.ir.agreement import largest_difference
-from qconvert.ir.divergence import kl_divergence, log_probabilities
+from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.report import GENERATING, Parity, Task
+from qconvert.ort.compare import largest_difference
 from qconvert.verify.attempt import attempt
 
 SMALLEST_COSINE = 0.999
@@ -24,7 +24,7 @@ Pairs = Sequence[tuple[np.ndarray[Any, Any], ...]]
 def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs], *, in_float16: bool = False) -> Parity:
     """The smallest cosine of any output, and for decoders the mean KL(reference || output) over positions, in nats.
 
-    compare: gives (output, reference) pairs, see ir.agreement.compared. A graph that can't be run has failed.
+    compare: gives (output, reference) pairs, see ort.compare.compared. A graph that can't be run has failed.
 
     Raises UsageError QC-CUDA-004 for a graph in float16 whose numbers do not fit into it.
     """

@@ -22,18 +22,19 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from qconvert.ir import agreement, kernel
+from qconvert.execution.block_runner import BlockRunner
+from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
+from qconvert.graph.last_position import restore_all_positions
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.float_graph import number_repeated_names, parameter, substitute
-from qconvert.ir.forward import BlockRunner
-from qconvert.ir.last_position import restore_all_positions
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.runtime import joined, memory_session, run_named
 from qconvert.ir.template import made_by
+from qconvert.ort import compare
+from qconvert.ort.session import joined, memory_session, run_named
+from qconvert.storage.artifact_reader import Artifact
+from qconvert.targets import cpu
 from qconvert.verify.finite import require_finite_float
 
 TOLERANCE = 1e-4
@@ -47,10 +48,10 @@ def torch_outputs(
 ) -> list[tuple[Tensor, ...]]:
     """The model's outputs in torch on the weights that `read` gives, one block in memory at a time.
 
-    batches: unset, `agreement.probes`.
+    batches: unset, `compare.probes`.
     """
     runner = BlockRunner(model, read)
-    runner.start(agreement.probes(model) if batches is None else batches)
+    runner.start(compare.probes(model) if batches is None else batches)
     for index in range(len(model.blocks)):
         runner.run_block(index)
     return list(runner.outputs())
@@ -68,11 +69,11 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
     if "attention_mask" in sample:
         length = int(row["attention_mask"].sum())
         row = {name: value[:, :length] for name, value in row.items()}
-    found = session.run(None, agreement.feed(session, row))
+    found = session.run(None, compare.feed(session, row))
     (expected,) = torch_outputs(model, model.read, [row])
     require_finite_float(expected[0], row, "evaluation")
     # Caches follow a decoder's logits.
-    return max(agreement.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
+    return max(compare.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 
 
 def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
@@ -98,7 +99,7 @@ def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> 
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
     session = joined({part: memory_session(model, read, folder=artifact.folder) for part, model in graphs.items()})
-    return agreement.relative_error(artifact.model, session, expected)
+    return compare.relative_error(artifact.model, session, expected)
 
 
 def _layer_names(last: onnx_ir.Node) -> list[str]:
@@ -141,7 +142,7 @@ def worst_cluster(artifact: Artifact) -> tuple[float, str]:
     if not clusters:
         return 0.0, ""
     session = joined({part: memory_session(model, artifact.read, folder=artifact.folder) for part, model in graphs.items()})
-    inputs = agreement.feed(session, agreement.padded_batch(artifact.model))
+    inputs = compare.feed(session, compare.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []
     for part, layers, x, maker, y in clusters:
@@ -150,7 +151,7 @@ def worst_cluster(artifact: Artifact) -> tuple[float, str]:
         biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
         expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name), maker) for name in layers], -1)
         errors.append(
-            (agreement.largest_difference(seen[y], expected.numpy()), f"outputs of {', '.join(layers)}, with int8 activations,")
+            (compare.largest_difference(seen[y], expected.numpy()), f"outputs of {', '.join(layers)}, with int8 activations,")
         )
     return max(errors)
 
@@ -175,7 +176,7 @@ def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, ma
 
     maker: type of the node that gives x.
     """
-    rows = kernel.row_codes(maker if tensor.input_scale is None else None)
+    rows = cpu.row_codes(maker if tensor.input_scale is None else None)
     if tensor.input_scale is not None:
         x = x * (1 / tensor.input_scale)
     kept = x

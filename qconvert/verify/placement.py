@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconvert.ir.agreement import feed
 from qconvert.ir.layer import Batch
-from qconvert.ir.runtime import PROVIDERS, file_session, joined
+from qconvert.ort.compare import feed
+from qconvert.ort.session import PROVIDERS, file_session, joined
 
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
 INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})

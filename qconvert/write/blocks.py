@@ -8,21 +8,21 @@ from contextlib import closing
 from torch import Tensor
 
 from qconvert.errors import PluginError, QConvertError
-from qconvert.ir import kernel
 from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
 from qconvert.ir.finite import require_finite
-from qconvert.ir.layout import SUFFIXES, encode
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
-from qconvert.ir.reader import tensor_record
 from qconvert.ir.report import LayerReport
 from qconvert.recipe import Layout
-from qconvert.workdir import Stage
+from qconvert.storage.compressed_tensors import SUFFIXES, encode
+from qconvert.storage.reader import tensor_record
+from qconvert.storage.safetensors import SafetensorsFile
+from qconvert.storage.stage import Stage
+from qconvert.targets import cpu
 from qconvert.write.carried import write_carried
 from qconvert.write.config import write_config
 from qconvert.write.contents import Unit, largest, units
-from qconvert.write.safetensors import SafetensorsFile
 
 
 def write(blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Stage, layout: Layout = "transformers") -> Written:
@@ -98,7 +98,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
     extra = {
         name: [
             (f"{name}.{suffix}", stage.sidecar.append(f"{name}.{suffix}", tensor))
-            for suffix, tensor in kernel.sidecar_tensors(unit.layers[name], layer.tensor).items()
+            for suffix, tensor in cpu.sidecar_tensors(unit.layers[name], layer.tensor).items()
         ]
         for name, layer in layers.items()
     }

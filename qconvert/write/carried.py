@@ -11,8 +11,8 @@ from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, TARGETS, WEIGHTS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.report import Task
-from qconvert.output import disk_errors
-from qconvert.workdir import Stage
+from qconvert.storage.output import disk_errors
+from qconvert.storage.stage import Stage
 
 log = logging.getLogger("qconvert")
 

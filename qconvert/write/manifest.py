@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, Written
-from qconvert.ir.reader import tensor_record
-from qconvert.output import disk_errors
-from qconvert.published import portable_recipe
 from qconvert.recipe import Recipe
-from qconvert.workdir import Stage
+from qconvert.storage.output import disk_errors
+from qconvert.storage.published import portable_recipe
+from qconvert.storage.reader import tensor_record
+from qconvert.storage.stage import Stage
 from qconvert.write.origin import Origin, file_digests
 
 # Fields of a recipe that change no byte of the weights.

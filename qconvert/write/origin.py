@@ -18,10 +18,10 @@ import torch
 from qconvert.errors import InputError
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.reader import sha256, tensor_bytes
 from qconvert.ir.template import Template
-from qconvert.plugin.distribution import Code, requirements
+from qconvert.plugin.host.distribution import Code, requirements
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.storage.reader import sha256, tensor_bytes
 
 # The distributions whose version can change the output.
 PACKAGES = (

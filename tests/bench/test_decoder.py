@@ -19,11 +19,11 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from qconvert import Recipe, convert
 from qconvert.calibrate import read_samples
+from qconvert.graph.float_graph import float_graph
 from qconvert.ir.artifact import GENAI_CONFIG, GRAPH
-from qconvert.ir.float_graph import float_graph
 from qconvert.ir.progress import silent
-from qconvert.ir.runtime import file_session, memory_session
 from qconvert.load import load
+from qconvert.ort.session import file_session, memory_session
 from qconvert.trace import trace
 from qconvert.verify.fidelity import measure_fidelity
 

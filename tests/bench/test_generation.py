@@ -8,11 +8,11 @@ import pytest
 from generation import genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
 
 from qconvert import Recipe, convert
-from qconvert.ir.dequantized import Artifact
-from qconvert.ir.reader import read_index
 from qconvert.load import load
 from qconvert.plan import plan
-from qconvert.plugin.manager import plugin_manager
+from qconvert.plugin.host.manager import plugin_manager
+from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.reader import read_index
 from qconvert.trace import trace
 
 NEW = 64

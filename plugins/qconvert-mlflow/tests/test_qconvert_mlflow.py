@@ -14,7 +14,7 @@ from mlflow.entities import Run
 
 import qconvert
 from qconvert.ir.report import Fidelity, GateResult, Latency, Parity, Report, Samples, Size
-from qconvert.plugin.manager import PluginManager
+from qconvert.plugin.host.manager import PluginManager
 from qconvert.recipe import Recipe
 
 REPORT = Report(

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import qconvert
 from qconvert.ir.layer import Layer, LinearGroup, Producer
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import contract
+from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import round_to_nearest
 
 SCHEME = QuantScheme.parse("int4-g32-asym")

@@ -1,6 +1,6 @@
 """Every call of a third party's code: told to who watches, and leaving the process as it was.
 
-`qconvert` on the command line starts the command in a process of its own (cli/watched.py). Before it calls a third party's
+`qconvert` on the command line starts the command in a process of its own (supervision/parent.py). Before it calls a third party's
 code, that process tells who watches, so that a plugin that hangs or crashes has a name, and again when the call has returned.
 Where nobody watches, nothing is told, and nothing limited.
 """
@@ -17,13 +17,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qconvert.errors import in_one_line
-from qconvert.ir import process
-from qconvert.plugin.distribution import Distribution, builtin
-from qconvert.plugin.settings import settings_kept
+from qconvert.plugin.host.distribution import Distribution, builtin
+from qconvert.plugin.host.process_settings import settings_kept
 from qconvert.recipe import PLUGIN_SECONDS
+from qconvert.supervision import child
 
 AVAILABLE_SHARE = 0.9  # of the memory that is available when a call begins: what it may take
-TOLD_CHARACTERS = 4000  # of a call: what is told has to fit into a process.Channel
+TOLD_CHARACTERS = 4000  # of a call: what is told has to fit into a child.Channel
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def calling(distribution: Distribution, call: str) -> Iterator[None]:
         return
     with ExitStack() as around:
         around.enter_context(_settings_kept(distribution))
-        if process.is_watched():
+        if child.is_watched():
             around.enter_context(_told(distribution, call))
             around.enter_context(_limited_memory())
         around.enter_context(_one_process())
@@ -85,7 +85,7 @@ def _told(distribution: Distribution, call: str) -> Iterator[None]:
     A process whose files were closed can't go on: it ends in the call, and who watches knows why.
     """
     told = {"plugin": distribution.name, "version": distribution.version, "call": call[:TOLD_CHARACTERS], "seconds": _seconds}
-    process.tell_call(told, _seconds)
+    child.tell_call(told, _seconds)
     kept = list(_copies())
     with contextlib.suppress(OSError):  # there is no stderr
         os.dup2(2, 1)
@@ -94,11 +94,11 @@ def _told(distribution: Distribution, call: str) -> Iterator[None]:
     finally:
         for number, copy, status in kept:
             if not _is_open(copy, status):
-                process.tell_call({**told, "how": "closed files that it did not open"}, _seconds)
+                child.tell_call({**told, "how": "closed files that it did not open"}, _seconds)
                 os._exit(1)
             os.dup2(copy, number)
             os.close(copy)
-        process.tell_call(None)
+        child.tell_call(None)
 
 
 def _copies() -> Iterator[tuple[int, int, os.stat_result]]:
@@ -135,7 +135,7 @@ def _threads_noted(distribution: Distribution) -> Iterator[None]:
         yield
     finally:
         new = set(threading.enumerate()) - before
-        process.left_running.update({thread: f"plugin {distribution}" for thread in new if not thread.daemon})
+        child.left_running.update({thread: f"plugin {distribution}" for thread in new if not thread.daemon})
 
 
 @contextmanager

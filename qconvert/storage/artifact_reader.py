@@ -11,8 +11,8 @@ from qconvert.ir.artifact import StoredTensor, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.reader import read_layer, read_tensor
 from qconvert.ir.template import in_own_shape
+from qconvert.storage.reader import read_layer, read_tensor
 
 
 class Artifact:

@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx_ir
 from onnx_ir import DataType
 
-from qconvert.ir.integer_products import PROBE, PROBE_SUM
+from qconvert.graph.integer_products import PROBE, PROBE_SUM
 from qconvert.ir.report import Processor
-from qconvert.ir.runtime import node_session
+from qconvert.ort.session import node_session
 
 CPUINFO = Path("/proc/cpuinfo")
 # Field of the report -> what Linux calls it: on x86-64, and on ARM64.
@@ -54,7 +54,7 @@ def _name() -> str:
 
 
 def _signed_products_are_exact() -> bool:
-    """Whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see ir/integer_products.py)."""
+    """Whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see graph/integer_products.py)."""
     x, weight = PROBE
     node = onnx_ir.node(
         "MatMulInteger", [onnx_ir.val("x", DataType.UINT8, x.shape), onnx_ir.val("w", DataType.INT8, weight.shape)]

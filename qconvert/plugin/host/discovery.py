@@ -22,9 +22,9 @@ from types import ModuleType
 from typing import Any
 
 from qconvert.errors import UsageError, in_one_line
-from qconvert.ir.process import SET_ASIDE
-from qconvert.plugin import watch
-from qconvert.plugin.distribution import FILES, GROUP, Distribution, of_entry_point, of_file
+from qconvert.plugin.host import calls
+from qconvert.plugin.host.distribution import FILES, GROUP, Distribution, of_entry_point, of_file
+from qconvert.supervision.child import SET_ASIDE
 
 # Which distributions' plugins are used: "a,b" those, "" none; unset: all.
 SELECTION = "QCONVERT_PLUGINS"
@@ -103,7 +103,7 @@ def hook_functions(implementation: object) -> dict[str, Callable[..., Any]]:
 
 def _imported(distribution: Distribution, value: str, load: Callable[[], object]) -> Plugin | BrokenPlugin:
     try:
-        with watch.calling(distribution, f"import {value}"):
+        with calls.calling(distribution, f"import {value}"):
             return Plugin(load(), distribution, value)
     except FAILURES as error:
         return broken(distribution, value, error)

@@ -15,7 +15,7 @@ def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) 
     """A copy of the template's graph in plain float32 ops.
 
     shapes: of every parameter of the model. Weights are initializers without data under their parameter names, to be
-    fed by ir.runtime.memory_session.
+    fed by ort.session.memory_session.
     """
     model = template.clone()
     for node in list(model.graph):

@@ -53,7 +53,7 @@ class Channel:
     def state(self) -> dict[str, Any] | None:
         """What was told last, None before that and while it is being written.
 
-        call: the call that a plugin is in (plugin/watch.py), or None. exit: the exit code of a command that is done, and left:
+        call: the call that a plugin is in (plugin/host/calls.py), or None. exit: the exit code of a command that is done, and left:
         what still runs. until: when that call, or the process, has to be over, in seconds of time.monotonic.
         """
         size, check = self.HEAD.unpack_from(self._memory)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.model import Model
-from qconvert.ir.runtime import CROSS, Values, empty
+from qconvert.ort.session import CROSS, Values, empty
 
 # Rows of different length: the second has to ignore what is not there. Neither they nor their number are what graphs are traced
 # with (trace/signature.py), so that what is fixed there is found.
@@ -149,7 +149,7 @@ def relative_error(model: Model, session: Any, expected: Sequence[tuple[Tensor, 
 def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> list[tuple[np.ndarray[Any, Any], ...]]:
     """(output of the session, what it should be), row by row for text models.
 
-    expected: the reference's outputs (see ir.forward.graph_outputs) for each of `probes(model)`.
+    expected: the reference's outputs (see execution.block_runner.graph_outputs) for each of `probes(model)`.
     The session gets the batch padded on the right, and then on the left; those that write text take steps on its cache.
     Padding itself is not compared.
     """

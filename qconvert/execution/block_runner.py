@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qconvert.errors import InputError, UsageError
+from qconvert.execution.outputs import graph_outputs, tensors_in
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.outputs import graph_outputs, tensors_in
 from qconvert.ir.report import GENERATING
 
 ReadParameter = Callable[[str], Tensor]

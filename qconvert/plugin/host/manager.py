@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from qconvert.errors import PluginError, QConvertError, UsageError
-from qconvert.plugin import hookspecs, watch
-from qconvert.plugin.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
-from qconvert.plugin.distribution import Code, Distribution, builtin, code_digest, distribution_of
+from qconvert.plugin import hookspecs
+from qconvert.plugin.host import calls
+from qconvert.plugin.host.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
+from qconvert.plugin.host.distribution import Code, Distribution, builtin, code_digest, distribution_of
 from qconvert.recipe import AUTO
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class PluginManager:
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no complete Model; its own QConvertErrors pass.
         """
-        from qconvert.plugin.loaded import PluginSource, model_problems
+        from qconvert.plugin.host.loader_contract import PluginSource, model_problems
 
         model: Model | None
         plugin, model = self._first("load_model", source, model_problems)
@@ -119,7 +120,7 @@ class PluginManager:
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no file; its own QConvertErrors pass.
         """
-        from qconvert.plugin.loaded import data_problems
+        from qconvert.plugin.host.loader_contract import data_problems
 
         _, path = self._first("find_data", source, data_problems)
         found: Path | None = path
@@ -227,7 +228,7 @@ class PluginManager:
         if hook not in hook_functions(plugin.implementation):
             return None if getattr(hookspecs, hook).qconvert_spec["firstresult"] else []
         others = [other.implementation for other in self.plugins if other is not plugin]
-        with watch.calling(plugin.distribution, f"{hook} {plugin.value}"):
+        with calls.calling(plugin.distribution, f"{hook} {plugin.value}"):
             return self._hooks.subset_hook_caller(hook, others)(**arguments)
 
     def _register(self, plugin: Plugin) -> None:
@@ -322,7 +323,7 @@ def _build(kind: type[Quantizer], plugin: Plugin, options: Mapping[str, object])
     if unknown:
         raise UsageError("QC-PLUGIN-004", f"quantizer '{kind.name}' has no option {', '.join(map(repr, unknown))}", hint=hint)
     try:
-        with watch.calling(plugin.distribution, f"set up '{kind.name}'"):
+        with calls.calling(plugin.distribution, f"set up '{kind.name}'"):
             return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
         problems = "; ".join(

@@ -18,9 +18,9 @@ from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.plugin import watch
-from qconvert.plugin.discovery import FAILURES
-from qconvert.plugin.distribution import builtin, distribution_of
+from qconvert.plugin.host import calls
+from qconvert.plugin.host.discovery import FAILURES
+from qconvert.plugin.host.distribution import builtin, distribution_of
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 
@@ -180,13 +180,13 @@ def _guarded(
 def _blamed(part: Quantizer | Observer, method: str, where: str) -> Iterator[None]:
     """Raises PluginError QC-PLUGIN-007 for what the plugin raises; its own QConvertErrors pass."""
     try:
-        with watch.calling(distribution_of(part), f"{method} {where!a}"):
+        with calls.calling(distribution_of(part), f"{method} {where!a}"):
             yield
     except QConvertError:
         raise
     except FAILURES as error:
         if is_out_of_memory(error) and distribution_of(part) == builtin():
-            raise  # the machine has no more; what others may take is limited (plugin/watch.py), and they are named
+            raise  # the machine has no more; what others may take is limited (plugin/host/calls.py), and they are named
         raise PluginError(
             "QC-PLUGIN-007",
             f"{_title(part)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",

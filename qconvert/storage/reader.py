@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
-from qconvert.ir import layout
 from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
-from qconvert.ir.manifest import read_manifest
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.report import Assignment, LayerReport
+from qconvert.storage import compressed_tensors
+from qconvert.storage.manifest import read_manifest
 
 # safetensors' names of the dtypes
 DTYPES = {
@@ -147,7 +147,7 @@ def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor
             )
         return read_tensor(folder, tensors[name])
 
-    tensor = layout.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors})
+    tensor = compressed_tensors.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors})
     outliers = input_scale = None
     if f"{plan.name}.outlier_columns" in tensors:
         outliers = Outliers(read("outlier_columns"), read("outlier_weight").T.float())

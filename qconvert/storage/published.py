@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qconvert.ir.manifest import read_manifest
 from qconvert.recipe import Gate, Recipe
+from qconvert.storage.manifest import read_manifest
 
 FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name
 

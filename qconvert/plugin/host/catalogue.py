@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qconvert.errors import QConvertError
-from qconvert.plugin import contract, hookspecs
-from qconvert.plugin.discovery import BrokenPlugin, Plugin, hook_functions
-from qconvert.plugin.manager import PluginManager
+from qconvert.plugin import hookspecs
+from qconvert.plugin.host import contract
+from qconvert.plugin.host.discovery import BrokenPlugin, Plugin, hook_functions
+from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.options import Option, first_paragraph, options_of, options_schema, summary
 from qconvert.recipe import Recipe
 

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from qconvert.errors import ResourceError, UsageError
-from qconvert.plugin.distribution import builtin
 from qconvert.plugin.hookspecs import API_VERSION
+from qconvert.plugin.host.distribution import builtin
 
 TEMPLATE = Path(__file__).parent / "template"
 PREFIX = "qconvert-"

@@ -1,7 +1,7 @@
 """The stage of a run: an output folder in the making, beside its final place, with a journal to resume from.
 
 PARENT/
-  OUT/                            see qconvert.output
+  OUT/                            see qconvert.storage.output
   .OUT.qconvert-<digest>/         the stage of one recipe, input and version
     files/                        what becomes OUT
     scratch/                      what doesn't
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from qconvert.errors import ResourceError
 from qconvert.ir.artifact import SIDECAR, StoredTensor
-from qconvert.ir.reader import stored_tensor, tensor_bytes
-from qconvert.output import Lock, check_free, check_place, disk_errors, finish_publish, fsync, publish
+from qconvert.storage.output import Lock, check_free, check_place, disk_errors, finish_publish, fsync, publish
+from qconvert.storage.reader import stored_tensor, tensor_bytes
 
 # CPU kernels like tensors that begin on a cache line.
 SIDECAR_ALIGNMENT = 64

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qconvert.ir.artifact import WEIGHTS, StoredTensor
 from qconvert.ir.model import TensorInfo
-from qconvert.ir.reader import DTYPE_NAMES, tensor_bytes
-from qconvert.output import disk_errors, fsync
+from qconvert.storage.output import disk_errors, fsync
+from qconvert.storage.reader import DTYPE_NAMES, tensor_bytes
 
 # One key at most: with more, safetensors 0.8 writes them in random order, so nobody could compare files.
 METADATA = {"format": "pt"}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, get_args
 
 from qconvert.errors import PluginError, QConvertError
 from qconvert.ir.report import Task
-from qconvert.plugin import watch
-from qconvert.plugin.discovery import FAILURES, reason
-from qconvert.plugin.distribution import Distribution
+from qconvert.plugin.host import calls
+from qconvert.plugin.host.discovery import FAILURES, reason
+from qconvert.plugin.host.distribution import Distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class PluginSource:
         from torch import Tensor  # here: who asks for data needs no torch
 
         try:
-            with watch.calling(self._distribution, f"read {name!a}"):
+            with calls.calling(self._distribution, f"read {name!a}"):
                 tensor = self._source.read(name)
         except QConvertError:
             raise
