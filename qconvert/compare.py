@@ -28,7 +28,7 @@ from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize_block
 from qconvert.recipe import AUTO, Recipe
 from qconvert.report.plot import plot
-from qconvert.storage.output import disk_errors, replace_file
+from qconvert.storage.disk import disk_errors, replace_file
 from qconvert.storage.stage import Stage
 from qconvert.write import Writer
 

@@ -19,7 +19,6 @@ from qconvert.errors import InputError
 from qconvert.execution.block_runner import checked_device
 from qconvert.export import export
 from qconvert.fresh import verify_in_fresh_process
-from qconvert.ir.artifact import Written
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -27,6 +26,7 @@ from qconvert.ir.report import Report
 from qconvert.ir.samples import Samples
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
+from qconvert.ir.write_result import WriteResult
 from qconvert.load import load
 from qconvert.plan import calibrates, check
 from qconvert.plan import plan as make_plan
@@ -36,7 +36,7 @@ from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
 from qconvert.recipe import AUTO, Gate, Recipe
 from qconvert.report.files import complete_report, write_report
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.output import check_output
 from qconvert.storage.published import published_recipe
 from qconvert.storage.stage import Stage, open_stage
@@ -106,7 +106,7 @@ def convert(recipe: Recipe, progress: Progress = silent, plugins: PluginManager 
     with job.open_stage() as stage:
         stage.require_space(plan.weights_bytes + plan.cuda_bytes)
         progress.stage("quantize", len(model.blocks) or 1)
-        so_far = (lambda: Artifact(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None
+        so_far = (lambda: ArtifactReader(stage.folder, model, plan, stage.tensors()).read) if recipe.sequential else None
         done, tuned = frozenset(stage.done_blocks()), recipe.tuning is not None
         blocks = calibrate(
             model, plan, template.groups, quantizer, samples.calibration, recipe.device, done, written=so_far, tuned=tuned
@@ -120,7 +120,7 @@ def convert(recipe: Recipe, progress: Progress = silent, plugins: PluginManager 
     return report
 
 
-def finish(job: Job, written: Written, stage: Stage, progress: Progress) -> Report:
+def finish(job: Job, written: WriteResult, stage: Stage, progress: Progress) -> Report:
     """From written weights to what can be published. Raises ParityError, and then the stage is gone."""
     recipe, model, plan = job.recipe, job.model, job.plan
     progress.stage("export", None)

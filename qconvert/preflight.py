@@ -12,8 +12,8 @@ from pathlib import Path
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.comparison import FILE
 from qconvert.ir.data_source import BUILTIN, data_file
-from qconvert.ir.report import Task
 from qconvert.ir.scheme import no_kernel, no_zero_points
+from qconvert.ir.task import Task
 from qconvert.load import package
 from qconvert.load.folder import CONFIG, no_folder
 from qconvert.plugin.host import calls

@@ -24,8 +24,9 @@ from pydantic import (
 
 from qconvert.errors import QConvertError, UsageError, in_one_line
 from qconvert.ir.budget import Budget
-from qconvert.ir.report import Size, Task
+from qconvert.ir.report import Size
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.task import Task
 from qconvert.yaml_text import TooMuchError, read_yaml
 
 

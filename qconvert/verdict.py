@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
-from qconvert.ir.artifact import MANIFEST, TARGETS, Written, graph_files
+from qconvert.execution.probes import position_limit
+from qconvert.ir.artifact import MANIFEST, TARGETS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, Size
+from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
 from qconvert.ir.samples import Samples
-from qconvert.ort.compare import position_limit
+from qconvert.ir.write_result import WriteResult
 from qconvert.recipe import Gate, Recipe
 from qconvert.report import wording
 from qconvert.storage.reader import read_written
@@ -32,7 +33,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
         task=model.task,
         quantizer=recipe.quantizer,
         scheme=str(plan.scheme),
-        samples=samples.counts,
+        samples=SampleCounts(**samples.counts),
         size=size,
         context_length=position_limit(model) if model.task == "causal-lm" else None,
         processor=found.processor,
@@ -46,7 +47,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
     )
 
 
-def _size(model: Model, plan: Plan, written: Written, folder: Path) -> Size:
+def _size(model: Model, plan: Plan, written: WriteResult, folder: Path) -> Size:
     weights_bytes = sum(tensor.nbytes for tensor in written.tensors.values())
     quantized = sum(layer.out_features * layer.in_features for layer in plan.layers.values())
     graphs = [folder / name for target in TARGETS for name in graph_files(model.task, target).values()]

@@ -7,7 +7,8 @@ from typing import Any
 from qconvert import errors
 from qconvert.errors import QConvertError
 from qconvert.ir.comparison import Comparison, Entry
-from qconvert.ir.report import Fidelity, Latency, Report, Samples, Size, Task
+from qconvert.ir.report import Fidelity, Latency, Report, SampleCounts, Size
+from qconvert.ir.task import Task
 
 
 def entry(name: str, **numbers: Any) -> Entry:
@@ -20,7 +21,7 @@ def entry(name: str, **numbers: Any) -> Entry:
         task=numbers.get("task", "causal-lm"),
         quantizer="absmax",
         scheme="int8-tensor",
-        samples=Samples(calibration=0, evaluation=4),
+        samples=SampleCounts(calibration=0, evaluation=4),
         size=Size(source_bytes=4000, weights_bytes=size, graph_bytes=500, ratio=size / 4000, average_bits=8.0),
         fidelity=(Fidelity(target="cpu", status="passed", **{key: numbers[key] for key in measured}),) if measured else (),
         gates=numbers.get("gates", ()),

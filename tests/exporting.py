@@ -11,7 +11,7 @@ from torch import Tensor
 from writing import DIGEST
 
 from qconvert.export import export
-from qconvert.ir import affine
+from qconvert.ir import activations, affine
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
@@ -19,10 +19,9 @@ from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTenso
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.recipe import Recipe
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.storage.stage import open_stage
-from qconvert.targets import cpu
 from qconvert.verify.parity import cluster_parity, graph_parity, torch_outputs
 from qconvert.write import write, write_manifest
 from qconvert.write.origin import Origin
@@ -64,7 +63,7 @@ def publish(
     targets: tuple[str, ...] = ("cpu",),
     cuda_dtype: torch.dtype = torch.float16,
     shared: Mapping[str, str] | None = None,
-) -> Artifact:
+) -> ArtifactReader:
     """Write, export and publish `tensors` as the quantized layers of `model`."""
     layers = {}
     for name, tensor in tensors.items():
@@ -85,7 +84,7 @@ def publish(
         export(template, model, plan, written, stage, targets=targets, cuda_dtype=cuda_dtype)
         write_manifest(stage, recipe, Origin({}, {}, {}), written)
         stage.publish()
-    return Artifact(output, model, plan, read_index(output))
+    return ArtifactReader(output, model, plan, read_index(output))
 
 
 def integer_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -95,7 +94,7 @@ def integer_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return own + [node for branch in branches for node in integer_products(branch)]
 
 
-def parity(artifact: Artifact) -> float:
+def parity(artifact: ArtifactReader) -> float:
     """The larger of both parts of the CPU target's parity."""
     return max(graph_parity(artifact, torch_outputs(artifact.model, artifact.read)), cluster_parity(artifact))
 
@@ -119,7 +118,7 @@ def lossless_rows(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) ->
     """
     x = whole_numbers(shape, -127, 127, seed)
     if scheme.activation_bits:
-        x[:, LARGEST] = cpu.SYMMETRIC_ROWS.steps
+        x[:, LARGEST] = activations.SYMMETRIC_ROWS.steps
     return x
 
 

@@ -10,15 +10,15 @@ import onnx
 import pytest
 import torch
 
-from qconvert.execution.block_runner import materialize
+from qconvert.execution.materialize import materialize
 from qconvert.ir.artifact import GRAPH, graph_files
 from qconvert.ort.session import file_session
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 
 PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 
 
-def keep_activations_float(artifact: Artifact) -> None:
+def keep_activations_float(artifact: ArtifactReader) -> None:
     """Set accuracy level 1: MatMulNBits then rounds no activations, and computes what torch does."""
     for file in graph_files(artifact.model.task).values():
         graph = onnx.load(artifact.folder / file, load_external_data=False)
@@ -29,7 +29,7 @@ def keep_activations_float(artifact: Artifact) -> None:
         onnx.save(graph, artifact.folder / file)
 
 
-def torch_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
+def torch_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
     """Greedy, on the dequantized weights, without a cache."""
     model, tokens = artifact.model, list(prompt)
     with torch.no_grad(), ExitStack() as weights:
@@ -42,7 +42,7 @@ def torch_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW)
     return tokens[len(prompt) :]
 
 
-def onnxruntime_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
+def onnxruntime_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
     """Greedy, with the KV cache going out of one step and into the next."""
     session = file_session(artifact.folder / GRAPH)
     names = [output.name for output in session.get_outputs()]
@@ -57,7 +57,7 @@ def onnxruntime_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int 
     return tokens[len(prompt) :]
 
 
-def torch_logits(artifact: Artifact, tokens: list[int]) -> np.ndarray[Any, Any]:
+def torch_logits(artifact: ArtifactReader, tokens: list[int]) -> np.ndarray[Any, Any]:
     """[tokens, vocabulary] on the dequantized weights, without a cache."""
     ids = torch.tensor([tokens])
     with torch.no_grad(), ExitStack() as weights:
@@ -66,7 +66,7 @@ def torch_logits(artifact: Artifact, tokens: list[int]) -> np.ndarray[Any, Any]:
         return artifact.model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()
 
 
-def onnxruntime_logits(artifact: Artifact, tokens: list[int], prompt: int) -> np.ndarray[Any, Any]:
+def onnxruntime_logits(artifact: ArtifactReader, tokens: list[int], prompt: int) -> np.ndarray[Any, Any]:
     """[tokens, vocabulary]: the first `prompt` tokens at once, the others one by one, through the KV cache."""
     session = file_session(artifact.folder / GRAPH)
     names = [output.name for output in session.get_outputs()]
@@ -88,7 +88,7 @@ def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def genai_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
+def genai_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(artifact.folder))
     settings = genai.GeneratorParams(model)
@@ -101,7 +101,7 @@ def genai_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW)
 
 
 def torch_answer(
-    artifact: Artifact, tokens: list[int], new: int, source: list[int] = PROMPT
+    artifact: ArtifactReader, tokens: list[int], new: int, source: list[int] = PROMPT
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
     """An encoder-decoder without a cache: `new` greedy tokens behind `tokens`, and the logits of all that it was given."""
     model, given = artifact.model, list(tokens)
@@ -116,7 +116,7 @@ def torch_answer(
 
 
 def onnxruntime_answer(
-    artifact: Artifact, tokens: list[int], new: int, steps: tuple[int, ...] = (), source: list[int] = PROMPT
+    artifact: ArtifactReader, tokens: list[int], new: int, steps: tuple[int, ...] = (), source: list[int] = PROMPT
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
     """The same with the graphs alone: the source is read once, then `steps` of the tokens at a time, on the cache.
 

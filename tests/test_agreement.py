@@ -15,6 +15,7 @@ from tiny_models import tiny_bert
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from qconvert.execution import probes
 from qconvert.execution.outputs import graph_outputs
 from qconvert.ir.model import Model
 from qconvert.load import load
@@ -42,7 +43,7 @@ class TwoHeads(nn.Module):
 def test_every_output_of_a_module_counts() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     model = Model("two", "module", TwoHeads(), source=None, example_inputs={"x": rows})  # type: ignore[arg-type]
-    expected = [graph_outputs("module", model.module, batch) for batch in compare.probes(model)]
+    expected = [graph_outputs("module", model.module, batch) for batch in probes.probes(model)]
     sound = Session(lambda inputs: [rows.sum(-1), 2 * rows])
     assert compare.relative_error(model, sound, expected) == 0
     wrong = Session(lambda inputs: [rows.sum(-1), 2 * rows + torch.tensor([0.0, 0.0, 1.0])])
@@ -54,7 +55,7 @@ def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
     config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     classifier = BertForSequenceClassification(config).eval()
     model = replace(load(str(tiny_bert(tmp_path / "bert")), lambda source: None), module=classifier)
-    expected = [graph_outputs("encoder", classifier, batch) for batch in compare.probes(model)]
+    expected = [graph_outputs("encoder", classifier, batch) for batch in probes.probes(model)]
     assert [len(outputs) for outputs in expected] == [2, 2, 2]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
@@ -97,7 +98,7 @@ def totals(source: Tensor, tokens: Tensor) -> Tensor:
 
 def test_every_step_of_an_encoder_decoder_counts() -> None:
     model = t5()[1]
-    expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in compare.probes(model)]
+    expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in probes.probes(model)]
     sound = Remembering(lambda past: 0)
     assert compare.relative_error(model, sound, expected) == 0
     assert sound.seen == [(0, 25), (25, 1), (26, 4)] * 2  # the source padded on the right, and on the left
@@ -115,7 +116,7 @@ FIRST, LAST = 0, -1  # the column of a batch where padding on the left, or on th
 @pytest.mark.parametrize("column", [FIRST, LAST])
 def test_an_encoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
     plain, model = bert()
-    expected = [graph_outputs("encoder", plain, batch) for batch in compare.probes(model)]
+    expected = [graph_outputs("encoder", plain, batch) for batch in probes.probes(model)]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
         hidden, *others = graph_outputs("encoder", plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
@@ -151,7 +152,7 @@ class Adding:
 @pytest.mark.parametrize("column", [FIRST, LAST])
 def test_a_decoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
     model = llama()[1]
-    expected = [(batch["input_ids"].cumsum(1)[..., None].float(),) for batch in compare.probes(model)]
+    expected = [(batch["input_ids"].cumsum(1)[..., None].float(),) for batch in probes.probes(model)]
     assert compare.relative_error(model, Adding(column, off=0), expected) == 0
     largest = max(float(logits.max()) for (logits,) in expected)
     assert compare.relative_error(model, Adding(column, off=0.1 * largest), expected) > 0.05

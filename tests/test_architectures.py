@@ -36,7 +36,7 @@ from qconvert.ir.model import Model, stack_of
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.ort.compare import largest_difference
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.trace import trace
 from qconvert.verify.parity import TOLERANCE
 
@@ -56,7 +56,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("architectures")
 
     @cache
-    def make(name: str) -> Artifact:
+    def make(name: str) -> ArtifactReader:
         model, template = traced(name)
 
         def inside(layer: str, weight: Tensor) -> QuantScheme | None:

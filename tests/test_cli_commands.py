@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 import qconvert
 from qconvert import errors, preflight
 from qconvert.cli import COMMANDS, main
-from qconvert.ir.report import GateResult, Report, Samples, Size
+from qconvert.ir.report import GateResult, Report, SampleCounts, Size
 from qconvert.recipe import Recipe
 
 REPORT = Report(
@@ -26,7 +26,7 @@ REPORT = Report(
     task="module",
     quantizer="absmax",
     scheme="int8-tensor-a8",
-    samples=Samples(calibration=0, evaluation=4),
+    samples=SampleCounts(calibration=0, evaluation=4),
     size=Size(source_bytes=4000, weights_bytes=1000, graph_bytes=500, ratio=0.25, average_bits=8.0),
 )
 MISSED = REPORT.model_copy(
@@ -372,7 +372,7 @@ def test_unknown_commands_are_usage_errors() -> None:
 def test_a_reader_of_stdout_that_has_gone_does_not_change_the_verdict() -> None:
     script = (
         "import sys, types, qconvert\n"
-        "from qconvert.ir.report import Report, Samples, Size\n"
+        "from qconvert.ir.report import Report, SampleCounts, Size\n"
         f"report = Report.model_validate_json({REPORT.model_dump_json()!r})\n"
         "fake = types.ModuleType('qconvert.pipeline'); fake.convert = lambda *_: report\n"
         "sys.modules['qconvert.pipeline'] = qconvert.pipeline = fake\n"

@@ -24,13 +24,15 @@ from transformers import AutoModelForSeq2SeqLM
 
 from qconvert import pipeline
 from qconvert.errors import TargetError
+from qconvert.execution.probes import padded_batch
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
+from qconvert.ir.graph_names import is_cache
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
-from qconvert.ort.compare import feed, largest_difference, next_inputs, padded_batch
-from qconvert.ort.session import EncoderDecoderSession, file_session, is_cache, why_unavailable
+from qconvert.ort.compare import feed, largest_difference, next_inputs
+from qconvert.ort.session import EncoderDecoderSession, file_session, why_unavailable
 from qconvert.recipe import Recipe
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
 
 GRAPHS = ("encoder.onnx", "decoder.onnx")
@@ -135,18 +137,18 @@ def test_the_cards_code_runs_as_it_is(published: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def artifact_of(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+def artifact_of(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ArtifactReader]:
     model = load_folder(sources / "t5")
     folder = tmp_path_factory.mktemp("artifacts")
 
-    def make(scheme: str) -> Artifact:
+    def make(scheme: str) -> ArtifactReader:
         tensors = quantize_nearest(model, lambda name, _: QuantScheme.parse(scheme))
         return publish(model, trace_once(model), tensors, folder / f"{scheme}-{len(list(folder.iterdir()))}")
 
     return make
 
 
-def edit(artifact: Artifact, file: str, op_type: str, name: str, value: float) -> None:
+def edit(artifact: ArtifactReader, file: str, op_type: str, name: str, value: float) -> None:
     """Set an attribute of the last node of that type."""
     model = onnx.load(artifact.folder / file, load_external_data=False)
     node = [node for node in model.graph.node if node.op_type == op_type][-1]
@@ -166,7 +168,7 @@ def edit(artifact: Artifact, file: str, op_type: str, name: str, value: float) -
     ids=["encoder", "attention to the source", "decoder"],
 )
 def test_what_is_wrong_in_either_graph_is_found(
-    file: str, op_type: str, name: str, value: float, artifact_of: Callable[[str], Artifact]
+    file: str, op_type: str, name: str, value: float, artifact_of: Callable[[str], ArtifactReader]
 ) -> None:
     artifact = artifact_of("int4-g32")
     assert parity(artifact) < TOLERANCE / 10
@@ -190,7 +192,9 @@ def test_input_scales_that_differ_by_block_stay_apart_in_the_graph(sources: Path
 
 
 @pytest.mark.parametrize("file", GRAPHS)
-def test_a_wrong_int8_cluster_of_either_graph_is_found_on_its_own(file: str, artifact_of: Callable[[str], Artifact]) -> None:
+def test_a_wrong_int8_cluster_of_either_graph_is_found_on_its_own(
+    file: str, artifact_of: Callable[[str], ArtifactReader]
+) -> None:
     artifact = artifact_of("int8-channel-a8")
     assert cluster_parity(artifact) < TOLERANCE / 10
     model = onnx.load(artifact.folder / file, load_external_data=False)

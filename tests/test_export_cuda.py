@@ -29,7 +29,7 @@ from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.ort import compare
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.trace import trace
 from qconvert.verify.parity import torch_outputs
 
@@ -48,7 +48,7 @@ def traced(name: str) -> tuple[Model, Template]:
     return model, trace(model)
 
 
-def converted(name: str, scheme: str, output: Path, **settings: Any) -> Artifact:
+def converted(name: str, scheme: str, output: Path, **settings: Any) -> ArtifactReader:
     model, template = traced(name)
     parsed = QuantScheme.parse(scheme)
     tensors = quantize_nearest(

@@ -16,13 +16,13 @@ from tiny_models import tiny_llama
 from qconvert.ir.artifact import GRAPH, INPUT_KEY, LAYER_KEY, SIDECAR, WEIGHTS
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load import load
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.trace import trace
 
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def converted(dtype: torch.dtype, folder: Path, scheme: str = "int4-g32-asym") -> Artifact:
+def converted(dtype: torch.dtype, folder: Path, scheme: str = "int4-g32-asym") -> ArtifactReader:
     source = folder / "source"
     if not source.exists():
         tiny_llama(source, dtype=dtype, tie=True)
@@ -32,15 +32,15 @@ def converted(dtype: torch.dtype, folder: Path, scheme: str = "int4-g32-asym") -
 
 
 @pytest.fixture(scope="module")
-def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> ArtifactReader:
     return converted(torch.bfloat16, tmp_path_factory.mktemp("bfloat16"))
 
 
-def graph_of(artifact: Artifact) -> onnx.ModelProto:
+def graph_of(artifact: ArtifactReader) -> onnx.ModelProto:
     return onnx.load(artifact.folder / GRAPH, load_external_data=False)
 
 
-def places(artifact: Artifact) -> dict[str, dict[str, str]]:
+def places(artifact: ArtifactReader) -> dict[str, dict[str, str]]:
     """Initializer -> its external data's location, offset and length."""
     return {
         tensor.name: {entry.key: entry.value for entry in tensor.external_data}
@@ -49,7 +49,7 @@ def places(artifact: Artifact) -> dict[str, dict[str, str]]:
     }
 
 
-def test_every_tensor_lies_in_the_two_files_within_their_bounds(bfloat16: Artifact) -> None:
+def test_every_tensor_lies_in_the_two_files_within_their_bounds(bfloat16: ArtifactReader) -> None:
     found = places(bfloat16)
     assert {place["location"] for place in found.values()} == {WEIGHTS, SIDECAR}
     for name, place in found.items():
@@ -59,13 +59,13 @@ def test_every_tensor_lies_in_the_two_files_within_their_bounds(bfloat16: Artifa
     assert sum(inline.values()) < 500, inline
 
 
-def test_packed_weights_are_the_bytes_of_model_safetensors(bfloat16: Artifact) -> None:
+def test_packed_weights_are_the_bytes_of_model_safetensors(bfloat16: ArtifactReader) -> None:
     name = "model.layers.1.mlp.down_proj.weight_packed"
     stored = bfloat16.tensors[name]
     assert places(bfloat16)[name] == {"location": WEIGHTS, "offset": str(stored.offset), "length": str(stored.nbytes)}
 
 
-def test_a_narrow_embedding_is_cast_after_its_rows_are_gathered_and_a_tied_head_reads_it_too(bfloat16: Artifact) -> None:
+def test_a_narrow_embedding_is_cast_after_its_rows_are_gathered_and_a_tied_head_reads_it_too(bfloat16: ArtifactReader) -> None:
     graph = graph_of(bfloat16).graph
     table = next(tensor for tensor in graph.initializer if tensor.name == EMBEDDING)
     assert table.data_type == TensorProto.BFLOAT16
@@ -77,13 +77,13 @@ def test_a_narrow_embedding_is_cast_after_its_rows_are_gathered_and_a_tied_head_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_checkpoints_in_narrow_floats_agree_with_their_dequantized_weights(
-    dtype: torch.dtype, bfloat16: Artifact, tmp_path: Path
+    dtype: torch.dtype, bfloat16: ArtifactReader, tmp_path: Path
 ) -> None:
     artifact = bfloat16 if dtype == torch.bfloat16 else converted(dtype, tmp_path, "int8-channel-a8")
     assert parity(artifact) < 1e-5
 
 
-def test_nothing_of_the_machine_is_in_the_graph(bfloat16: Artifact) -> None:
+def test_nothing_of_the_machine_is_in_the_graph(bfloat16: ArtifactReader) -> None:
     proto = graph_of(bfloat16)
     text = (bfloat16.folder / GRAPH).read_bytes()
     for trace_of_the_machine in (str(bfloat16.folder), str(Path(torch.__file__).parent), str(Path.cwd()), socket.gethostname()):
@@ -96,15 +96,15 @@ def test_nothing_of_the_machine_is_in_the_graph(bfloat16: Artifact) -> None:
     assert {entry.domain for entry in proto.opset_import} == {"", "com.microsoft"}
 
 
-def test_the_same_conversion_gives_the_same_bytes(bfloat16: Artifact) -> None:
+def test_the_same_conversion_gives_the_same_bytes(bfloat16: ArtifactReader) -> None:
     again = converted(torch.bfloat16, bfloat16.folder.parent)
     assert again.folder != bfloat16.folder
     for name in (GRAPH, SIDECAR, WEIGHTS):
         assert (again.folder / name).read_bytes() == (bfloat16.folder / name).read_bytes(), name
 
 
-def test_the_folder_can_be_moved(bfloat16: Artifact, tmp_path: Path) -> None:
+def test_the_folder_can_be_moved(bfloat16: ArtifactReader, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(bfloat16.folder, moved)
     onnx.checker.check_model(str(moved / GRAPH), skip_opset_compatibility_check=True)
-    assert parity(Artifact(moved, bfloat16.model, bfloat16.plan, bfloat16.tensors)) < 1e-5
+    assert parity(ArtifactReader(moved, bfloat16.model, bfloat16.plan, bfloat16.tensors)) < 1e-5

@@ -31,7 +31,7 @@ from qconvert.ir.scheme import PerGroup, QuantScheme
 from qconvert.ir.template import Template
 from qconvert.ort.compare import largest_difference
 from qconvert.ort.session import file_session
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.trace import trace
 
 EXACT = 2e-6  # float32 sums in another order
@@ -110,7 +110,7 @@ def pair(one: nn.Module, other: nn.Module, x: Tensor) -> tuple[Model, Template]:
     return model, trace(model)
 
 
-def outputs(artifact: Artifact, x: Tensor) -> list[Any]:
+def outputs(artifact: ArtifactReader, x: Tensor) -> list[Any]:
     """What the published graph computes, kernels at full speed."""
     found: list[Any] = file_session(artifact.folder / GRAPH).run(None, {"x": x.numpy()})
     return found
@@ -160,7 +160,7 @@ def test_convolutions_are_torchs_on_dequantized_weights(text: str, tmp_path: Pat
 # --- outliers and input scales ---
 
 
-def ops(artifact: Artifact) -> list[str]:
+def ops(artifact: ArtifactReader) -> list[str]:
     return [node.op_type for node in onnx.load(artifact.folder / GRAPH, load_external_data=False).graph.node]
 
 

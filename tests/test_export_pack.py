@@ -22,7 +22,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.trace import trace
 
 EXACT = 5e-6
@@ -45,7 +45,7 @@ def traced(name: str) -> tuple[Model, Template]:
     return model, trace(model)
 
 
-def artifact(name: str, output: Path, scheme_of: Callable[[str], str | None], outlier_columns: int = 0) -> Artifact:
+def artifact(name: str, output: Path, scheme_of: Callable[[str], str | None], outlier_columns: int = 0) -> ArtifactReader:
     model, template = traced(name)
 
     def scheme(layer: str, weight: Tensor) -> QuantScheme | None:
@@ -61,11 +61,11 @@ def artifact(name: str, output: Path, scheme_of: Callable[[str], str | None], ou
     return publish(model, template, tensors, output)
 
 
-def ops(found: Artifact) -> Counter[str]:
+def ops(found: ArtifactReader) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(found.folder / GRAPH, load_external_data=False).graph.node)
 
 
-def attention_inputs(found: Artifact) -> list[int]:
+def attention_inputs(found: ArtifactReader) -> list[int]:
     """How many of query, key and value every attention is given."""
     nodes = onnx.load(found.folder / GRAPH, load_external_data=False).graph.node
     return [sum(map(bool, node.input[:3])) for node in nodes if node.op_type == "GroupQueryAttention"]

@@ -11,7 +11,8 @@ from calibrate_models import bert, gpt2, llama, model_of, source_batch, t5, text
 from torch import Tensor, nn
 
 from qconvert.errors import InputError, UsageError
-from qconvert.execution.block_runner import BlockRunner, materialize
+from qconvert.execution.block_runner import BlockRunner
+from qconvert.execution.materialize import materialize
 from qconvert.ir.model import Model
 
 BATCHES = [token_batch((7, 7)), token_batch((9, 4, 6), seed=1)]

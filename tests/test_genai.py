@@ -15,7 +15,7 @@ from trace_models import ENCODERS, traced
 
 from qconvert.ir.artifact import GENAI_CONFIG
 from qconvert.ir.scheme import QuantScheme
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 
 DECODERS = ("llama", "gpt2", "smollm3")
 
@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     base = tmp_path_factory.mktemp("decoders")
 
     @cache
-    def make(name: str, scheme: str) -> Artifact:
+    def make(name: str, scheme: str) -> ArtifactReader:
         model = traced(name).model
 
         def inside(layer: str, weight: Tensor) -> QuantScheme | None:

@@ -11,13 +11,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from qconvert.ir import affine
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import GROUP_SIZES, QuantScheme
 from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.storage import compressed_tensors
-from qconvert.storage.reader import tensor_bytes
+from qconvert.storage.digest import tensor_bytes
 from qconvert.targets import cpu
 
 OUT = 6
@@ -176,6 +177,6 @@ def test_scales_are_stored_without_loss_whatever_their_size(scheme: str) -> None
     for size, dtype in ((1.0, torch.float16), (1e-8, torch.float32), (1e8, torch.float32)):
         parsed = QuantScheme.parse(scheme)
         scale = round_to_nearest(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) * size, parsed).scale
-        stored = cpu.stored_scale(scale, parsed)
+        stored = affine.stored_scale(scale, parsed)
         assert stored.dtype == dtype
         assert torch.equal(stored.float(), scale)

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 from qconvert.ir import packing
-from qconvert.storage.reader import tensor_bytes
+from qconvert.storage.digest import tensor_bytes
 
 # Rows and columns whose packed width is and isn't a whole number of 32-bit words, single rows and columns too.
 SHAPES = [(3, 16), (3, 5), (4, 7), (1, 8), (8, 1), (1, 1), (1, 3)]

@@ -13,7 +13,7 @@ import pytest
 
 from qconvert import quantizers
 from qconvert.errors import InputError, PluginError, UsageError
-from qconvert.ir.report import Report, Samples, Size
+from qconvert.ir.report import Report, SampleCounts, Size
 from qconvert.plugin.host.manager import BUILTINS, PluginManager, plugin_manager
 from qconvert.recipe import Recipe
 
@@ -320,7 +320,7 @@ def test_what_a_loader_reads_is_checked_and_blamed_on_it(install: Install, read:
 def test_reading_leaves_the_process_as_it_was(
     install: Install, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "_said", set())
+    monkeypatch.setattr(calls, "_said", set())
     install("loader", reading("torch.ones(3, 2)"))
     model = PluginManager(()).load_model("x.gguf")
     assert model is not None
@@ -384,7 +384,7 @@ def test_a_plugin_that_changes_the_published_output_is_a_warning(
 
 def finished_report() -> Report:
     size = Size(source_bytes=1, weights_bytes=1, graph_bytes=1, ratio=1, average_bits=8)
-    samples = Samples(calibration=0, evaluation=0)
+    samples = SampleCounts(calibration=0, evaluation=0)
     return Report(passed=True, task="module", quantizer="q", scheme="int8-channel", samples=samples, size=size)
 
 

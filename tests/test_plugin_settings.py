@@ -131,7 +131,7 @@ def test_a_closed_stream_is_open_again(
 
 
 def test_qconverts_own_calls_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "settings_kept", pytest.fail)
+    monkeypatch.setattr(calls, "settings_kept", pytest.fail)
     with calling(builtin(), "quantize"):
         pass
 

@@ -16,10 +16,11 @@ from transformers import RobertaConfig, RobertaModel
 
 from qconvert import Recipe, convert
 from qconvert.errors import UsageError
+from qconvert.execution.probes import position_limit
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, GRAPH, REPORT
 from qconvert.ir.report import Report
 from qconvert.load.hugging_face import load_folder
-from qconvert.ort.compare import feed, position_limit
+from qconvert.ort.compare import feed
 from qconvert.ort.session import file_session
 
 POSITIONS = 256  # of the tiny decoders

@@ -15,21 +15,10 @@ from rich.console import Console, RenderableType
 
 from qconvert.graph import cuda_kernels
 from qconvert.ir.artifact import graph_files
-from qconvert.ir.plan import LayerPlan, Plan
-from qconvert.ir.report import (
-    Assignment,
-    Fidelity,
-    GateResult,
-    KeptFloat,
-    Latency,
-    LayerReport,
-    Parity,
-    Report,
-    Samples,
-    Size,
-    Task,
-)
+from qconvert.ir.plan import Assignment, KeptFloat, LayerPlan, Plan
+from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Report, SampleCounts, Size
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.task import Task
 from qconvert.recipe import Recipe
 from qconvert.report import plan as plan_view
 from qconvert.report import wording
@@ -42,7 +31,7 @@ REPORT = Report(
     task="causal-lm",
     quantizer="awq",
     scheme="int4-g32",
-    samples=Samples(calibration=32, evaluation=24),
+    samples=SampleCounts(calibration=32, evaluation=24),
     size=Size(source_bytes=538_000_000, weights_bytes=98_300_000, graph_bytes=1_234_000, ratio=0.1827, average_bits=4.5),
     parity=(
         Parity(target="cpu", status="passed", max_relative_error=3.1e-6),

@@ -25,6 +25,7 @@ from tiny_models import save_tensors, tiny_llama
 
 from qconvert import pipeline
 from qconvert.errors import ParityError, TargetError, UsageError
+from qconvert.execution import probes
 from qconvert.ir.artifact import GRAPH, MANIFEST, REPORT
 from qconvert.ir.report import Latency, Report
 from qconvert.ir.scheme import QuantScheme
@@ -171,7 +172,7 @@ def test_a_device_session_gives_what_a_plain_one_gives_and_keeps_caches_to_itsel
     folder = publish(model, trace(model), tensors, tmp_path / "out", ("cuda",)).folder
     plain = file_session(folder / CUDA_GRAPH)
     device = DeviceSession(plain, "cpu")
-    inputs = compare.feed(device, compare.padded_batch(model))
+    inputs = compare.feed(device, probes.padded_batch(model))
     logits, *caches = device.run(None, inputs)
     expected, *arrays = plain.run(None, inputs)
     assert np.array_equal(logits, expected)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir.progress import silent
-from qconvert.ir.report import Fidelity, Task
+from qconvert.ir.report import Fidelity
+from qconvert.ir.task import Task
 from qconvert.verify.fidelity import ROWS_AT_ONCE, measure_fidelity
 
 VOCABULARY = 11

@@ -14,7 +14,7 @@ import pytest
 from qconvert import fresh, pipeline
 from qconvert.errors import InputError, ResourceError
 from qconvert.fresh import verify_in_fresh_process
-from qconvert.ir.report import Report, Samples, Size
+from qconvert.ir.report import Report, SampleCounts, Size
 from qconvert.recipe import Recipe
 
 REPORT = Report(
@@ -22,7 +22,7 @@ REPORT = Report(
     task="module",
     quantizer="absmax",
     scheme="int8-tensor-a8",
-    samples=Samples(calibration=0, evaluation=4),
+    samples=SampleCounts(calibration=0, evaluation=4),
     size=Size(source_bytes=4000, weights_bytes=1000, graph_bytes=500, ratio=0.25, average_bits=8.0),
 )
 

@@ -17,7 +17,7 @@ import torch
 
 from qconvert.errors import ResourceError, UsageError
 from qconvert.ir.artifact import MANIFEST, SIDECAR
-from qconvert.storage import stage
+from qconvert.storage import stage as stage_module
 from qconvert.storage.output import recover
 from qconvert.storage.reader import read_tensor, tensor_record
 from qconvert.storage.stage import Stage, open_stage
@@ -171,7 +171,7 @@ class TestFault21DiskFull:
         publish(tmp_path / "out", "old")
         with open_stage(tmp_path / "out", DIGEST, force=True) as stage:
             (stage.folder / MANIFEST).write_text("new")
-            monkeypatch.setattr(workdir, "fsync", full)
+            monkeypatch.setattr(stage_module, "fsync", full)
             with pytest.raises(ResourceError, match="QC-DISK-002") as caught:
                 stage.publish()
         assert str(tmp_path / "out") in caught.value.message

@@ -19,10 +19,11 @@ from torch import Tensor
 from writing import DIGEST, MemorySource, all_linears, convert, net, plan_of, quantize_layer, quantized_blocks
 
 from qconvert.errors import InputError, PluginError, QConvertError, ResourceError
-from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
+from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import Outliers, QuantizedBlock
+from qconvert.ir.write_result import WriteResult
 from qconvert.storage import safetensors as write_safetensors
 from qconvert.storage.reader import read_layer, read_tensor
 from qconvert.storage.stage import open_stage
@@ -35,7 +36,7 @@ SCHEMES = [
 ]
 
 
-def publish(model: Model, plan: Plan, output: Path) -> Written:
+def publish(model: Model, plan: Plan, output: Path) -> WriteResult:
     with open_stage(output, DIGEST) as stage:
         written = write(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
         stage.publish()

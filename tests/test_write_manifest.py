@@ -18,8 +18,9 @@ from qconvert.errors import InputError
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS
 from qconvert.plugin.host.distribution import Code, Distribution, builtin
 from qconvert.recipe import Recipe
+from qconvert.storage.digest import CHUNK
 from qconvert.storage.published import published_recipe
-from qconvert.storage.reader import CHUNK, read_index, read_layer
+from qconvert.storage.reader import read_index, read_layer
 from qconvert.storage.stage import open_stage
 from qconvert.write import run_digest, write, write_manifest
 from qconvert.write.origin import Origin, file_digests, machine, versions

@@ -14,10 +14,10 @@ from qconvert.errors import UsageError
 from qconvert.ir.budget import Budget
 from qconvert.ir.layer import Batch, Block
 from qconvert.ir.model import Model
-from qconvert.ir.plan import Plan
+from qconvert.ir.plan import Assignment, Plan
 from qconvert.ir.progress import Progress
-from qconvert.ir.report import GENERATING, Assignment
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.task import GENERATING
 from qconvert.ir.template import InputGroup
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe, Rule

@@ -18,6 +18,7 @@ from torch import Tensor
 from qconvert.allocate.choices import Choice, cost
 from qconvert.allocate.knapsack import Option
 from qconvert.allocate.wavefront import Wavefront
+from qconvert.execution.modules import in_own_shape
 from qconvert.ir import affine
 from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Batch, Block, Layer, LinearGroup
@@ -25,7 +26,6 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
-from qconvert.ir.template import in_own_shape
 from qconvert.plugin.host import contract
 from qconvert.plugin.input_scaling import scaled
 from qconvert.plugin.observer import Gram

@@ -20,7 +20,7 @@ from qconvert.execution.block_runner import BlockRunner
 from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.report import GENERATING
+from qconvert.ir.task import GENERATING
 
 # What a variant replaces: full parameter name -> float32 tensor as in the module.
 Replaced = Mapping[str, Tensor]

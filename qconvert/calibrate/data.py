@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qconvert.calibrate.records import read_arrays, read_records
 from qconvert.errors import InputError, UsageError
+from qconvert.execution.probes import position_limit
 from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN
 from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples
-from qconvert.ort.compare import position_limit
 from qconvert.recipe import DataSpec, Recipe
 
 BATCH_TOKENS = 1024  # enough rows for the matrix kernels, while logits [tokens, 50k] stay at 200 MB

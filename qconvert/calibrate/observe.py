@@ -18,13 +18,14 @@ from qconvert.calibrate.bfloat16_matmul import coarse_products
 from qconvert.calibrate.importance import importance_of, padding_mask
 from qconvert.calibrate.tuning_samples import FloatOutputs, TuningSamples
 from qconvert.errors import UsageError
-from qconvert.execution.block_runner import BlockRunner, ReadParameter, StopForward, checked_device
+from qconvert.execution import probes
+from qconvert.execution.block_runner import BlockRunner, StopForward, checked_device
+from qconvert.execution.materialize import ReadParameter
 from qconvert.ir.finite import not_finite
 from qconvert.ir.layer import Batch, Block, CalibrationStats, Layer, LinearGroup
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import InputGroup
-from qconvert.ort import compare
 from qconvert.plugin.host import contract
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
@@ -100,7 +101,7 @@ def observe(
             yield Block(unit, tuple(_linear_group(model, plan, replace(group, producer=None), None) for group in members[unit]))
         return
     runner = BlockRunner(model, device=device)
-    runner.start(batches if counted else compare.probes(model))
+    runner.start(batches if counted else probes.probes(model))
     floats = FloatOutputs(runner) if tuned and written else None
     products = nullcontext if tuned else coarse_products  # what tuning approaches is the float block's output itself
     for index, unit in enumerate(units[: units.index(pending[-1]) + 1]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qconvert.calibrate.importance import importance_of, padding_mask
 from qconvert.execution.block_runner import BlockRunner
-from qconvert.ir.template import in_own_shape
+from qconvert.execution.modules import in_own_shape
 
 
 class FloatOutputs:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qconvert.errors import InputError
 from qconvert.ir.layer import Batch
-from qconvert.ir.report import Task
+from qconvert.ir.task import Task
 
 # What the graphs of a transformers model give, in this order. An encoder gives its hidden state whatever lies above it.
 EXPORTED: Mapping[Task, tuple[str, ...]] = {

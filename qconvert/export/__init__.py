@@ -19,13 +19,14 @@ from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
 from qconvert.graph.float_graph import lower_float, number_repeated_names, substitute
 from qconvert.graph.last_position import keep_last_position
-from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, Written, graph_files
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.report import GENERATING
+from qconvert.ir.task import GENERATING
 from qconvert.ir.template import DOMAIN, Template
+from qconvert.ir.write_result import WriteResult
 from qconvert.recipe import Logits
-from qconvert.storage.output import disk_errors
+from qconvert.storage.disk import disk_errors
 from qconvert.storage.reader import read_tensor
 from qconvert.storage.stage import Stage
 
@@ -38,7 +39,7 @@ def export(
     template: Template,
     model: Model,
     plan: Plan,
-    written: Written,
+    written: WriteResult,
     stage: Stage,
     *,
     targets: Sequence[str] = ("cpu",),

@@ -13,7 +13,7 @@ import onnx_ir
 
 from qconvert.ir.artifact import GENAI_CONFIG, graph_files
 from qconvert.ir.model import Model
-from qconvert.storage.output import disk_errors
+from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
 
 # The name of onnxruntime-genai for any decoder that is one graph with a KV cache, whatever its architecture.

@@ -1,7 +1,7 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
-int8 activations  row form: every row is quantized with a step of its own (cpu.RowCodes), once for all linears that
+int8 activations  row form: every row is quantized with a step of its own (activations.RowCodes), once for all linears that
                   read it; then MatMulIntegerToFloat on the codes, and the step put back
 outliers          the row form on what is left when the outlier columns are masked out, plus their float product
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
@@ -19,6 +19,7 @@ from onnx_ir import DataType, Value
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
+from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.template import made_by
@@ -112,7 +113,7 @@ class CpuLowering(Lowering):
         builder, name = self.builder, plan.name
         x = self._scaled_input(plan, unscaled)
         columns = self.outlier_columns.get(name, ())
-        rows = cpu.row_codes(made_by(unscaled) if x is unscaled else None)
+        rows = activations.row_codes(made_by(unscaled) if x is unscaled else None)
         quantized, step = self._quantized_rows(self._without(x, columns, plan), rows, plan)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
         scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
@@ -134,7 +135,7 @@ class CpuLowering(Lowering):
         producer.metadata_props[INPUT_KEY] = unscaled.name
         return output
 
-    def _quantized_rows(self, x: Value, rows: cpu.RowCodes, plan: LayerPlan) -> tuple[Value, Value]:
+    def _quantized_rows(self, x: Value, rows: activations.RowCodes, plan: LayerPlan) -> tuple[Value, Value]:
         """(uint8 rows, step of each row [..., 1]), made once per input."""
         if x not in self._rows:
             builder, name = self.builder, plan.name
@@ -150,7 +151,7 @@ class CpuLowering(Lowering):
             self._rows[x] = quantized, step
         return self._rows[x]
 
-    def _largest(self, x: Value, rows: cpu.RowCodes, name: str) -> Value:
+    def _largest(self, x: Value, rows: activations.RowCodes, name: str) -> Value:
         """Of each row: [..., 1], the largest magnitude where rows have both signs.
 
         Two nodes are less to start for the one row of a decoding step; without Abs, which writes as much as it reads, many rows
@@ -167,7 +168,7 @@ class CpuLowering(Lowering):
         smallest = builder.op("ReduceMin", [x, axes], f"{name}/RowMin", keepdims=1)
         return builder.op("Max", [largest, builder.op("Neg", [smallest], f"{name}/Neg")], f"{name}/RowMagnitude")
 
-    def _zero_points_of(self, x: Value, step: Value, rows: cpu.RowCodes, name: str) -> Value:
+    def _zero_points_of(self, x: Value, step: Value, rows: activations.RowCodes, name: str) -> Value:
         """One zero point per row, in the shape of `step`; made once for all inputs that are known to have as many rows."""
         shape: object = x if x.shape is None or None in (dims := x.shape.dims[:-1]) else dims
         key = shape, rows.zero_point
@@ -178,5 +179,5 @@ class CpuLowering(Lowering):
             self._row_zero_points[key] = self.builder.op("QuantizeLinear", inputs, f"{name}/RowZeroPoints")
         return self._row_zero_points[key]
 
-    def _zero_point(self, rows: cpu.RowCodes) -> Value:
+    def _zero_point(self, rows: activations.RowCodes) -> Value:
         return self.builder.constant(f"qconvert/row_zero_point_{rows.zero_point}", np.array(rows.zero_point, np.uint8))

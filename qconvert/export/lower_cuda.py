@@ -24,12 +24,12 @@ from torch import Tensor
 from qconvert.errors import UsageError
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
-from qconvert.graph import cuda_kernels
 from qconvert.graph.half_precision import WIDER, narrowed, type_name
 from qconvert.ir import packing
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_layer, read_tensor
 from qconvert.storage.stage import Stage
+from qconvert.targets import cuda
 
 # A scale with fewer bits than this adds more to the error than rounding to 8-bit codes does.
 SCALE_BITS = 7
@@ -88,14 +88,14 @@ class CudaLowering(Lowering):
             K=plan.in_features,
             N=plan.out_features,
             bits=plan.scheme.bits,
-            block_size=cuda_kernels.block_size(plan),
+            block_size=cuda.block_size(plan),
         )
 
     def _weight(self, plan: LayerPlan) -> Value:
         """Unsigned codes [out, blocks, block bytes] uint8."""
-        builder, size, bits = self.builder, cuda_kernels.block_size(plan), plan.scheme.bits
+        builder, size, bits = self.builder, cuda.block_size(plan), plan.scheme.bits
         shape = (plan.out_features, -(-plan.in_features // size), size * bits // 8)
-        if cuda_kernels.is_padded(plan):
+        if cuda.is_padded(plan):
             name = f"{plan.name}.cuda_weight"
             if name not in builder.stored:
                 q = read_layer(self.stage.folder, plan, builder.stored).q
@@ -118,7 +118,7 @@ class CudaLowering(Lowering):
         stored = builder.stored[f"{plan.name}.weight_scale"]
         scale = read_tensor(self.stage.folder, stored)
         narrow = self._narrowed_scale(plan, scale)
-        blocks = -(-plan.in_features // cuda_kernels.block_size(plan))
+        blocks = -(-plan.in_features // cuda.block_size(plan))
         if stored.dtype == self.dtype and scale.shape[1] == blocks:
             return builder.external(f"{plan.name}.weight_scale")
         self._append(name, narrow.repeat_interleave(blocks // scale.shape[1], 1))
@@ -131,7 +131,7 @@ class CudaLowering(Lowering):
             codes = builder.op("Cast", [rows], f"{name}/Codes", to=ONNX_TYPES[self.dtype])
             scales = builder.op("Gather", [self.stored_float(f"{name}.weight_scale"), indices], f"{name}/GatherScales", axis=0)
             return builder.op("Mul", [codes, scales], f"{name}/Dequantize")
-        return self._gather_block_quantized(plan, indices, cuda_kernels.block_size(plan), self._scale(plan))
+        return self._gather_block_quantized(plan, indices, cuda.block_size(plan), self._scale(plan))
 
     def constant(self, name: str, tensor: Tensor) -> Value:
         """A constant of the graph, kept in the sidecar."""

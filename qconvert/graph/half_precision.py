@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qconvert.errors import UsageError
 from qconvert.graph.cuda_kernels import TYPES, Operator, bindings, operator
-from qconvert.ort.session import is_cache
+from qconvert.ir.graph_names import is_cache
 
 WIDER = "set cuda_dtype: bfloat16 in the recipe, which has the range of float32"
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qconvert.ir import affine
 from qconvert.ir.scheme import PerTensor, QuantScheme
 
 FLOAT16_TINY = 2.0**-14  # smallest normal float16: a smaller scale would lose bits to subnormals
@@ -142,3 +143,8 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Quan
     if zero_point is not None:
         groups = groups - zero_point.unsqueeze(-1)
     return (groups * scale.unsqueeze(-1)).reshape(q.shape)
+
+
+def stored_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
+    """The scale in the dtype that it is stored in, without loss: it was rounded by affine.round_scale."""
+    return scale.half() if scheme.scale_dtype == torch.float16 and affine.fits_float16(scale) else scale

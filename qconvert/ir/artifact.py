@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qconvert.ir.report import Assignment, LayerReport, Task
+from qconvert.ir.task import Task
 
 if TYPE_CHECKING:
     import torch
@@ -44,20 +43,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The result of the write stage.
-
-    tensors: name -> place, model.safetensors ("P.weight_packed", ...) and sidecar ("P.kernel_scale", ...) together.
-    layers: what each quantized layer lost and weighs, in the model's order.
-    assignment: where a budget has decided their schemes.
-    """
-
-    tensors: Mapping[str, StoredTensor]
-    layers: tuple[LayerReport, ...]
-    assignment: Assignment | None = None
 
 
 # Metadata on the last node of a layer with int8 activations: its module, and the value that the layer reads. Layers packed

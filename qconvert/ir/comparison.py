@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from qconvert.errors import QConvertError
-from qconvert.ir.report import GENERATING, Fidelity, Latency, Report, Task
+from qconvert.ir.report import Fidelity, Latency, Report
+from qconvert.ir.task import GENERATING, Task
 
 FILE = "compare.json"
 PLOT = "compare.png"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.ir.layer import Batch, row_count
-from qconvert.ir.report import Task
+from qconvert.ir.task import Task
 
 
 @dataclass(frozen=True, slots=True)

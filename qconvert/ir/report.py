@@ -9,19 +9,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from qconvert.ir.plan import Assignment, KeptFloat
+from qconvert.ir.task import Task
+
 Status = Literal["passed", "failed", "not-run"]
 # What every entry of report.json's "parity" has, with or without a value.
 PARITY_KEYS = ("max_relative_error", "reason")
-Task = Literal["causal-lm", "seq2seq-lm", "encoder", "module"]
-# The tasks whose models write text, token by token: they have an output head and a cache.
-GENERATING: tuple[Task, ...] = ("causal-lm", "seq2seq-lm")
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Samples(_Part):
+class SampleCounts(_Part):
     calibration: int
     evaluation: int
 
@@ -168,25 +168,6 @@ class LayerReport(_Part):
     reason: str | None = None
 
 
-class KeptFloat(_Part):
-    name: str
-    reason: str
-
-
-class Assignment(_Part):
-    """What `auto` decided. average_bits: of all quantized weights. schemes: name -> number of layers.
-
-    predicted_kl in nats, for models that write text; predicted_error: of the output, relative, for others. Both are sums over
-    what each layer loses alone, on calibration data.
-    """
-
-    budget: str
-    average_bits: float
-    predicted_kl: float | None = None
-    predicted_error: float | None = None
-    schemes: dict[str, int]
-
-
 class Report(_Part):
     """passed: False where a check failed or a gate was missed, else True, or None where nothing was run. assignment: None where
     the recipe named the schemes. processor: None where nothing was run. context_length: tokens that a decoder has positions
@@ -196,7 +177,7 @@ class Report(_Part):
     task: Task
     quantizer: str
     scheme: str
-    samples: Samples
+    samples: SampleCounts
     size: Size
     context_length: int | None = None
     processor: Processor | None = None
@@ -228,9 +209,9 @@ class Report(_Part):
             ]
         if self.context_length is None:
             del document["context_length"]
-        for name, part in (("assignment", self.assignment), ("processor", self.processor)):
-            if part is None:
-                del document[name]
-            else:
-                document[name] = part.model_dump(mode="json", exclude_none=True)
-        return {"schema": 1, **document}
+        parts = {
+            "assignment": self.assignment and self.assignment.document(),
+            "processor": self.processor and self.processor.model_dump(mode="json", exclude_none=True),
+        }
+        found = {name: part for name, part in parts.items() if part is not None}
+        return {"schema": 1, **{name: value for name, value in document.items() if name not in parts}, **found}

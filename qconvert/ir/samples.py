@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qconvert.ir import report
 from qconvert.ir.layer import Batch, row_count
 
 
@@ -26,9 +25,6 @@ class Samples:
     files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
-    def counts(self) -> report.Samples:
-        return report.Samples(calibration=_rows(self.calibration), evaluation=_rows(self.evaluation))
-
-
-def _rows(batches: tuple[Batch, ...]) -> int:
-    return sum(map(row_count, batches))
+    def counts(self) -> dict[str, int]:
+        """How many samples there are of each set."""
+        return {name: sum(map(row_count, getattr(self, name))) for name in ("calibration", "evaluation")}

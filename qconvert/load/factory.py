@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qconvert.errors import InputError, in_one_line, is_out_of_memory
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.plugin.host.process_settings import settings_kept
-from qconvert.storage.reader import tensor_bytes
+from qconvert.storage.digest import tensor_bytes
 
 logger = logging.getLogger(__name__)
 

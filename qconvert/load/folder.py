@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qconvert.errors import InputError
+from qconvert.storage.git_lfs import refuse_git_lfs_pointer
+from qconvert.storage.json_text import parse_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -29,7 +30,6 @@ NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
 NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json", ".py", ".pyc")
 
 _MERGE = "in peft: load both, then .merge_and_unload().save_pretrained(FOLDER)"
-_GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 log = logging.getLogger("qconvert")
 
@@ -168,39 +168,6 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
         raise InputError(
             code, f"{path} can't be read as a JSON object: {error}", hint="download the file again, complete"
         ) from error
-
-
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice. Raises ValueError: readers disagree on which of two values counts."""
-    try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"it is a {type(document).__name__}, not an object")
-    return document
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!a} occurs more than once")
-    return document
-
-
-def refuse_git_lfs_pointer(path: Path) -> None:
-    """Raises InputError QC-INPUT-004 where git left a pointer in place of the file."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        if file.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER:
-            raise InputError(
-                "QC-INPUT-004",
-                f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself",
-                hint="run `git lfs install` and `git lfs pull` in the folder",
-            )
 
 
 def carried_files(folder: Path) -> dict[str, Path]:

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qconvert.errors import InputError
+from qconvert.execution.probes import vocabulary_size
 from qconvert.ir.model import Model, TensorSource
-from qconvert.ir.report import Task
+from qconvert.ir.task import Task
 from qconvert.load import names, skeleton
 from qconvert.load.computed import computed_tensors
 from qconvert.load.folder import CONFIG, INDEX, carried_files, contained, no_folder, read_json, refuse_adapter
@@ -21,7 +22,6 @@ from qconvert.load.names import RenamedSource
 from qconvert.load.safetensors import open_folder
 from qconvert.load.tokenizer import TextEncoder, text_encoder
 from qconvert.load.unplaced import unplaced_tensors
-from qconvert.ort.compare import vocabulary_size
 
 UNREAD_TENSORS = 100  # in a checkpoint that can't be opened: no more layers than they can fill are built for a better message
 # What says that weights are of another class: parameters are missing, or tensors have no place.

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from qconvert.errors import InputError, in_one_line
-from qconvert.ir.report import GENERATING, Task
+from qconvert.ir.task import GENERATING, Task
 
 # Keys that make transformers import code of the checkpoint, or fetch attention and other kernels and run them.
 CODE_KEYS = re.compile(

@@ -12,7 +12,8 @@ from typing import Any
 
 from qconvert.errors import InputError, in_one_line
 from qconvert.ir.model import EncodeText
-from qconvert.load.folder import parse_json, refuse_git_lfs_pointer
+from qconvert.storage.git_lfs import refuse_git_lfs_pointer
+from qconvert.storage.json_text import parse_json
 
 TOKENIZER = "tokenizer.json"
 # What transformers can build a tokenizer from where there is no tokenizer.json.

@@ -14,13 +14,11 @@ import onnx_ir
 import onnxruntime
 from torch import Tensor
 
+from qconvert.ir.graph_names import CROSS, WHOLE_NAMES, is_cache
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
-# Prefix of what an encoder computes for its decoder's cross-attention, once for all steps.
-CROSS = "cross_key_values."
-# What a decoder's graph calls the inputs that a whole encoder-decoder calls otherwise, as transformers does.
-WHOLE_NAMES = {"input_ids": "decoder_input_ids", "encoder_attention_mask": "attention_mask"}
 
 Values = dict[str, np.ndarray[Any, Any]]
 
@@ -129,11 +127,6 @@ class DeviceSession:
         self.session.run_with_iobinding(binding)
         values = zip(outputs, binding.get_outputs(), strict=True)
         return [value if is_cache(name) else value.numpy() for name, value in values]
-
-
-def is_cache(name: str) -> bool:
-    """Whether an input or output holds keys and values that go out of one run and into the next."""
-    return name.startswith(("past_key_values.", "present.", CROSS))
 
 
 def memory_session(

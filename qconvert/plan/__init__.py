@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from qconvert.errors import UsageError
+from qconvert.execution.modules import layer_kind
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
-from qconvert.ir.plan import LayerPlan, Plan
-from qconvert.ir.report import KeptFloat
+from qconvert.ir.plan import KeptFloat, LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
-from qconvert.ir.template import Template, layer_kind
+from qconvert.ir.template import Template
 from qconvert.plan.cuda import check_cuda, cuda_bytes
 from qconvert.plan.fit import Fitting
 from qconvert.plan.tied import modules_that_share, shared_heads

@@ -16,6 +16,7 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import no_zero_points
 from qconvert.ir.template import Template
 from qconvert.recipe import Logits
+from qconvert.targets import cuda
 
 
 def check_cuda(model: Model, template: Template, layers: Mapping[str, LayerPlan], dtype: str, logits: Logits) -> None:
@@ -47,10 +48,10 @@ def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], dtype: str) -> int
     for layer in layers.values():
         if layer.kind == "conv2d":
             continue
-        blocks = -(-layer.in_features // cuda_kernels.block_size(layer))
+        blocks = -(-layer.in_features // cuda.block_size(layer))
         scale = layer.disk_tensors["weight_scale"]
         if scale.dtype != narrow_type or scale.shape[1] != blocks:
             total += layer.out_features * blocks * narrow_type.itemsize
-        if cuda_kernels.is_padded(layer):
-            total += layer.out_features * blocks * cuda_kernels.block_size(layer) * layer.scheme.bits // 8
+        if cuda.is_padded(layer):
+            total += layer.out_features * blocks * cuda.block_size(layer) * layer.scheme.bits // 8
     return total

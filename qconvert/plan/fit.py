@@ -8,16 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qconvert.errors import UsageError
-from qconvert.graph import cuda_kernels
 from qconvert.ir.model import Model
-from qconvert.ir.plan import LayerPlan
-from qconvert.ir.report import KeptFloat
+from qconvert.ir.plan import KeptFloat, LayerPlan
 from qconvert.ir.scheme import GROUP_SIZES, Granularity, PerChannel, PerGroup
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 from qconvert.storage import compressed_tensors
-from qconvert.targets import cpu
+from qconvert.targets import cpu, cuda
 
 Layers = dict[str, LayerPlan]
 
@@ -78,7 +76,7 @@ class Fitting:
             wanted.append(("QC-PLAN-009", cpu.block_size(layer), "the block of the kernel for quantized embeddings", ""))
         if layer.kind == "embedding" and "cuda" in self.recipe.targets and (packed or layer.name in self.shared.values()):
             block = "the block of the CUDA provider's kernel for quantized embeddings"
-            wanted.append(("QC-PLAN-010", cuda_kernels.block_size(layer), block, "leave out --target cuda, or "))
+            wanted.append(("QC-PLAN-010", cuda.block_size(layer), block, "leave out --target cuda, or "))
         for code, divisor, what, hint in wanted:
             if width % divisor:
                 reason = f"its width of {width} is no multiple of {divisor}, {what}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from qconvert.errors import UsageError
+from qconvert.execution.modules import layer_kind
 from qconvert.ir.model import Model
-from qconvert.ir.template import layer_kind
 from qconvert.recipe import Recipe
 
 

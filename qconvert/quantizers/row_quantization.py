@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qconvert.targets import cpu
+from qconvert.ir import activations
 
 
 def quantized_rows(rows: Tensor, columns: Tensor | None = None, made_by: str | None = None) -> Tensor:
@@ -13,6 +13,6 @@ def quantized_rows(rows: Tensor, columns: Tensor | None = None, made_by: str | N
     made_by: see CalibrationStats. A row may have been multiplied by its importance, so that no step is too small for it.
     """
     kept = rows if columns is None else rows.index_fill(1, columns, 0)
-    step = cpu.row_codes(made_by)._replace(least_step=0.0).step_of(kept)
+    step = activations.row_codes(made_by)._replace(least_step=0.0).step_of(kept)
     rounded = (kept / step).round_().nan_to_num_(0) * step  # a row of zeros has no step
     return rounded if columns is None else rounded.index_copy_(1, columns, rows[:, columns])

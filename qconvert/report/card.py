@@ -11,7 +11,8 @@ from pathlib import Path
 from qconvert.errors import printable
 from qconvert.graph import cuda_kernels
 from qconvert.ir.artifact import graph_files
-from qconvert.ir.report import GENERATING, Report, Task
+from qconvert.ir.report import Report
+from qconvert.ir.task import GENERATING, Task
 from qconvert.recipe import DataSpec, Recipe
 from qconvert.report import wording
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qconvert.errors import printable
 from qconvert.ir.comparison import Comparison, Entry
-from qconvert.ir.report import GENERATING
+from qconvert.ir.task import GENERATING
 from qconvert.report import wording
 from qconvert.report.table import STYLES, verdict_style
 

@@ -11,7 +11,7 @@ from qconvert.ir.artifact import CARD, REPORT
 from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
 from qconvert.report.card import card
-from qconvert.storage.output import replace_file
+from qconvert.storage.disk import replace_file
 
 logger = logging.getLogger("qconvert")
 

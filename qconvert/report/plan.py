@@ -13,6 +13,7 @@ from rich.text import Text
 from qconvert.errors import printable
 from qconvert.graph import cuda_kernels
 from qconvert.report import wording
+from qconvert.targets import cuda
 
 if TYPE_CHECKING:
     from qconvert.ir.plan import LayerPlan, Plan
@@ -62,7 +63,7 @@ def _cuda(plan: Plan) -> list[str]:
     """What the table of CUDA kernels says of the layers."""
     if "cuda" not in plan.targets:
         return []
-    counted = Counter(cuda_kernels.describe(layer) for layer in plan.layers.values())
+    counted = Counter(cuda.describe(layer) for layer in plan.layers.values())
     return [
         *(
             f"on CUDA, by the kernels of ONNX Runtime {cuda_kernels.version()}: {count} x {what}"
@@ -81,7 +82,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "weights_bytes": plan.weights_bytes,
         "peak_bytes": plan.peak_bytes,
         **({"cuda_bytes": plan.cuda_bytes} if "cuda" in plan.targets else {}),
-        **({"assignment": plan.assignment.model_dump(mode="json", exclude_none=True)} if plan.assignment else {}),
+        **({"assignment": plan.assignment.document()} if plan.assignment else {}),
         "layers": [
             {
                 "name": layer.name,
@@ -90,7 +91,7 @@ def document(plan: Plan) -> dict[str, Any]:
                 "scheme": str(layer.scheme),
                 "bytes": layer.nbytes,
                 **({"reason": layer.reason} if layer.reason else {}),
-                **({"cuda": cuda_kernels.describe(layer)} if "cuda" in plan.targets else {}),
+                **({"cuda": cuda.describe(layer)} if "cuda" in plan.targets else {}),
             }
             for layer in plan.layers.values()
         ],

@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 
 from qconvert.errors import printable
 from qconvert.ir.comparison import Comparison, Entry
-from qconvert.ir.report import GENERATING
+from qconvert.ir.task import GENERATING
 from qconvert.report import wording
 
 Points = Mapping[str, tuple[float, float]]

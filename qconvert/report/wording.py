@@ -7,18 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qconvert.errors import printable
-from qconvert.ir.report import (
-    Assignment,
-    Fidelity,
-    GateResult,
-    KeptFloat,
-    Latency,
-    LayerReport,
-    Parity,
-    Processor,
-    Report,
-    Trial,
-)
+from qconvert.ir.plan import Assignment, KeptFloat
+from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
 
 if TYPE_CHECKING:
     from qconvert.ir.plan import LayerPlan

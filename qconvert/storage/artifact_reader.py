@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx_ir
 from torch import Tensor
 
-from qconvert.ir.artifact import StoredTensor, graph_files
+from qconvert.execution.modules import in_own_shape
+from qconvert.ir.artifact import StoredTensor
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.template import in_own_shape
 from qconvert.storage.reader import read_layer, read_tensor
 
 
-class Artifact:
+class ArtifactReader:
     """The written weights of one folder, as torch sees them.
 
     folder: an output folder or a stage; tensors: where everything lies in it.
@@ -27,10 +26,6 @@ class Artifact:
     @property
     def has_outliers(self) -> bool:
         return any(f"{name}.outlier_columns" in self.tensors for name in self.plan.layers)
-
-    def graphs(self) -> dict[str, onnx_ir.Model]:
-        """The graphs for the CPU provider, fresh from disk, by part."""
-        return {part: onnx_ir.load(self.folder / file) for part, file in graph_files(self.model.task).items()}
 
     def layer(self, name: str) -> QuantizedTensor:
         layer = self.plan.layer_of(name)

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconvert.ir import packing
+from qconvert.ir import affine, packing
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerGroup, PerTensor
-from qconvert.targets import cpu
 
 # The order in a block: tensors of one suffix are adjacent, so that one external initializer can span q, k and v.
 SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
@@ -35,7 +34,7 @@ def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
     packed = is_packed(plan)
     tensors = {
         "weight_packed" if packed else "weight": packing.pack_int32(tensor.q, bits) if packed else tensor.q,
-        "weight_scale": cpu.stored_scale(tensor.scale, plan.scheme).expand(out, -1),
+        "weight_scale": affine.stored_scale(tensor.scale, plan.scheme).expand(out, -1),
     }
     if packed:
         tensors["weight_shape"] = torch.tensor([out, plan.in_features])

@@ -12,67 +12,13 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
 
-from filelock import FileLock, Timeout
-
-from qconvert.errors import ResourceError, UsageError
+from qconvert.errors import UsageError
 from qconvert.ir.artifact import MANIFEST
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into ResourceError QC-DISK-002 (disk full, quota) or QC-DISK-003."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                "QC-DISK-002",
-                f"no space left while writing {path}: {error.strerror}; the output was not changed",
-                hint="free space on that disk, then run the same command again: finished blocks are kept",
-            ) from error
-        raise ResourceError(
-            "QC-DISK-003",
-            f"can't write {path}: {error.strerror or error}; the output was not changed",
-            hint="give an --output folder that can be written",
-        ) from error
-
-
-class Lock:
-    """The lock file of one output. It is removed while it is held; filelock retries where it locked a removed file."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.path = output.parent / f".{output.name}.qconvert.lock"
-        self.lock = FileLock(self.path)
-
-    def __enter__(self) -> Self:
-        """Raises ResourceError QC-LOCK-001 where another run holds it, QC-DISK-003 where it can't be written."""
-        with disk_errors(self.path):
-            try:
-                self.lock.acquire(blocking=False)
-            except Timeout as error:
-                raise ResourceError(
-                    "QC-LOCK-001",
-                    f"another run works on {self.output}: process {self._holder()}",
-                    hint="wait until it is done, or give another --output",
-                ) from error
-            self.path.write_text(f"{os.getpid()}\n")
-        return self
-
-    def _holder(self) -> str:
-        try:
-            return self.path.read_text().strip() or "unknown"
-        except FileNotFoundError:  # it has just finished
-            return "unknown"
-
-    def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
-        self.lock.release()
+from qconvert.storage.disk import disk_errors, fsync
+from qconvert.storage.lock import Lock
 
 
 def check_output(output: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
@@ -180,25 +126,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), str(other))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of a folder that is not staged: there is the old content, or the complete new one, at every moment.
-
-    Raises ResourceError QC-DISK-002 on a full disk, QC-DISK-003 where it can't be written.
-    """
-    new = path.with_name(f".{path.name}.qconvert-new")
-    with disk_errors(path):
-        new.write_bytes(content)
-        fsync(new)
-        new.replace(path)
-        fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, would survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ Format of model.safetensors: 8 bytes header length (little-endian), a JSON heade
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,54 +15,14 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
-from qconvert.ir.plan import LayerPlan
+from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
+from qconvert.ir.plan import Assignment, LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
-from qconvert.ir.report import Assignment, LayerReport
+from qconvert.ir.report import LayerReport
+from qconvert.ir.write_result import WriteResult
 from qconvert.storage import compressed_tensors
 from qconvert.storage.manifest import read_manifest
-
-# safetensors' names of the dtypes
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-# Bytes hashed at once. A thread that hashes waits up to 5 ms (sys.getswitchinterval) for the interpreter after each.
-CHUNK = 2**24
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def sha256(content: Path | bytes) -> str:
-    """Hex digest of a file, or of bytes. Raises OSError for a file that can't be read."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    digest = hashlib.sha256()
-    with content.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, little-endian; no copy where it is contiguous already."""
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return flat.numpy().data
+from qconvert.storage.safetensors import DTYPE_NAMES, DTYPES
 
 
 def tensor_record(tensor: StoredTensor) -> dict[str, Any]:
@@ -102,12 +61,12 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         ) from error
 
 
-def read_written(folder: Path) -> Written:
+def read_written(folder: Path) -> WriteResult:
     """What the write stage left in a folder, from its files."""
     manifest = read_manifest(folder)
     layers = tuple(LayerReport.model_validate(layer) for layer in manifest["layers"])
-    assignment = Assignment.model_validate(manifest["assignment"]) if "assignment" in manifest else None
-    return Written(read_index(folder), layers, assignment)
+    assignment = Assignment(**manifest["assignment"]) if "assignment" in manifest else None
+    return WriteResult(read_index(folder), layers, assignment)
 
 
 def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:

@@ -10,92 +10,25 @@ PARENT/
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from qconvert.errors import ResourceError
 from qconvert.ir.artifact import SIDECAR, StoredTensor
-from qconvert.storage.output import Lock, check_free, check_place, disk_errors, finish_publish, fsync, publish
-from qconvert.storage.reader import stored_tensor, tensor_bytes
+from qconvert.storage.disk import disk_errors, fsync
+from qconvert.storage.journal import Journal
+from qconvert.storage.lock import Lock
+from qconvert.storage.output import check_free, check_place, finish_publish, publish
+from qconvert.storage.reader import stored_tensor
+from qconvert.storage.sidecar import Sidecar
 
-# CPU kernels like tensors that begin on a cache line.
-SIDECAR_ALIGNMENT = 64
 # Stages of other recipes are kept this long, so that their runs can be resumed.
 KEEP_SECONDS = 24 * 3600
-
-
-class Journal:
-    """Append-only JSON lines; a record that `append` has returned from survives a power loss."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._records: list[dict[str, Any]] = []
-        if not path.exists():
-            return
-        valid = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break  # torn by a kill
-            try:
-                self._records.append(json.loads(line))
-            except ValueError:
-                break
-            valid += len(line)
-        os.truncate(path, valid)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        with disk_errors(self.path):
-            with self.path.open("ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
-            fsync(self.path)
-            fsync(self.path.parent)
-        self._records.append(dict(record))
-
-    def records(self) -> tuple[dict[str, Any], ...]:
-        return tuple(self._records)
-
-
-class Sidecar:
-    """qconvert.bin: tensors one after the other, each at a multiple of 64 bytes. Without a tensor there is no file.
-
-    tensors: name -> place, of all that was appended and of what a resumed run starts from.
-    """
-
-    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-        self.path = path
-        self.tensors = dict(tensors)
-        self._end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
-        if not tensors:
-            path.unlink(missing_ok=True)
-        else:
-            os.truncate(path, self._end)  # what a killed run wrote but did not journal
-
-    def append(self, name: str, tensor: Tensor) -> StoredTensor:
-        """Write `tensor` under a new name. Raises ResourceError QC-DISK-002 on a full disk."""
-        if name in self.tensors:
-            raise ValueError(f"the sidecar already holds {name!a}")
-        data = tensor_bytes(tensor)
-        offset = -(-self._end // SIDECAR_ALIGNMENT) * SIDECAR_ALIGNMENT
-        with disk_errors(self.path), self.path.open("ab") as file:
-            file.write(b"\0" * (offset - self._end))
-            file.write(data)
-        self._end = offset + data.nbytes
-        self.tensors[name] = StoredTensor(SIDECAR, tensor.dtype, tuple(tensor.shape), offset, data.nbytes)
-        return self.tensors[name]
-
-    def sync(self) -> None:
-        if self.tensors:
-            with disk_errors(self.path):
-                fsync(self.path)
 
 
 class Stage:

@@ -1,7 +1,7 @@
 """Every command runs in a process of its own, which this one watches, because plugins are foreign code.
 
-The command's process says which call of which plugin it is in (plugin/host/calls.py). If that takes longer than it may, the process
-is ended; if the process dies, it is known of what. Either way the output folder is what it was, what was quantized is kept for
+The command's process says which call of which plugin it is in (plugin/host/calls.py). If that takes longer than it may, the
+process is ended; if the process dies, it is known of what. Either way the output folder is what it was, what was quantized is kept for
 the next run, the terminal is usable, and the error names the plugin. A plugin that can't even be imported is set aside, and
 the command begins again without it. A command that is done says so: threads, exit handlers and processes that a plugin has left
 behind don't keep the user waiting, and its exit code is the one that it gave.
@@ -26,7 +26,8 @@ from typing import Any
 import click
 
 from qconvert.errors import PluginError, QConvertError, ResourceError
-from qconvert.supervision.child import EXIT_SECONDS, SET_ASIDE, WATCH, Channel, become_watched, end_with_parent
+from qconvert.supervision.child import EXIT_SECONDS, become_watched, end_with_parent
+from qconvert.supervision.messages import SET_ASIDE, WATCH, Channel
 
 # Calls of every plugin there is, whatever the command: one that dies in them is left out.
 WITHOUT_IT = ("import", "register_quantizers")

@@ -21,7 +21,7 @@ from qconvert.plan import plan as make_plan
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
 from qconvert.recipe import Recipe
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.stage import open_stage
 from qconvert.testing.failure import CheckFailure
 from qconvert.testing.samples import difference, schemes_of
@@ -35,7 +35,7 @@ SOURCE = "module:qconvert.testing.network:network"
 def check_written_tensors_read_back(quantizer: Quantizer) -> None:
     """What is read back from the written folder is what the quantizer returned, bit for bit."""
 
-    def compare(artifact: Artifact, tensors: dict[str, QuantizedTensor], scheme: QuantScheme) -> None:
+    def compare(artifact: ArtifactReader, tensors: dict[str, QuantizedTensor], scheme: QuantScheme) -> None:
         for name, tensor in tensors.items():
             if tensor.input_scale is not None:  # its reciprocal is stored, for the graph to multiply by
                 tensor = replace(tensor, input_scale=1 / (1 / tensor.input_scale))
@@ -48,7 +48,7 @@ def check_written_tensors_read_back(quantizer: Quantizer) -> None:
 def check_exported_graph_equals_dequantization(quantizer: Quantizer) -> None:
     """The exported graph computes in ONNX Runtime what torch computes with the dequantized weights, within 1e-4."""
 
-    def compare(artifact: Artifact, tensors: dict[str, QuantizedTensor], scheme: QuantScheme) -> None:
+    def compare(artifact: ArtifactReader, tensors: dict[str, QuantizedTensor], scheme: QuantScheme) -> None:
         error = max(graph_parity(artifact, torch_outputs(artifact.model, artifact.read)), cluster_parity(artifact))
         if not error <= TOLERANCE:
             names = ", ".join(map(repr, tensors))
@@ -57,7 +57,7 @@ def check_exported_graph_equals_dequantization(quantizer: Quantizer) -> None:
     _convert(quantizer, compare)
 
 
-def _convert(quantizer: Quantizer, compare: Callable[[Artifact, dict[str, QuantizedTensor], QuantScheme], None]) -> None:
+def _convert(quantizer: Quantizer, compare: Callable[[ArtifactReader, dict[str, QuantizedTensor], QuantScheme], None]) -> None:
     """Calls `compare` with the artifact of every scheme and with what the quantizer returned, by layer."""
     model, template = _traced()
     for scheme in schemes_of(quantizer):
@@ -73,7 +73,7 @@ def _convert(quantizer: Quantizer, compare: Callable[[Artifact, dict[str, Quanti
                     written = write(done, model, plan, stage, recipe.layout)
                     export(template, model, plan, written, stage)
                     tensors = {layer.name: layer.tensor for block in done for layer in block.layers}
-                    compare(Artifact(stage.folder, model, plan, stage.tensors()), tensors, scheme)
+                    compare(ArtifactReader(stage.folder, model, plan, stage.tensors()), tensors, scheme)
             except QConvertError as error:
                 raise CheckFailure(f"scheme {scheme}: {error.message}") from error
 

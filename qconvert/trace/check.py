@@ -9,6 +9,7 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from qconvert.execution import probes
 from qconvert.execution.outputs import named_outputs
 from qconvert.graph.float_graph import float_graph
 from qconvert.ir.finite import not_finite, require_finite
@@ -31,7 +32,7 @@ def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
         owner, _, leaf = name.rpartition(".")
         value = model.read(original_name(name, blocks)).float()
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    return [named_outputs(model.task, module, batch) for batch in compare.probes(model)]
+    return [named_outputs(model.task, module, batch) for batch in probes.probes(model)]
 
 
 def relative_error(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qconvert.execution.modules import layer_kind
 from qconvert.ir.model import Model, stack_of
-from qconvert.ir.template import DOMAIN, layer_kind
+from qconvert.ir.template import DOMAIN
 
 
 class Opaque(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
+from qconvert.execution import probes
 from qconvert.graph.float_graph import float_graph
 from qconvert.graph.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.artifact import graph_files, is_model_file
@@ -25,9 +26,10 @@ from qconvert.ir.template import Template
 from qconvert.ort import compare
 from qconvert.ort.processor import processor
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.storage.digest import sha256
 from qconvert.storage.manifest import read_manifest
-from qconvert.storage.reader import read_index, sha256
+from qconvert.storage.reader import read_index
 from qconvert.verify.attempt import attempt
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.finite import require_finite_float
@@ -63,7 +65,7 @@ def verify(
     gives no finite numbers, and UsageError QC-CUDA-004 where float16 can't hold what the float model can.
     """
     _check_source(folder, model)
-    artifact = Artifact(folder, model, plan, read_index(folder))
+    artifact = ArtifactReader(folder, model, plan, read_index(folder))
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
     if not all(bool(torch.isfinite(each).all()) for outputs in dequantized for each in outputs):
@@ -106,12 +108,14 @@ def verify(
 
 
 def _require_finite_float(model: Model) -> None:
-    for probe, outputs in zip(compare.probes(model), torch_outputs(model, model.read), strict=True):
+    for probe, outputs in zip(probes.probes(model), torch_outputs(model, model.read), strict=True):
         for output in outputs:
             require_finite_float(output, probe, "built-in")
 
 
-def _cpu_error(artifact: Artifact, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]) -> tuple[float, str]:
+def _cpu_error(
+    artifact: ArtifactReader, paths: Mapping[str, Path], dequantized: Sequence[tuple[Tensor, ...]]
+) -> tuple[float, str]:
     """(largest relative difference, what differs by that)."""
     pairs = [pair for path in paths.values() for pair in last_position_pairs(artifact.model, path, "cpu")]
     errors = [(compare.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]

@@ -12,7 +12,8 @@ from torch import Tensor
 from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.progress import Progress
-from qconvert.ir.report import GENERATING, Fidelity, Task
+from qconvert.ir.report import Fidelity
+from qconvert.ir.task import GENERATING, Task
 from qconvert.ort.compare import feed
 from qconvert.verify.finite import first_not_finite, require_finite_float
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir
 from torch import Tensor
 
+from qconvert.execution import probes
 from qconvert.graph.last_position import keeps_last_position, restore_all_positions
 from qconvert.ir.model import Model
 from qconvert.ort import compare
@@ -30,12 +31,12 @@ def last_position_pairs(model: Model, path: Path, target: str) -> list[tuple[np.
     if not keeps_last_position(onnx_ir.load(path).graph):
         return []
     last, every = file_session(path, target), session_at_all_positions(path, target)
-    step = np.array(compare.NEXT_TOKENS)[:, None] % compare.vocabulary_size(model)
+    step = np.array(probes.NEXT_TOKENS)[:, None] % probes.vocabulary_size(model)
     pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
-    for side in compare.SIDES:
-        inputs = compare.feed(every, compare.padded_batch(model, side))
+    for side in probes.SIDES:
+        inputs = compare.feed(every, probes.padded_batch(model, side))
         found, expected = last.run(None, inputs), every.run(None, inputs)
-        ends = [compare.columns_of(row, side).stop - 1 for row in range(len(step))]
+        ends = [probes.columns_of(row, side).stop - 1 for row in range(len(step))]
         pairs.append((found[0][:, 0], expected[0][np.arange(len(ends)), ends]))
         inputs = compare.next_inputs(every, inputs, expected, step)
         pairs.append((last.run(None, inputs)[0], every.run(None, inputs)[0]))

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qconvert.execution.probes import position_limit, vocabulary_size
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.report import GENERATING, Latency, Trial
-from qconvert.ort.compare import feed, next_inputs, position_limit, vocabulary_size
+from qconvert.ir.report import Latency, Trial
+from qconvert.ir.task import GENERATING
+from qconvert.ort.compare import feed, next_inputs
 from qconvert.ort.session import SessionSettings
 from qconvert.verify.cores import CoreTimes, others_share
 

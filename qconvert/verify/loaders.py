@@ -11,14 +11,15 @@ import transformers
 from compressed_tensors.quantization import disable_quantization
 from torch import Tensor, nn
 
+from qconvert.execution import probes
 from qconvert.execution.auto_class import auto_class
 from qconvert.execution.outputs import graph_outputs
 from qconvert.ort import compare
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.parity import torch_outputs
 
 
-def transformers_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
+def transformers_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
     """Largest relative difference of the folder loaded by transformers to torch on the dequantized weights.
 
     expected: `torch_outputs` on the dequantized weights.
@@ -34,7 +35,7 @@ def transformers_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...
             name: part.dtype for name, part in loaded.named_parameters(remove_duplicate=False) if part.is_floating_point()
         }
         _compute_in_float32(loaded, model.module)
-        found = [graph_outputs(model.task, loaded, inputs) for inputs in compare.probes(model)]
+        found = [graph_outputs(model.task, loaded, inputs) for inputs in probes.probes(model)]
 
     if artifact.has_outliers or set(dtypes.values()) != {torch.float32}:
         expected = torch_outputs(model, lambda name: artifact.read_plain(name).to(dtypes.get(name, torch.float32)))

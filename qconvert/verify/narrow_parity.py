@@ -10,7 +10,8 @@ import torch
 
 from qconvert.errors import UsageError
 from qconvert.execution.divergence import kl_divergence, log_probabilities
-from qconvert.ir.report import GENERATING, Parity, Task
+from qconvert.ir.report import Parity
+from qconvert.ir.task import GENERATING, Task
 from qconvert.ort.compare import largest_difference
 from qconvert.verify.attempt import attempt
 

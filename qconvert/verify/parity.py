@@ -22,10 +22,12 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
+from qconvert.execution import probes
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
-from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
+from qconvert.ir import activations
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, graph_files
 from qconvert.ir.layer import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
@@ -33,8 +35,7 @@ from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.template import made_by
 from qconvert.ort import compare
 from qconvert.ort.session import joined, memory_session, run_named
-from qconvert.storage.artifact_reader import Artifact
-from qconvert.targets import cpu
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.finite import require_finite_float
 
 TOLERANCE = 1e-4
@@ -48,10 +49,10 @@ def torch_outputs(
 ) -> list[tuple[Tensor, ...]]:
     """The model's outputs in torch on the weights that `read` gives, one block in memory at a time.
 
-    batches: unset, `compare.probes`.
+    batches: unset, `probes.probes`.
     """
     runner = BlockRunner(model, read)
-    runner.start(compare.probes(model) if batches is None else batches)
+    runner.start(probes.probes(model) if batches is None else batches)
     for index in range(len(model.blocks)):
         runner.run_block(index)
     return list(runner.outputs())
@@ -76,12 +77,17 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
     return max(compare.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 
 
-def graph_parity(artifact: Artifact, expected: Sequence[tuple[Tensor, ...]]) -> float:
+def _graphs(artifact: ArtifactReader) -> dict[str, onnx_ir.Model]:
+    """The graphs for the CPU provider, fresh from disk, by part."""
+    return {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task).items()}
+
+
+def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
     """Part 1: largest relative difference of the graphs with float activations to torch.
 
     expected: `torch_outputs` on the dequantized weights.
     """
-    graphs = artifact.graphs()
+    graphs = _graphs(artifact)
     for model in graphs.values():
         restore_all_positions(model.graph)
         for node in list(model.graph):
@@ -130,19 +136,19 @@ def _value(graph: onnx_ir.Graph, name: str) -> onnx_ir.Value:
     raise KeyError(name)
 
 
-def cluster_parity(artifact: Artifact) -> float:
+def cluster_parity(artifact: ArtifactReader) -> float:
     """Part 2: largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
     return worst_cluster(artifact)[0]
 
 
-def worst_cluster(artifact: Artifact) -> tuple[float, str]:
+def worst_cluster(artifact: ArtifactReader) -> tuple[float, str]:
     """Part 2: (largest relative difference of an int8-activation cluster to its emulation, what differs by that)."""
-    graphs = artifact.graphs()
+    graphs = _graphs(artifact)
     clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
     if not clusters:
         return 0.0, ""
     session = joined({part: memory_session(model, artifact.read, folder=artifact.folder) for part, model in graphs.items()})
-    inputs = compare.feed(session, compare.padded_batch(artifact.model))
+    inputs = compare.feed(session, probes.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []
     for part, layers, x, maker, y in clusters:
@@ -176,7 +182,7 @@ def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, ma
 
     maker: type of the node that gives x.
     """
-    rows = cpu.row_codes(maker if tensor.input_scale is None else None)
+    rows = activations.row_codes(maker if tensor.input_scale is None else None)
     if tensor.input_scale is not None:
         x = x * (1 / tensor.input_scale)
     kept = x

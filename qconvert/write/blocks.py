@@ -8,12 +8,13 @@ from contextlib import closing
 from torch import Tensor
 
 from qconvert.errors import PluginError, QConvertError
-from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor, Written
+from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
 from qconvert.ir.finite import require_finite
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.report import LayerReport
+from qconvert.ir.write_result import WriteResult
 from qconvert.recipe import Layout
 from qconvert.storage.compressed_tensors import SUFFIXES, encode
 from qconvert.storage.reader import tensor_record
@@ -25,7 +26,9 @@ from qconvert.write.config import write_config
 from qconvert.write.contents import Unit, largest, units
 
 
-def write(blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Stage, layout: Layout = "transformers") -> Written:
+def write(
+    blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Stage, layout: Layout = "transformers"
+) -> WriteResult:
     """Write model.safetensors, the sidecar, config.json and the carried files into `stage.folder`.
 
     blocks: in the order of `model.blocks`, then "" for what lies outside; those of `stage.done_blocks()` left out.
@@ -67,7 +70,7 @@ class Writer:
             _check_input_scales(block)
         self._write(waiting.pop(0), block)
 
-    def finish(self) -> Written:
+    def finish(self) -> WriteResult:
         """Once all blocks have been appended: what lies between them, and the other files."""
         for unit in self._waiting:
             if unit.layers:
@@ -77,7 +80,7 @@ class Writer:
         self.close()
         write_config(self.model, self.plan, self.stage, self.layout)
         write_carried(self.model, self.stage)
-        return Written(self.stage.tensors(), _layer_reports(self.plan, self.stage), self.plan.assignment)
+        return WriteResult(self.stage.tensors(), _layer_reports(self.plan, self.stage), self.plan.assignment)
 
     def close(self) -> None:
         self._weights.close()

@@ -10,8 +10,8 @@ from typing import get_args
 from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, TARGETS, WEIGHTS, graph_files
 from qconvert.ir.model import Model
-from qconvert.ir.report import Task
-from qconvert.storage.output import disk_errors
+from qconvert.ir.task import Task
+from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
 
 log = logging.getLogger("qconvert")

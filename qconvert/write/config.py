@@ -16,7 +16,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.recipe import Layout
 from qconvert.storage.compressed_tensors import config_group, dequantizes_exactly, transformers_refuses
-from qconvert.storage.output import disk_errors
+from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
 
 # An unknown quant_method or format only makes transformers warn and load random weights; a weight type that

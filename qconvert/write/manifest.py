@@ -8,9 +8,10 @@ import os
 from datetime import UTC, datetime
 from typing import Any
 
-from qconvert.ir.artifact import CARD, MANIFEST, REPORT, Written
+from qconvert.ir.artifact import CARD, MANIFEST, REPORT
+from qconvert.ir.write_result import WriteResult
 from qconvert.recipe import Recipe
-from qconvert.storage.output import disk_errors
+from qconvert.storage.disk import disk_errors
 from qconvert.storage.published import portable_recipe
 from qconvert.storage.reader import tensor_record
 from qconvert.storage.stage import Stage
@@ -20,7 +21,7 @@ from qconvert.write.origin import Origin, file_digests
 AFTERWARDS = ("verify", "evaluation", "gates", "allow_unverified", "plugin_timeout")
 
 
-def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: Written) -> None:
+def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: WriteResult) -> None:
     """Write qconvert.json, after all the files that it digests. report.json and the card hold timings: left out."""
     outputs = {
         path.relative_to(stage.folder).as_posix(): path
@@ -38,7 +39,7 @@ def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: Writte
         "sidecar": {name: tensor_record(tensor) for name, tensor in stage.sidecar.tensors.items()},
     }
     if written.assignment is not None:
-        manifest["assignment"] = written.assignment.model_dump(exclude_none=True)
+        manifest["assignment"] = written.assignment.document()
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
         manifest["created"] = datetime.fromtimestamp(int(epoch), UTC).isoformat()

@@ -21,7 +21,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.template import Template
 from qconvert.plugin.host.distribution import Code, requirements
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.storage.reader import sha256, tensor_bytes
+from qconvert.storage.digest import sha256, tensor_bytes
 
 # The distributions whose version can change the output.
 PACKAGES = (

@@ -11,7 +11,7 @@ from qconvert import Recipe, convert
 from qconvert.load import load
 from qconvert.plan import plan
 from qconvert.plugin.host.manager import plugin_manager
-from qconvert.storage.artifact_reader import Artifact
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.trace import trace
 
@@ -34,7 +34,7 @@ def test_the_same_text_everywhere(scheme: str, models: Path, tmp_path: Path) -> 
     model = load(recipe.model, lambda source: None)
     quantizer = plugin_manager().quantizer(recipe.quantizer, recipe.options)
     made = plan(model, trace(model), recipe, quantizer)
-    artifact = Artifact(recipe.output, model, made, read_index(recipe.output))
+    artifact = ArtifactReader(recipe.output, model, made, read_index(recipe.output))
     keep_activations_float(artifact)
     assert model.encode_text is not None
     prompt = list(model.encode_text("The secret of life is that everything changes, and so"))

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import qconvert
 from qconvert.errors import InputError
-from qconvert.ir.report import Report, Samples, Size
+from qconvert.ir.report import Report, SampleCounts, Size
 from qconvert.recipe import Recipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -31,7 +31,7 @@ REPORT = Report(
     task="causal-lm",
     quantizer="awq",
     scheme="int4-g32-asym",
-    samples=Samples(calibration=8, evaluation=4),
+    samples=SampleCounts(calibration=8, evaluation=4),
     size=Size(source_bytes=1000, weights_bytes=300, graph_bytes=7, ratio=0.3, average_bits=4.6),
     parity=(),
     fidelity=(),

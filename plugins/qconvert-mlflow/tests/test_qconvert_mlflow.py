@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 import qconvert
-from qconvert.ir.report import Fidelity, GateResult, Latency, Parity, Report, Samples, Size
+from qconvert.ir.report import Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.recipe import Recipe
 
@@ -22,7 +22,7 @@ REPORT = Report(
     task="causal-lm",
     quantizer="awq",
     scheme="int4-g32-asym",
-    samples=Samples(calibration=8, evaluation=4),
+    samples=SampleCounts(calibration=8, evaluation=4),
     size=Size(source_bytes=1000, weights_bytes=300, graph_bytes=7, ratio=0.3, average_bits=4.6),
     parity=(Parity(target="cpu", status="passed", max_relative_error=1e-6),),
     fidelity=(Fidelity(target="cpu", status="passed", kl=0.02, top1=0.9),),

@@ -1,7 +1,7 @@
 """Every call of a third party's code: told to who watches, and leaving the process as it was.
 
-`qconvert` on the command line starts the command in a process of its own (supervision/parent.py). Before it calls a third party's
-code, that process tells who watches, so that a plugin that hangs or crashes has a name, and again when the call has returned.
+`qconvert` on the command line starts the command in a process of its own (supervision/parent.py). Before it calls a third
+party's code, that process tells who watches, so that a plugin that hangs or crashes has a name, and again when the call has returned.
 Where nobody watches, nothing is told, and nothing limited.
 """
 
@@ -23,7 +23,7 @@ from qconvert.recipe import PLUGIN_SECONDS
 from qconvert.supervision import child
 
 AVAILABLE_SHARE = 0.9  # of the memory that is available when a call begins: what it may take
-TOLD_CHARACTERS = 4000  # of a call: what is told has to fit into a child.Channel
+TOLD_CHARACTERS = 4000  # of a call: what is told has to fit into a messages.Channel
 
 logger = logging.getLogger(__name__)
 

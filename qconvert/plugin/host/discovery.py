@@ -24,7 +24,7 @@ from typing import Any
 from qconvert.errors import UsageError, in_one_line
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.distribution import FILES, GROUP, Distribution, of_entry_point, of_file
-from qconvert.supervision.child import SET_ASIDE
+from qconvert.supervision.messages import SET_ASIDE
 
 # Which distributions' plugins are used: "a,b" those, "" none; unset: all.
 SELECTION = "QCONVERT_PLUGINS"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from qconvert.errors import PluginError, QConvertError
-from qconvert.ir.report import Task
+from qconvert.ir.task import Task
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES, reason
 from qconvert.plugin.host.distribution import Distribution
