@@ -26,10 +26,11 @@ from qconvert.plan import calibrates
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize_block
-from qconvert.recipe import AUTO, Recipe
+from qconvert.recipe import Recipe
 from qconvert.report.plot import plot
 from qconvert.storage.disk import disk_errors, replace_file
 from qconvert.storage.stage import Stage
+from qconvert.vocabulary import AUTO
 from qconvert.write import Writer
 
 logger = logging.getLogger("qconvert")

@@ -34,7 +34,8 @@ from qconvert.plugin.host.distribution import Code
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
-from qconvert.recipe import AUTO, Gate, Recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.gates import Gate
 from qconvert.report.files import complete_report, write_report
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.output import check_output
@@ -43,6 +44,7 @@ from qconvert.storage.stage import Stage, open_stage
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify import verify as verify_artifact
+from qconvert.vocabulary import AUTO
 from qconvert.write import run_digest, write, write_manifest
 from qconvert.write.origin import Origin, file_digests, graph_digests, machine, option_digests, sample_digests, versions
 

@@ -18,7 +18,8 @@ from qconvert.load import package
 from qconvert.load.folder import CONFIG, no_folder
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.manager import PluginManager, plugin_manager
-from qconvert.recipe import Gate, Recipe, refuse_gates
+from qconvert.recipe import Recipe
+from qconvert.recipe.gates import Gate, refuse_gates
 from qconvert.storage.output import check_output, recover
 from qconvert.storage.published import FACTORY, published_recipe
 

@@ -13,7 +13,8 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
 from qconvert.ir.samples import Samples
 from qconvert.ir.write_result import WriteResult
-from qconvert.recipe import Gate, Recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.gates import Gate
 from qconvert.report import wording
 from qconvert.storage.reader import read_written
 

@@ -29,7 +29,8 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host.manager import plugin_manager
 from qconvert.plugin.observer import AbsMax
 from qconvert.quantizers.absmax import AbsMaxQuantizer
-from qconvert.recipe import Recipe, named_recipes
+from qconvert.recipe import Recipe
+from qconvert.recipe.comparison import named_recipes
 
 TRIES: dict[str, dict[str, Any]] = {
     "awq": {"quantizer": "awq", "scheme": "int4-g32"},

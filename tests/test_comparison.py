@@ -20,7 +20,9 @@ from qconvert.cli import main
 from qconvert.errors import UsageError
 from qconvert.ir.comparison import Comparison, pareto_front
 from qconvert.ir.report import GateResult
-from qconvert.recipe import SHARED, Recipe, named_recipes, read_recipe, tried
+from qconvert.recipe import Recipe
+from qconvert.recipe.comparison import SHARED, named_recipes, tried
+from qconvert.recipe.file import read_recipe
 from qconvert.report.comparison import table
 from qconvert.report.plot import plot
 

@@ -33,8 +33,10 @@ from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.ort.session import file_session
 from qconvert.plugin.host.manager import BUILTINS, PluginManager
-from qconvert.recipe import PRESETS, Gate, Recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.gates import Gate
 from qconvert.report.plan import document, table
+from qconvert.vocabulary import PRESETS
 
 QUANTIZERS = ("absmax", "zero-point", "per-channel", "hqq", "awq", "gptq", "llm-int8", "smoothquant")
 

@@ -14,6 +14,7 @@ import pytest
 from qconvert import quantizers
 from qconvert.errors import InputError, PluginError, UsageError
 from qconvert.ir.report import Report, SampleCounts, Size
+from qconvert.plugin.host import calls
 from qconvert.plugin.host.manager import BUILTINS, PluginManager, plugin_manager
 from qconvert.recipe import Recipe
 

@@ -19,7 +19,8 @@ from qconvert import pipeline, preflight
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.artifact import MANIFEST
 from qconvert.plugin.host.manager import CALIBRATED, plugin_manager
-from qconvert.recipe import Recipe, named_recipes
+from qconvert.recipe import Recipe
+from qconvert.recipe.comparison import named_recipes
 from qconvert.storage.manifest import KEYS
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy")

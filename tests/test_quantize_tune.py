@@ -24,7 +24,7 @@ from qconvert.ir.template import InputGroup
 from qconvert.quantize import quantize
 from qconvert.quantize.tune import HELD_OUT, tune
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
-from qconvert.recipe import Tuning
+from qconvert.recipe.fields import Tuning
 from qconvert.trace import trace
 
 BATCHES = tuple(token_batch((12, 12 - seed % 3) * 12, seed=seed) for seed in range(16))

@@ -10,7 +10,7 @@ import pytest
 
 from qconvert.plugin.host.manager import BUILTINS
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.recipe import PRESETS
+from qconvert.vocabulary import PRESETS
 
 TEXT = (Path(__file__).parent.parent / "docs" / "quantizers.md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")[1:]}

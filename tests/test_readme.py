@@ -16,7 +16,7 @@ from qconvert.cli.exits import GATE_MISSED, INTERNAL, INTERRUPTED
 from qconvert.errors import QConvertError
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host.manager import BUILTINS, plugin_manager
-from qconvert.recipe import read_recipe
+from qconvert.recipe.file import read_recipe
 from qconvert.report import card
 from qconvert.trace.capture import OPSET
 

@@ -8,7 +8,11 @@ import pytest
 
 from qconvert.errors import UsageError
 from qconvert.ir.scheme import QuantScheme
-from qconvert.recipe import PRESETS, DataSpec, Gate, Recipe, Rule, read_recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.fields import DataSpec, Rule
+from qconvert.recipe.file import read_recipe
+from qconvert.recipe.gates import Gate
+from qconvert.vocabulary import PRESETS
 
 MINIMAL = {"model": "M", "output": "O"}
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from qconvert.recipe import DataSpec, Gate, Recipe, Rule, Tuning
+from qconvert.recipe import Recipe
+from qconvert.recipe.fields import DataSpec, Rule, Tuning
+from qconvert.recipe.gates import Gate
 
 DOCS = Path(__file__).parent.parent / "docs" / "recipe.md"
 

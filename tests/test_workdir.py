@@ -264,7 +264,7 @@ class TestFault22Kill:
         fresh, stale = interrupt(tmp_path / "out", "a" * 64), interrupt(tmp_path / "out", "b" * 64)
         others = [interrupt(tmp_path / "out2", "c" * 64), tmp_path / ".out.qconvert-notes"]
         others[1].mkdir()
-        yesterday = time.time() - stage.KEEP_SECONDS - 60
+        yesterday = time.time() - stage_module.KEEP_SECONDS - 60
         for root in (stale, *others):
             for path in (root, *root.iterdir()):
                 os.utime(path, (yesterday, yesterday))

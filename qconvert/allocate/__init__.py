@@ -20,7 +20,8 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.task import GENERATING
 from qconvert.ir.template import InputGroup
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.recipe import Recipe, Rule
+from qconvert.recipe import Recipe
+from qconvert.recipe.fields import Rule
 
 __all__ = ["allocate"]
 

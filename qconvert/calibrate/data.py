@@ -18,7 +18,8 @@ from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN
 from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples
-from qconvert.recipe import DataSpec, Recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.fields import DataSpec
 
 BATCH_TOKENS = 1024  # enough rows for the matrix kernels, while logits [tokens, 50k] stay at 200 MB
 BATCH_ROWS = 8

@@ -34,7 +34,7 @@ def compare(tries: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """
     from qconvert import preflight
     from qconvert.cli.terminal import StderrConsole, working
-    from qconvert.recipe import named_recipes, tried
+    from qconvert.recipe.comparison import named_recipes, tried
     from qconvert.report.comparison import table
 
     console = StderrConsole()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from qconvert.errors import UsageError
+from qconvert.vocabulary import PLUGIN_SECONDS, Layout, Preset, Target
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-TARGETS = click.Choice(["cpu", "cuda"])
+TARGETS = click.Choice(get_args(Target))
 
 _FILE = (click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),)
 _PLACES = (
@@ -25,12 +26,17 @@ _PLACES = (
     ),
     click.option("--output", metavar="DIR", help="Folder to write; must not exist unless --force is given."),
     click.option("--plugin", "plugins", metavar="FILE", multiple=True, help="Python file with a plugin; may be repeated."),
-    click.option("--plugin-timeout", type=float, metavar="SECONDS", help="What one call of a plugin may take. Default: 600."),
+    click.option(
+        "--plugin-timeout",
+        type=float,
+        metavar="SECONDS",
+        help=f"What one call of a plugin may take. Default: {PLUGIN_SECONDS}.",
+    ),
 )
 _ALGORITHM = (
     click.option(
         "--preset",
-        type=click.Choice(["fast", "balanced", "best", "int8"]),
+        type=click.Choice(get_args(Preset)),
         help="Quantizer and scheme for what you want: seconds without data, good and quick, nearest to float, fast int8.",
     ),
     click.option(
@@ -60,7 +66,7 @@ _REST = (
     ),
     click.option("--evaluation", metavar="SRC", help="The same, for the comparison with the float model."),
     click.option("--target", "targets", type=TARGETS, multiple=True, help="Where the artifact is to run; may be repeated."),
-    click.option("--layout", type=click.Choice(["transformers", "onnx"]), help="Who must be able to read model.safetensors."),
+    click.option("--layout", type=click.Choice(get_args(Layout)), help="Who must be able to read model.safetensors."),
     click.option("--device", metavar="DEV", help="Where blocks run during calibration: cpu or cuda."),
     click.option(
         "--gate", "gates", metavar="'kl<=0.2'", multiple=True, help="Limit that the artifact must keep; may be repeated."
@@ -108,7 +114,9 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     `read_recipe` raise.
     """
     from qconvert.ir.scheme import QuantScheme
-    from qconvert.recipe import Gate, Rule, read_recipe
+    from qconvert.recipe.fields import Rule
+    from qconvert.recipe.file import read_recipe
+    from qconvert.recipe.gates import Gate
 
     settings = read_recipe(flags["recipe_file"]) if flags["recipe_file"] else {}
     for key in ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force"):
@@ -160,7 +168,7 @@ def _option(text: str) -> tuple[str, object]:
     """'K=V' -> (K, V as a YAML scalar): 'bits=4' is an int, 'clip=true' a bool, 'name=x' a text."""
     import yaml
 
-    from qconvert.yaml_text import parse_yaml
+    from qconvert.recipe.yaml_text import parse_yaml
 
     key, separator, value = text.partition("=")
     try:

@@ -39,7 +39,7 @@ def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates
     from qconvert import preflight
     from qconvert.cli.report import show
     from qconvert.cli.terminal import StderrConsole, working
-    from qconvert.recipe import Gate
+    from qconvert.recipe.gates import Gate
 
     console = StderrConsole()
     with working(console) as progress:

@@ -25,10 +25,10 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.task import GENERATING
 from qconvert.ir.template import DOMAIN, Template
 from qconvert.ir.write_result import WriteResult
-from qconvert.recipe import Logits
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.reader import read_tensor
 from qconvert.storage.stage import Stage
+from qconvert.vocabulary import Logits
 
 IR_VERSION = 10
 # Gather takes every float but these: such a table is widened when the model is loaded.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from qconvert.ir.task import Task
+from qconvert.vocabulary import Target
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"
 GRAPH = "model.onnx"
-TARGETS = ("cpu", "cuda")
+TARGETS: tuple[str, ...] = get_args(Target)
 GENAI_CONFIG = "genai_config.json"
 MANIFEST = "qconvert.json"
 REPORT = "report.json"

@@ -21,7 +21,8 @@ from qconvert.plan.fit import Fitting
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.recipe import Recipe, refuse_gates
+from qconvert.recipe import Recipe
+from qconvert.recipe.gates import refuse_gates
 
 
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:

@@ -15,8 +15,8 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import no_zero_points
 from qconvert.ir.template import Template
-from qconvert.recipe import Logits
 from qconvert.targets import cuda
+from qconvert.vocabulary import Logits
 
 
 def check_cuda(model: Model, template: Template, layers: Mapping[str, LayerPlan], dtype: str, logits: Logits) -> None:

@@ -17,7 +17,7 @@ from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantize.fold import Folded, fold
 from qconvert.quantize.tune import tune
-from qconvert.recipe import Tuning
+from qconvert.recipe.fields import Tuning
 
 
 def quantize(

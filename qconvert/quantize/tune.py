@@ -21,7 +21,7 @@ from torch import Tensor
 from qconvert.ir import affine
 from qconvert.ir.layer import BlockSamples, Layer
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.recipe import Tuning
+from qconvert.recipe.fields import Tuning
 
 HELD_OUT = 8  # one batch in so many judges
 PATIENCE = 2  # judgements without a gain that end the tuning

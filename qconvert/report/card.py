@@ -13,7 +13,8 @@ from qconvert.graph import cuda_kernels
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.report import Report
 from qconvert.ir.task import GENERATING, Task
-from qconvert.recipe import DataSpec, Recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.fields import DataSpec
 from qconvert.report import wording
 
 RUN: dict[Task, str] = {

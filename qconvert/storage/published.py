@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qconvert.recipe import Gate, Recipe
+from qconvert.recipe import Recipe
+from qconvert.recipe.gates import Gate
 from qconvert.storage.manifest import read_manifest
 
 FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name

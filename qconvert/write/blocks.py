@@ -15,12 +15,12 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
-from qconvert.recipe import Layout
 from qconvert.storage.compressed_tensors import SUFFIXES, encode
 from qconvert.storage.reader import tensor_record
 from qconvert.storage.safetensors import SafetensorsFile
 from qconvert.storage.stage import Stage
 from qconvert.targets import cpu
+from qconvert.vocabulary import Layout
 from qconvert.write.carried import write_carried
 from qconvert.write.config import write_config
 from qconvert.write.contents import Unit, largest, units

@@ -14,10 +14,10 @@ from torch import nn
 from qconvert.errors import UsageError
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.recipe import Layout
 from qconvert.storage.compressed_tensors import config_group, dequantizes_exactly, transformers_refuses
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
+from qconvert.vocabulary import Layout
 
 # An unknown quant_method or format only makes transformers warn and load random weights; a weight type that
 # compressed-tensors doesn't know makes it raise, and show this text (measured with transformers 5.23).

@@ -1,8 +1,8 @@
 """Every call of a third party's code: told to who watches, and leaving the process as it was.
 
 `qconvert` on the command line starts the command in a process of its own (supervision/parent.py). Before it calls a third
-party's code, that process tells who watches, so that a plugin that hangs or crashes has a name, and again when the call has returned.
-Where nobody watches, nothing is told, and nothing limited.
+party's code, that process tells who watches, so that a plugin that hangs or crashes has a name, and again when the call has
+returned. Where nobody watches, nothing is told, and nothing limited.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from qconvert.errors import in_one_line
 from qconvert.plugin.host.distribution import Distribution, builtin
 from qconvert.plugin.host.process_settings import settings_kept
-from qconvert.recipe import PLUGIN_SECONDS
 from qconvert.supervision import child
+from qconvert.vocabulary import PLUGIN_SECONDS
 
 AVAILABLE_SHARE = 0.9  # of the memory that is available when a call begins: what it may take
 TOLD_CHARACTERS = 4000  # of a call: what is told has to fit into a messages.Channel

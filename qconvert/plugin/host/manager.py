@@ -22,7 +22,7 @@ from qconvert.plugin import hookspecs
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
 from qconvert.plugin.host.distribution import Code, Distribution, builtin, code_digest, distribution_of
-from qconvert.recipe import AUTO
+from qconvert.vocabulary import AUTO
 
 if TYPE_CHECKING:
     from qconvert.ir.model import Model

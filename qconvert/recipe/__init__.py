@@ -1,0 +1,137 @@
+"""Recipe: all that a run needs, in one document (YAML in, JSON Schema out)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from qconvert.errors import UsageError
+from qconvert.ir.report import Size
+from qconvert.ir.scheme import QuantScheme
+from qconvert.recipe.fields import BudgetField, DataSpec, Part, Rule, SchemeField, Tuning, without_repeats
+from qconvert.recipe.gates import Gate
+from qconvert.vocabulary import AUTO, AUTO_QUANTIZER, PLUGIN_SECONDS, PRESETS, CudaDtype, Layout, Logits, Preset, Target
+
+
+class Recipe(Part):
+    """One conversion. The command line has flags for most fields, which override the file."""
+
+    model: str = Field(description="a Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads")
+    output: Path = Field(description="folder to write; must not exist unless force is set")
+    preset: Preset | None = Field(
+        None,
+        description="quantizer, scheme, sequential and tuning for what you want: seconds without data, a good and quick one, "
+        "the nearest to float, or int8 activations; what the recipe sets itself goes before",
+    )
+    quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer, a plugin's, or auto, with a budget")
+    scheme: SchemeField | None = Field(None, description="number format, e.g. int4-g32-asym; unset: the quantizer's default")
+    budget: BudgetField | None = Field(
+        None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
+    )
+    options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
+    plugins: tuple[Path, ...] = Field((), description="Python files with plugins that are tried without being installed")
+    plugin_timeout: float = Field(PLUGIN_SECONDS, gt=0, description="seconds that one call of a plugin may take")
+    rules: tuple[Rule, ...] = Field((), description="layers that get another scheme, or stay in float; the first match wins")
+    calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
+    evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")
+    seed: int = Field(0, ge=0, description="which samples are drawn from the data")
+    targets: Annotated[tuple[Target, ...], AfterValidator(without_repeats)] = Field(
+        ("cpu",), min_length=1, description="where the artifact is to run"
+    )
+    cuda_dtype: CudaDtype = Field(
+        "float16", description="type of activations and caches on CUDA; bfloat16 has float32's range, but fewer digits"
+    )
+    logits: Logits = Field(
+        "all",
+        description="whose logits a decoder gives: all positions, or the last of each row alone, which spares the head the "
+        "rest of a prompt",
+    )
+    layout: Layout = Field(
+        "transformers", description="who must be able to read model.safetensors: transformers too, or model.onnx alone"
+    )
+    sequential: bool = Field(
+        False, description="quantize each block for what the quantized blocks before it put out; for quantizers that use data"
+    )
+    tuning: Tuning | None = Field(
+        None, description="move scales and roundings of each block until its output is closest to the float one; unset: don't"
+    )
+    device: str = Field("cpu", description="where blocks run during calibration: cpu or cuda")
+    gates: tuple[Gate, ...] = Field((), description="limits that the artifact must keep; a missed one is exit code 1")
+    verify: bool = Field(True, description="run the artifact; without that, the report says that nothing is proven")
+    allow_unverified: bool = Field(False, description="succeed although a target could not be run here")
+    force: bool = Field(False, description="replace the output folder of an earlier run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, settings: Any) -> Any:
+        preset = PRESETS.get(str(settings.get("preset"))) if isinstance(settings, dict) else None
+        if preset is None:  # none, or one that the field itself refuses
+            return settings
+        if settings.get("quantizer", preset["quantizer"]) != preset["quantizer"]:
+            raise ValueError(
+                f"preset {settings['preset']} uses the quantizer {preset['quantizer']}, not {settings['quantizer']}: "
+                "give one of preset and quantizer"
+            )
+        return {**preset, **settings, "options": {**preset.get("options", {}), **(settings.get("options") or {})}}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        """Validate what a file and the command line gave. Raises UsageError QC-RECIPE-001 with every wrong field."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors())
+            known = ", ".join(cls.model_fields)
+            raise UsageError("QC-RECIPE-001", f"the recipe is not valid: {problems}", hint=f"fields are {known}") from error
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        """Raises UsageError QC-BUDGET-002 and -003."""
+        if (self.budget is not None) != (self.quantizer == AUTO):
+            given, missing = ("a budget", f"the quantizer {AUTO}") if self.budget else (f"the quantizer {AUTO}", "a budget")
+            raise UsageError(
+                "QC-BUDGET-002",
+                f"{given} is given without {missing}",
+                hint=f"schemes are chosen with both: --quantizer {AUTO} --budget 4.5",
+            )
+        if self.budget is not None and self.scheme is not None:
+            raise UsageError(
+                "QC-BUDGET-003",
+                f"the budget {self.budget} decides the schemes, but the recipe wants {self.scheme}",
+                hint="leave out the scheme; a rule may name those of single layers",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> Self:
+        """Raises UsageError QC-GATE-001."""
+        unjudged = [str(gate) for gate in self.gates if gate.metric not in Size.model_fields]
+        if unjudged and not self.verify:
+            raise UsageError(
+                "QC-GATE-001",
+                f"without verification nobody measures what these gates limit: {', '.join(unjudged)}",
+                hint="verify, or leave them out here and give them to qconvert verify OUT, each with --gate",
+            )
+        return self
+
+    @property
+    def worker(self) -> str:
+        """The quantizer that makes the tensors."""
+        return AUTO_QUANTIZER if self.quantizer == AUTO else self.quantizer
+
+    def decided(self, scheme: QuantScheme, rules: Sequence[Rule] = ()) -> Self:
+        """What a recipe with a budget comes down to, once it is known that layers get `scheme` unless `rules` say otherwise."""
+        changes = {"quantizer": self.worker, "budget": None, "scheme": scheme, "rules": (*rules, *self.rules)}
+        return self.model_copy(update=changes)
+
+    def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
+        """The scheme of the layer `name`: the first rule that matches, else the recipe's, else `default`."""
+        rule = self.rule_for(name)
+        return rule.scheme if rule else self.scheme or default
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches the layer `name`."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)

@@ -1,0 +1,104 @@
+"""Parts of a recipe, and how schemes and budgets are written in one."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
+
+from qconvert.errors import QConvertError, UsageError
+from qconvert.ir.budget import Budget
+from qconvert.ir.scheme import QuantScheme
+
+
+def _parse_scheme(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return QuantScheme.parse(value)
+    except QConvertError as error:  # pydantic collects ValueErrors and names the field
+        raise ValueError(f"{error.message}; {error.hint}") from error
+
+
+def _parse_rule_scheme(value: object) -> object:
+    return None if value == "float" else _parse_scheme(value)
+
+
+def _parse_budget(value: object) -> object:
+    """YAML has 4.5 as a number. Raises UsageError QC-BUDGET-001."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        Budget.parse(text)
+    return text
+
+
+def without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+# A scheme is written as text, and the JSON schema says so.
+_TEXT = WithJsonSchema({"type": "string"})
+
+SchemeField = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str), _TEXT]
+
+RuleSchemeField = Annotated[
+    QuantScheme | None,
+    BeforeValidator(_parse_rule_scheme),
+    PlainSerializer(lambda scheme: "float" if scheme is None else str(scheme)),
+    _TEXT,
+]
+
+BudgetField = Annotated[str, BeforeValidator(_parse_budget)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Rule(Part):
+    """Which scheme the layers that match `pattern` (fnmatch on the full module name) get; the first match wins."""
+
+    pattern: str = Field(description="fnmatch on the full module name, e.g. '*.mlp.*'")
+    scheme: RuleSchemeField = Field(description="a scheme, or 'float', which keeps the layer in float")
+
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.pattern)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From the command line: 'PATTERN=SCHEME' or 'PATTERN=float'. Raises UsageError QC-RECIPE-002, QC-SCHEME-001."""
+        pattern, separator, scheme = text.rpartition("=")
+        if not separator or not pattern:
+            raise UsageError(
+                "QC-RECIPE-002", f"'{text}' is not a rule", hint="write --rule 'PATTERN=SCHEME' or --rule 'PATTERN=float'"
+            )
+        return cls(pattern=pattern, scheme=None if scheme == "float" else QuantScheme.parse(scheme))
+
+
+class DataSpec(Part):
+    """Where samples come from and how many are taken."""
+
+    source: str | None = Field(
+        None,
+        description=".txt, .jsonl, .parquet or .npz file, 'builtin', or what a plugin finds; unset: evaluation takes what "
+        "calibration has, calibration takes 'builtin', or a module's example inputs",
+    )
+    samples: int = Field(32, ge=1, description="how many samples: token windows, sentences or rows")
+    length: int = Field(256, ge=8, description="tokens per sample, for text")
+
+
+class Tuning(Part):
+    """How long the scales and roundings of each repeated block are moved towards the float block's output."""
+
+    steps: int = Field(20, ge=1, description="steps of signed gradient descent, at most")
+    seconds: float | None = Field(
+        None, gt=0, description="time for each block, at most; what is reached in it depends on the machine"
+    )
