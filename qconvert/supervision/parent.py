@@ -2,9 +2,9 @@
 
 The command's process says which call of which plugin it is in (plugin/host/calls.py). If that takes longer than it may, the
 process is ended; if the process dies, it is known of what. Either way the output folder is what it was, what was quantized is
-kept for the next run, the terminal is usable, and the error names the plugin. A plugin that can't even be imported is set aside, and
-the command begins again without it. A command that is done says so: threads, exit handlers and processes that a plugin has left
-behind don't keep the user waiting, and its exit code is the one that it gave.
+kept for the next run, the terminal is usable, and the error names the plugin. A plugin that can't even be imported is set
+aside, and the command begins again without it. A command that is done says so: threads, exit handlers and processes that a
+plugin has left behind don't keep the user waiting, and its exit code is the one that it gave.
 """
 
 from __future__ import annotations
