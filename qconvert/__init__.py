@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qconvert.ir.report import Report
-    from qconvert.pipeline import convert
+    from qconvert.pipeline.conversion import convert
     from qconvert.plugin import hookimpl
     from qconvert.recipe import Recipe
 
@@ -21,7 +21,7 @@ __all__ = ["Recipe", "Report", "__version__", "convert", "hookimpl"]
 _HOMES = {
     "Recipe": "qconvert.recipe",
     "Report": "qconvert.ir.report",
-    "convert": "qconvert.pipeline",
+    "convert": "qconvert.pipeline.conversion",
     "hookimpl": "qconvert.plugin",
 }
 

@@ -17,7 +17,6 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qconvert import pipeline
 from qconvert.allocate.choices import Choice, choices
 from qconvert.allocate.knapsack import Option, solve
 from qconvert.allocate.sensitivity import _typical
@@ -28,6 +27,7 @@ from qconvert.ir.budget import Budget
 from qconvert.ir.report import Report
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.storage.reader import read_index
 
@@ -272,7 +272,7 @@ def loads_in_transformers(report: Report) -> bool:
 def test_the_artifact_keeps_the_budget_and_loads_with_its_several_schemes(
     name: str, budget: str, sources: Path, tmp_path: Path
 ) -> None:
-    report = pipeline.convert(recipe(sources / name, tmp_path / "out", budget))
+    report = conversion.convert(recipe(sources / name, tmp_path / "out", budget))
     assert report.passed
     assert loads_in_transformers(report)
     assert float(budget) - 0.1 < report.size.average_bits <= float(budget)
@@ -289,7 +289,7 @@ def test_the_artifact_keeps_the_budget_and_loads_with_its_several_schemes(
 
 @pytest.mark.usefixtures("quick")
 def test_a_size_is_kept_to_the_byte(sources: Path, tmp_path: Path) -> None:
-    pipeline.convert(recipe(sources / "llama", tmp_path / "out", "145kB", verify=False))
+    conversion.convert(recipe(sources / "llama", tmp_path / "out", "145kB", verify=False))
     assert 144_000 < weights_bytes(tmp_path / "out") <= 145_000
 
 
@@ -297,7 +297,7 @@ def test_a_size_is_kept_to_the_byte(sources: Path, tmp_path: Path) -> None:
 def test_more_bits_lose_less_and_the_prediction_is_near(sources: Path, tmp_path: Path) -> None:
     lost = []
     for budget in ("4.3", "5.3", "8.2"):
-        report = pipeline.convert(recipe(sources / "llama", tmp_path / budget, budget))
+        report = conversion.convert(recipe(sources / "llama", tmp_path / budget, budget))
         assert report.assignment is not None
         assert report.assignment.predicted_kl is not None
         lost.append((report.assignment.predicted_kl, report.fidelity[0].kl))
@@ -309,7 +309,7 @@ def test_more_bits_lose_less_and_the_prediction_is_near(sources: Path, tmp_path:
 @pytest.mark.usefixtures("quick")
 def test_encoder_decoders_and_models_for_onnx_runtime_alone_take_part(sources: Path, tmp_path: Path) -> None:
     for name in ("t5", "gpt2"):
-        report = pipeline.convert(recipe(sources / name, tmp_path / name, "4.6", layout="onnx"))
+        report = conversion.convert(recipe(sources / name, tmp_path / name, "4.6", layout="onnx"))
         assert report.passed
         assert 4.3 < report.size.average_bits <= 4.6
 
@@ -323,7 +323,7 @@ def test_a_module_without_blocks_is_judged_by_its_outputs(tmp_path: Path) -> Non
     )
     settings = {"model": f"module:{tmp_path / 'wide.py'}:factory", "quantizer": "auto", "budget": "6"}
     settings |= {"evaluation": {"samples": 16}, "calibration": {"samples": 16}}
-    report = pipeline.convert(Recipe.from_settings({**settings, "output": str(tmp_path / "out")}))
+    report = conversion.convert(Recipe.from_settings({**settings, "output": str(tmp_path / "out")}))
     assert report.passed
     assert report.assignment is not None
     assert report.assignment.predicted_kl is None
@@ -335,7 +335,7 @@ def test_a_module_without_blocks_is_judged_by_its_outputs(tmp_path: Path) -> Non
 def test_the_manifest_holds_what_was_decided_and_the_card_what_was_asked(sources: Path, tmp_path: Path) -> None:
     """So that `verify` decides nothing, and the command of the card makes the same again."""
     named = [{"pattern": "*.0.mlp.up_proj", "scheme": "int8-g16"}, {"pattern": "*.1.mlp.up_proj", "scheme": "float"}]
-    first = pipeline.convert(recipe(sources / "llama", tmp_path / "out", "5.2", rules=named))
+    first = conversion.convert(recipe(sources / "llama", tmp_path / "out", "5.2", rules=named))
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert (manifest["recipe"]["quantizer"], manifest["recipe"]["budget"]) == ("gptq", None)
     assert manifest["recipe"]["rules"][-2:] == named
@@ -343,7 +343,7 @@ def test_the_manifest_holds_what_was_decided_and_the_card_what_was_asked(sources
     card = (tmp_path / "out" / CARD).read_text()
     assert "--quantizer auto --budget 5.2 --rule '*.0.mlp.up_proj=int8-g16'" in card
     assert "predicted KL" in card
-    again = pipeline.verify(tmp_path / "out")
+    again = conversion.verify(tmp_path / "out")
     assert again.assignment == first.assignment
     assert again.layers == first.layers
     by_name = {layer.name: layer.scheme for layer in first.layers}
@@ -355,8 +355,8 @@ def test_the_manifest_holds_what_was_decided_and_the_card_what_was_asked(sources
 @pytest.mark.usefixtures("quick")
 def test_the_same_run_decides_the_same_and_plan_tells_it_beforehand(sources: Path, tmp_path: Path) -> None:
     asked = recipe(sources / "llama", tmp_path / "out", "4.9", verify=False)
-    planned = pipeline.plan(asked)
-    report = pipeline.convert(asked)
+    planned = conversion.plan(asked)
+    report = conversion.convert(asked)
     assert planned.assignment == report.assignment
     assert {name: str(layer.scheme) for name, layer in planned.layers.items()} == {
         layer.name: layer.scheme for layer in report.layers
@@ -364,7 +364,7 @@ def test_the_same_run_decides_the_same_and_plan_tells_it_beforehand(sources: Pat
     assert planned.weights_bytes == weights_bytes(tmp_path / "out")
     manifest = (tmp_path / "out" / MANIFEST).read_bytes()
     shutil.rmtree(tmp_path / "out")
-    pipeline.convert(asked)
+    conversion.convert(asked)
     assert (tmp_path / "out" / MANIFEST).read_bytes() == manifest
 
 
@@ -387,7 +387,7 @@ def test_what_can_not_be_decided_is_an_error(
     name: str, settings: dict[str, Any], code: str, words: str, sources: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=words) as raised:
-        pipeline.convert(recipe(sources / name, tmp_path / "out", **{"budget": "5", **settings}))
+        conversion.convert(recipe(sources / name, tmp_path / "out", **{"budget": "5", **settings}))
     assert raised.value.code == code
     assert not (tmp_path / "out").exists()
 
@@ -395,12 +395,12 @@ def test_what_can_not_be_decided_is_an_error(
 def test_an_output_that_exists_is_refused_before_anything_is_measured(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "allocate", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(conversion, "allocate", lambda *_: pytest.fail("it measures"))
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError) as raised:
-        pipeline.convert(recipe(sources / "llama", tmp_path / "out", "5"))
+        conversion.convert(recipe(sources / "llama", tmp_path / "out", "5"))
     assert raised.value.code == "QC-OUTPUT-004"
 
 
 def test_what_is_undecided_fits_every_width() -> None:
-    assert QuantScheme.parse("int4-channel") == pipeline.UNDECIDED
+    assert QuantScheme.parse("int4-channel") == conversion.UNDECIDED

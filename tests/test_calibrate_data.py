@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qconvert.calibrate import read_samples
 from qconvert.calibrate.records import read_records
 from qconvert.errors import InputError, UsageError
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.recipe import Recipe
 

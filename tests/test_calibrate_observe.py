@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qconvert.calibrate import calibrate
 from qconvert.errors import PluginError, UsageError
-from qconvert.ir.layer import Batch, Block, LinearGroup, Producer
+from qconvert.ir.layer import Block, LinearGroup, Producer
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme

@@ -15,10 +15,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-import qconvert
-from qconvert import errors, preflight
+from qconvert import errors
 from qconvert.cli import COMMANDS, main
 from qconvert.ir.report import GateResult, Report, SampleCounts, Size
+from qconvert.pipeline import preflight
 from qconvert.recipe import Recipe
 
 REPORT = Report(
@@ -60,9 +60,9 @@ class FakePipeline(ModuleType):
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
-    fake = FakePipeline("qconvert.pipeline")
-    monkeypatch.setitem(sys.modules, "qconvert.pipeline", fake)
-    monkeypatch.setattr(qconvert, "pipeline", fake, raising=False)
+    fake = FakePipeline("qconvert.pipeline.conversion")
+    monkeypatch.setitem(sys.modules, "qconvert.pipeline.conversion", fake)
+    monkeypatch.setattr(pipeline_package, "conversion", fake, raising=False)
     for name in ("check", "check_published"):  # nothing that the flags name is there
         monkeypatch.setattr(preflight, name, lambda *_, **__: None)
     monkeypatch.delenv("QCONVERT_DEBUG", raising=False)
@@ -374,9 +374,9 @@ def test_a_reader_of_stdout_that_has_gone_does_not_change_the_verdict() -> None:
         "import sys, types, qconvert\n"
         "from qconvert.ir.report import Report, SampleCounts, Size\n"
         f"report = Report.model_validate_json({REPORT.model_dump_json()!r})\n"
-        "fake = types.ModuleType('qconvert.pipeline'); fake.convert = lambda *_: report\n"
-        "sys.modules['qconvert.pipeline'] = qconvert.pipeline = fake\n"
-        "import qconvert.preflight; qconvert.preflight.check = lambda recipe: None\n"
+        "fake = types.ModuleType('qconvert.pipeline.conversion'); fake.convert = lambda *_: report\n"
+        "sys.modules['qconvert.pipeline.conversion'] = qconvert.pipeline.conversion = fake\n"
+        "import qconvert.pipeline.preflight; qconvert.pipeline.preflight.check = lambda recipe: None\n"
         "from qconvert.cli import main; main(['run', '--model', 'M', '--output', 'O', '--json'])"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -14,11 +14,8 @@ from comparisons import comparison, entry, failed
 from tiny_models import tiny_bert, tiny_llama
 from torch import Tensor
 
-from qconvert import compare as comparing
-from qconvert import pipeline
 from qconvert.calibrate import Share, calibrate, calibrate_together
 from qconvert.cli.exits import worst
-from qconvert.compare import Attempt, compare
 from qconvert.errors import PluginError, ResourceError, UsageError
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
@@ -26,6 +23,9 @@ from qconvert.ir.comparison import FILE, PLOT
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
+from qconvert.pipeline import comparison as comparing
+from qconvert.pipeline import conversion
+from qconvert.pipeline.comparison import Attempt, compare
 from qconvert.plugin.host.manager import plugin_manager
 from qconvert.plugin.observer import AbsMax
 from qconvert.quantizers.absmax import AbsMaxQuantizer
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def alone(recipe: Recipe, folder: Path) -> dict[str, bytes]:
     """What `convert` makes of a recipe, in a folder as deep as the comparison's: manifests hold relative paths."""
     output = folder / "alone" / recipe.output.name
-    pipeline.convert(recipe.model_copy(update={"output": output}))
+    conversion.convert(recipe.model_copy(update={"output": output}))
     return contents(output)
 
 
@@ -111,9 +111,9 @@ def test_the_model_is_opened_calibrated_and_traced_once(
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(pipeline, "load")
-    counted(pipeline, "trace")
-    counted(pipeline, "file_digests")
+    counted(conversion, "load")
+    counted(conversion, "trace")
+    counted(conversion, "file_digests")
     counted(comparing, "read_samples")
     counted(BlockRunner, "start")
     counted(comparing, "quantize_block")
@@ -134,12 +134,12 @@ def test_recipes_without_observers_run_no_block(recipes: Recipes, monkeypatch: p
 def test_what_a_share_gets_is_what_it_would_get_alone(recipes: Recipes) -> None:
     plugins = plugin_manager()
     mine = recipes(TRIES)
-    model = pipeline.load_model(mine["awq"], plugins, pipeline.silent)
-    samples = pipeline.read_samples(model, mine["awq"], True)
-    template, _ = pipeline.open_model(model, samples, pipeline.silent)
+    model = conversion.load_model(mine["awq"], plugins, conversion.silent)
+    samples = conversion.read_samples(model, mine["awq"], True)
+    template, _ = conversion.open_model(model, samples, conversion.silent)
     batches = samples.calibration
     quantizers = {name: plugins.quantizer(recipe.quantizer, {}) for name, recipe in mine.items()}
-    plans = {name: pipeline.make_plan(model, template, recipe, quantizers[name]) for name, recipe in mine.items()}
+    plans = {name: conversion.make_plan(model, template, recipe, quantizers[name]) for name, recipe in mine.items()}
     shares = {name: Share(model, plans[name], template.groups, quantizers[name]) for name in mine}
     together: dict[str, list[Block]] = {name: [] for name in mine}
     for block in calibrate_together(list(shares.values()), batches):
@@ -204,7 +204,7 @@ def damaged_graph(folder: Path) -> None:
 def test_each_failure_is_in_the_result_and_the_others_are_published(
     recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.export
+    real = conversion.export
 
     def export(*args: Any, **settings: Any) -> None:
         real(*args, **settings)
@@ -213,7 +213,7 @@ def test_each_failure_is_in_the_result_and_the_others_are_published(
         if args[-1].output.name == "bug":
             raise RuntimeError("boom")
 
-    monkeypatch.setattr(pipeline, "export", export)
+    monkeypatch.setattr(conversion, "export", export)
     gates = [{"metric": "kl", "comparison": "<=", "limit": 1e-9}]
     tries = {
         "odd": {"quantizer": "awq", "scheme": "int8-channel-a8"},
@@ -336,7 +336,7 @@ def test_an_interrupted_comparison_publishes_nothing_and_is_resumed_by_the_same_
 def test_what_is_in_the_way_is_refused_before_the_model_is_loaded(
     there: str, code: str, recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load", None)
+    monkeypatch.setattr(conversion, "load", None)
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).write_text("")
     with pytest.raises(UsageError) as caught:
@@ -345,7 +345,7 @@ def test_what_is_in_the_way_is_refused_before_the_model_is_loaded(
 
 
 def test_an_unknown_quantizer_is_refused_before_the_model_is_loaded(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load", None)
+    monkeypatch.setattr(conversion, "load", None)
     with pytest.raises(UsageError, match="no quantizer 'aqw'"):
         compare(recipes({"a": {"quantizer": "per-channel"}, "b": {"quantizer": "aqw"}}))
 

@@ -15,11 +15,11 @@ from matplotlib import rcParams
 from PIL import Image
 from rich.console import Console
 
-from qconvert import compare as comparing
 from qconvert.cli import main
 from qconvert.errors import UsageError
 from qconvert.ir.comparison import Comparison, pareto_front
 from qconvert.ir.report import GateResult
+from qconvert.pipeline import comparison as comparing
 from qconvert.recipe import Recipe
 from qconvert.recipe.comparison import SHARED, named_recipes, tried
 from qconvert.recipe.file import read_recipe

@@ -22,7 +22,6 @@ from tiny_models import tiny_t5
 from tokenizers import Tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
-from qconvert import pipeline
 from qconvert.errors import TargetError
 from qconvert.execution.probes import padded_batch
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
@@ -31,6 +30,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
 from qconvert.ort.compare import feed, largest_difference, next_inputs
 from qconvert.ort.session import EncoderDecoderSession, file_session, why_unavailable
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
@@ -60,8 +60,8 @@ def published(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """int4 without verification, for what runs the graphs alone."""
     output = tmp_path_factory.mktemp("published") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "trace", trace_once)
-        pipeline.convert(recipe(sources / "t5", output, quantizer="absmax", scheme="int4-g32", verify=False))
+        patch.setattr(conversion, "trace", trace_once)
+        conversion.convert(recipe(sources / "t5", output, quantizer="absmax", scheme="int4-g32", verify=False))
     return output
 
 
@@ -87,7 +87,7 @@ def test_a_folder_becomes_two_graphs_that_agree_with_their_weights(
     name: str, settings: dict[str, Any], sources: Path, tmp_path: Path
 ) -> None:
     """parity "transformers": the folder was loaded with from_pretrained and gave the dequantized model's logits."""
-    report = pipeline.convert(recipe(sources / name, tmp_path / "out", **settings))
+    report = conversion.convert(recipe(sources / name, tmp_path / "out", **settings))
     assert report.passed
     assert report.task == "seq2seq-lm"
     assert [(part.target, part.status) for part in report.parity] == [
@@ -107,11 +107,11 @@ def test_a_folder_becomes_two_graphs_that_agree_with_their_weights(
 @pytest.mark.usefixtures("quick")
 def test_an_output_is_planned_and_verified_again(sources: Path, tmp_path: Path) -> None:
     mine = recipe(sources / "t5", tmp_path / "out", quantizer="per-channel", verify=False)
-    planned = pipeline.plan(mine)
+    planned = conversion.plan(mine)
     assert next(iter(planned.layers)) == "encoder.block.0.layer.0.SelfAttention.q"
     assert {entry.name: entry.reason for entry in planned.kept_float}["lm_head"].startswith("shares its weight with shared")
-    pipeline.convert(mine)
-    assert pipeline.verify(tmp_path / "out").passed
+    conversion.convert(mine)
+    assert conversion.verify(tmp_path / "out").passed
 
 
 # --- what is written ---
@@ -269,7 +269,7 @@ def test_both_graphs_are_written_for_cuda_too(scheme: str, tmp_path: Path) -> No
     if why_unavailable("cuda") is None:
         pytest.skip("CUDA runs here")
     with pytest.raises(TargetError, match="no provider for cuda"):
-        pipeline.convert(Recipe.from_settings(settings | data))
+        conversion.convert(Recipe.from_settings(settings | data))
     for file in graph_files("seq2seq-lm", "cuda").values():
         graph = onnx.load(tmp_path / "out" / file, load_external_data=False).graph
         caches = [value for value in (*graph.input, *graph.output) if is_cache(value.name)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qconvert import pipeline
+from qconvert.pipeline import conversion
 from qconvert.plugin.host.manager import BUILTINS
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ def test_a_stage_is_a_package_with_a_function_of_its_name(stage: str) -> None:
 
 
 def test_the_pipeline_tells_the_story_on_one_screen() -> None:
-    source = inspect.getsource(pipeline.convert) + inspect.getsource(pipeline.finish)
+    source = inspect.getsource(conversion.convert) + inspect.getsource(conversion.finish)
     assert source.count("\n") <= SCREEN_LINES
     calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     order = [call.id for call in sorted(calls, key=lambda call: call.lineno) if isinstance(call, ast.Name)]

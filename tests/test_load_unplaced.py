@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, save_checkpoint, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor
 
-from qconvert import pipeline
 from qconvert.cli import main
 from qconvert.load.hugging_face import load_folder
 from qconvert.ort.session import file_session
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -261,7 +261,7 @@ def test_expendable_tensors_change_nothing_travel_along_and_are_listed(tmp_path:
     extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.full((8,), 7.0) for layer in range(2)}
     rewrite(folder, add(extra))
     recipe = Recipe(model=str(folder), output=tmp_path / "out", scheme="int8-channel", verify=False)
-    pipeline.convert(recipe)
+    conversion.convert(recipe)
     session = file_session(tmp_path / "out" / "model.onnx")
     past = {part.name: np.zeros((1, 2, 0, 16), np.float32) for part in session.get_inputs() if "past" in part.name}
     feeds = {"input_ids": np.array(ids), "attention_mask": np.ones((1, 4), np.int64)}
@@ -290,7 +290,7 @@ def test_a_layer_with_a_tensor_of_a_quantized_layers_name_stays_in_float(tmp_pat
     (tmp_path / "net.py").write_text(SCALED)
     settings = {"model": f"module:{tmp_path / 'net.py'}:net", "output": str(tmp_path / "out"), "scheme": scheme}
     data = {"samples": 8}
-    report = pipeline.convert(Recipe.from_settings({**settings, "calibration": data, "evaluation": data}))
+    report = conversion.convert(Recipe.from_settings({**settings, "calibration": data, "evaluation": data}))
     assert report.passed
     assert [layer.name for layer in report.layers] == ["1"]
     assert "0.weight_scale" in report.kept_float[0].reason

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qconvert.errors import InputError
 from qconvert.ir.report import Report
 from qconvert.ort.session import file_session
-from qconvert.pipeline import convert
+from qconvert.pipeline.conversion import convert
 from qconvert.recipe import Recipe
 
 ROWS = 12

@@ -25,13 +25,13 @@ from tiny_models import save_tensors, tiny_bert, tiny_gpt2, tiny_llama
 from tokenizers import Tokenizer
 from torch import nn
 
-from qconvert import pipeline
 from qconvert.cli import main
 from qconvert.cli.exits import verdict
 from qconvert.errors import InputError, ParityError, TargetError, UsageError
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.ort.session import file_session
+from qconvert.pipeline import conversion
 from qconvert.plugin.host.manager import BUILTINS, PluginManager
 from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate
@@ -120,7 +120,7 @@ def test_digits_lose_at_most_half_a_point_in_int8_at_a_quarter_of_the_size(
 ) -> None:
     scheme = "int8-channel" if quantizer == "awq" else None  # its default is int4
     settings = {"model": f"module:{sources / 'digits.py'}:factory", "output": str(tmp_path / "out")}
-    report = pipeline.convert(Recipe.from_settings({**settings, "quantizer": quantizer, "scheme": scheme}))
+    report = conversion.convert(Recipe.from_settings({**settings, "quantizer": quantizer, "scheme": scheme}))
     assert report.passed
     assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("float", "passed")]
     arrays = np.load(sources / "digits.npz")
@@ -142,7 +142,7 @@ def test_every_quantizer_turns_a_checkpoint_into_an_artifact_that_agrees_with_it
     name: str, quantizer: str, sources: Path, tmp_path: Path
 ) -> None:
     """parity "transformers": the folder was loaded with from_pretrained and gave the dequantized model's outputs."""
-    report = pipeline.convert(recipe(sources / name, tmp_path / "out", quantizer=quantizer))
+    report = conversion.convert(recipe(sources / name, tmp_path / "out", quantizer=quantizer))
     assert report.passed
     assert verdict(report) == 0
     assert [(part.target, part.status) for part in report.parity] == [
@@ -167,18 +167,18 @@ def test_every_quantizer_turns_a_checkpoint_into_an_artifact_that_agrees_with_it
 @pytest.mark.usefixtures("quick")
 def test_gpt2_needs_the_onnx_layout_and_says_so(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'transformer\.h\.0\.attn\.c_attn' is a conv1d") as caught:
-        pipeline.convert(recipe(sources / "gpt2", tmp_path / "out"))
+        conversion.convert(recipe(sources / "gpt2", tmp_path / "out"))
     assert (caught.value.code, caught.value.exit_code) == ("QC-PLAN-005", 2)
     assert "--layout onnx" in caught.value.hint
     assert not (tmp_path / "out").exists()
-    report = pipeline.convert(recipe(sources / "gpt2", tmp_path / "out", layout="onnx"))
+    report = conversion.convert(recipe(sources / "gpt2", tmp_path / "out", layout="onnx"))
     assert [(part.target, part.status) for part in report.parity] == [("cpu", "passed"), ("float", "passed")]
 
 
 @pytest.mark.usefixtures("quick")
 def test_layers_that_the_group_does_not_fit_are_listed_with_what_they_got(sources: Path, tmp_path: Path) -> None:
     asked = recipe(sources / "llama", tmp_path / "out", quantizer="per-channel", scheme="int4-g128")
-    report = pipeline.convert(asked)
+    report = conversion.convert(asked)
     assert {part.target: part.status for part in report.parity} == dict.fromkeys(("cpu", "transformers", "float"), "passed")
     reason = "its width of 64 is no multiple of 128, the group of int4-g128"
     written = json.loads((tmp_path / "out" / REPORT).read_text())["layers"]
@@ -187,7 +187,7 @@ def test_layers_that_the_group_does_not_fit_are_listed_with_what_they_got(source
     assert found["model.layers.0.mlp.up_proj"] == ("int4-g64", reason)
     listed = f"int4-g64: {reason}: model.layers.0.self_attn.q_proj, "
     assert listed in (tmp_path / "out" / CARD).read_text().replace("\\", "")
-    planned = pipeline.plan(asked)
+    planned = conversion.plan(asked)
     assert {layer["name"]: layer.get("reason") for layer in document(planned)["layers"]} == {
         name: why for name, (_, why) in found.items()
     }
@@ -199,7 +199,7 @@ def test_layers_that_the_group_does_not_fit_are_listed_with_what_they_got(source
 @pytest.mark.usefixtures("quick")
 def test_awq_scales_that_do_not_fold_stay_in_the_graph_of_the_onnx_layout(sources: Path, tmp_path: Path) -> None:
     """GELU lies between the MLP's linears, so the second one's input scale has nowhere to go."""
-    report = pipeline.convert(recipe(sources / "gpt2", tmp_path / "out", quantizer="awq", layout="onnx"))
+    report = conversion.convert(recipe(sources / "gpt2", tmp_path / "out", quantizer="awq", layout="onnx"))
     assert report.passed
     names = [node.name for node in onnx.load(tmp_path / "out" / GRAPH, load_external_data=False).graph.node]
     assert any(name.endswith("mlp.c_proj/ScaleInput") for name in names)
@@ -210,7 +210,7 @@ def test_awq_scales_that_do_not_fold_stay_in_the_graph_of_the_onnx_layout(source
 def test_a_bfloat16_checkpoint_in_three_shards_keeps_bfloat16_where_it_is_not_quantized(sources: Path, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "llama-bfloat16", dtype=torch.bfloat16, shards=3)
     shutil.copy(sources / "text.txt", tmp_path)
-    report = pipeline.convert(recipe(tmp_path / "llama-bfloat16", tmp_path / "out", quantizer="awq"))
+    report = conversion.convert(recipe(tmp_path / "llama-bfloat16", tmp_path / "out", quantizer="awq"))
     assert report.passed
     with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
         dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
@@ -227,13 +227,13 @@ def test_a_bfloat16_checkpoint_in_three_shards_keeps_bfloat16_where_it_is_not_qu
 def uninterrupted(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run of AWQ on the llama leaves."""
     output = tmp_path_factory.mktemp("uninterrupted") / "out"
-    pipeline.convert(recipe(sources / "llama", output, quantizer="awq", verify=False))
+    conversion.convert(recipe(sources / "llama", output, quantizer="awq", verify=False))
     return contents(output)
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_same_run_gives_the_same_bytes(uninterrupted: dict[str, bytes], sources: Path, tmp_path: Path) -> None:
-    pipeline.convert(recipe(sources / "llama", tmp_path / "out", quantizer="awq", verify=False))
+    conversion.convert(recipe(sources / "llama", tmp_path / "out", quantizer="awq", verify=False))
     again = contents(tmp_path / "out")
     assert list(again) == list(uninterrupted)
     assert [name for name in again if again[name] != uninterrupted[name]] == []
@@ -241,23 +241,23 @@ def test_the_same_run_gives_the_same_bytes(uninterrupted: dict[str, bytes], sour
 
 KILLED = """
 import os, signal, sys
-from qconvert import pipeline
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-real = pipeline.quantize
+real = conversion.quantize
 
 def first_block_only(*args, **options):
     yield next(real(*args, **options))
     kill()
 
 if sys.argv[1] == "quantize":
-    pipeline.quantize = first_block_only
+    conversion.quantize = first_block_only
 else:
-    pipeline.write_report = kill
-pipeline.convert(Recipe.model_validate_json(sys.stdin.read()))
+    conversion.write_report = kill
+conversion.convert(Recipe.model_validate_json(sys.stdin.read()))
 """
 
 
@@ -277,15 +277,15 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(
     assert killed.returncode == -9
     assert not (tmp_path / "out").exists()
     quantized: list[str] = []
-    real = pipeline.quantize
+    real = conversion.quantize
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
         for block in real(*args, **options):
             quantized.append(block.name)
             yield block
 
-    monkeypatch.setattr(pipeline, "quantize", watched)
-    pipeline.convert(mine)
+    monkeypatch.setattr(conversion, "quantize", watched)
+    conversion.convert(mine)
     assert [name for name in quantized if name] == left
     resumed = contents(tmp_path / "out")
     assert list(resumed) == list(uninterrupted)
@@ -299,21 +299,21 @@ def test_a_sequential_and_tuned_run_goes_on_where_it_was_interrupted(
 ) -> None:
     """The block that is left sees what was written of the first one, whoever wrote it."""
     settings = {"quantizer": "gptq", "scheme": "int4-g16-asym", "sequential": True, "tuning": {"steps": 5}, "verify": False}
-    pipeline.convert(recipe(sources / "llama", tmp_path / "whole", **settings))
-    real = pipeline.quantize
+    conversion.convert(recipe(sources / "llama", tmp_path / "whole", **settings))
+    real = conversion.quantize
 
     def first_block_only(*args: Any, **options: Any) -> Iterator[Any]:
         yield next(real(*args, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "quantize", first_block_only)
+    monkeypatch.setattr(conversion, "quantize", first_block_only)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
-    monkeypatch.setattr(pipeline, "quantize", real)
-    pipeline.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
+        conversion.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
+    monkeypatch.setattr(conversion, "quantize", real)
+    conversion.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
     whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "resumed")
     assert [name for name in whole if whole[name] != resumed[name]] == []
-    pipeline.convert(recipe(sources / "llama", tmp_path / "plain", **{**settings, "sequential": False}))
+    conversion.convert(recipe(sources / "llama", tmp_path / "plain", **{**settings, "sequential": False}))
     assert contents(tmp_path / "plain")[WEIGHTS] != whole[WEIGHTS]
 
 
@@ -321,7 +321,7 @@ def test_a_sequential_and_tuned_run_goes_on_where_it_was_interrupted(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_passes_and_loads_in_transformers(preset: str, sources: Path, tmp_path: Path) -> None:
-    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", preset=preset))
+    report = conversion.convert(recipe(sources / "llama", tmp_path / "out", preset=preset))
     assert report.passed
     assert {part.target: part.status for part in report.parity}["transformers"] == "passed"
     assert f"--preset {preset}" in (tmp_path / "out" / CARD).read_text(encoding="utf-8")
@@ -332,13 +332,13 @@ def test_every_preset_passes_and_loads_in_transformers(preset: str, sources: Pat
 
 @pytest.mark.usefixtures("quick")
 def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sources: Path, tmp_path: Path) -> None:
-    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", verify=False))
+    report = conversion.convert(recipe(sources / "llama", tmp_path / "out", verify=False))
     assert report.passed is None
     assert verdict(report) == 0
     assert (report.parity, report.fidelity, report.gates) == ((), (), ())
     assert json.loads((tmp_path / "out" / REPORT).read_text())["passed"] is None
     assert "**Not verified.**" in (tmp_path / "out" / CARD).read_text()
-    later = pipeline.verify(tmp_path / "out")
+    later = conversion.verify(tmp_path / "out")
     assert [part.status for part in later.parity] == ["passed", "passed", "passed"]
     assert later.samples.evaluation == 4
     assert later.passed
@@ -348,14 +348,14 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
     assert "**Computes what its weights say; no limits set.** See the evidence" in page
     assert str(tmp_path) not in page
 
-    pipeline.verify(tmp_path / "out", gates=[Gate.parse("kl<=1e-9")])  # which is not what the folder was made for
+    conversion.verify(tmp_path / "out", gates=[Gate.parse("kl<=1e-9")])  # which is not what the folder was made for
     assert json.loads((tmp_path / "out" / REPORT).read_text()) == later.document()
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_gates_that_a_folder_is_first_verified_by_are_in_its_report(sources: Path, tmp_path: Path) -> None:
-    pipeline.convert(recipe(sources / "bert", tmp_path / "out", verify=False))
-    report = pipeline.verify(tmp_path / "out", gates=[Gate.parse("cosine>=0.9999999")])
+    conversion.convert(recipe(sources / "bert", tmp_path / "out", verify=False))
+    report = conversion.verify(tmp_path / "out", gates=[Gate.parse("cosine>=0.9999999")])
     assert verdict(report) == 1
     assert json.loads((tmp_path / "out" / REPORT).read_text()) == report.document()
     page = (tmp_path / "out" / CARD).read_text()
@@ -368,7 +368,7 @@ def test_the_gates_that_a_folder_is_first_verified_by_are_in_its_report(sources:
 def test_without_verification_gates_on_size_are_judged(
     limit: float, passed: bool | None, exit_code: int, sources: Path, tmp_path: Path
 ) -> None:
-    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", verify=False, gates=[gate("ratio", limit)]))
+    report = conversion.convert(recipe(sources / "llama", tmp_path / "out", verify=False, gates=[gate("ratio", limit)]))
     assert report.passed is passed
     assert verdict(report) == exit_code
     (judged,) = report.gates
@@ -400,7 +400,7 @@ def gate(metric: str, limit: float, comparison: str = "<=") -> dict[str, Any]:
 @pytest.mark.usefixtures("quick")
 def test_gates_decide_on_the_verdict_and_the_output_is_there_to_look_at(sources: Path, tmp_path: Path) -> None:
     gates = [gate("kl", 1e-9), gate("ratio", 0.9), gate("top1", 0.5, ">=")]
-    report = pipeline.convert(recipe(sources / "llama", tmp_path / "out", gates=gates))
+    report = conversion.convert(recipe(sources / "llama", tmp_path / "out", gates=gates))
     assert report.passed is False
     assert verdict(report) == 1
     assert {result.metric: result.passed for result in report.gates} == {"kl": False, "ratio": True, "top1": True}
@@ -419,17 +419,17 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_target_that_can_not_be_run_here_is_published_and_exit_code_7(sources: Path, tmp_path: Path) -> None:
     settings = {"quantizer": "absmax", "scheme": "int4-g32", "targets": ["cpu", "cuda"]}
     with pytest.raises(TargetError, match="cuda: this machine's ONNX Runtime has no provider for cuda") as caught:
-        pipeline.convert(recipe(sources / "llama", tmp_path / "out", **settings))
+        conversion.convert(recipe(sources / "llama", tmp_path / "out", **settings))
     assert (caught.value.code, caught.value.exit_code) == ("QC-TARGET-001", 7)
     document = json.loads((tmp_path / "out" / REPORT).read_text())
     assert {part["target"]: part["status"] for part in document["parity"]} == {
         "cpu": "passed", "transformers": "passed", "float": "passed", "cuda": "not-run"
     }  # fmt: skip
-    report = pipeline.convert(recipe(sources / "llama", tmp_path / "allowed", allow_unverified=True, **settings))
+    report = conversion.convert(recipe(sources / "llama", tmp_path / "allowed", allow_unverified=True, **settings))
     assert verdict(report) == 0
     card = (tmp_path / "allowed" / CARD).read_text()
     assert "not run on cuda" in card
-    pipeline.verify(tmp_path / "allowed", targets=["cpu"])
+    conversion.verify(tmp_path / "allowed", targets=["cpu"])
     assert (tmp_path / "allowed" / CARD).read_text() == card  # it tells of as much, and of cuda
 
 
@@ -477,15 +477,15 @@ DAMAGES = [
 def test_an_artifact_that_is_wrong_is_never_published(
     damage: Callable[[Path], None], reason: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline.export
+    real = conversion.export
 
     def wrong_export(*args: Any, **settings: Any) -> None:
         real(*args, **settings)
         damage(args[-1].folder)
 
-    monkeypatch.setattr(pipeline, "export", wrong_export)
+    monkeypatch.setattr(conversion, "export", wrong_export)
     with pytest.raises(ParityError, match=reason) as caught:
-        pipeline.convert(recipe(sources / "llama", tmp_path / "out", scheme="int8-channel"))
+        conversion.convert(recipe(sources / "llama", tmp_path / "out", scheme="int8-channel"))
     assert (caught.value.code, caught.value.exit_code) == ("QC-PARITY-001", 5)
     assert list(tmp_path.iterdir()) == []
 
@@ -509,14 +509,14 @@ def test_where_memory_runs_out_in_verification_the_work_is_kept(
     assert "std::bad_alloc" in error["message"]
     assert not (tmp_path / "out").exists()
 
-    real, again = pipeline.quantize, []
+    real, again = conversion.quantize, []
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
         for block in real(*args, **options):
             again.append(block)
             yield block
 
-    monkeypatch.setattr(pipeline, "quantize", watched)
+    monkeypatch.setattr(conversion, "quantize", watched)
     resumed = CliRunner().invoke(main, command)
     assert resumed.exit_code == 0, resumed.stderr
     assert again == []
@@ -564,7 +564,7 @@ def test_a_float_model_that_gives_nothing_but_nan_is_refused_by_the_plan(overflo
     tensors["embeddings.word_embeddings.weight"][:] = torch.finfo(torch.float32).max
     save_tensors(tensors, overflowing / "bert")
     with pytest.raises(InputError, match="for the inputs that its trace is checked on") as caught:
-        pipeline.plan(recipe(overflowing / "bert", overflowing / "out"))
+        conversion.plan(recipe(overflowing / "bert", overflowing / "out"))
     assert caught.value.code == "QC-FLOAT-001"
 
 
@@ -573,7 +573,7 @@ def test_a_float_model_that_gives_nothing_but_nan_is_refused_by_the_plan(overflo
 def test_nan_in_calibration_is_not_blamed_on_the_quantizer(quantizer: str, overflowing: Path) -> None:
     calibration = {"source": str(overflowing / "tilde.txt"), "samples": 4, "length": 32}
     with pytest.raises(InputError, match=r"goes into 'encoder\.layer\.0\.attention\.self\.query' during calibration") as caught:
-        pipeline.convert(recipe(overflowing / "bert", overflowing / "out", quantizer=quantizer, calibration=calibration))
+        conversion.convert(recipe(overflowing / "bert", overflowing / "out", quantizer=quantizer, calibration=calibration))
     assert caught.value.code == "QC-FLOAT-001"
 
 
@@ -593,11 +593,11 @@ class Spy(PluginManager):
 @pytest.mark.usefixtures("quick")
 def test_plugins_are_told_once_when_the_output_is_there(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy()
-    monkeypatch.setattr("qconvert.preflight.plugin_manager", lambda _: spy)
+    monkeypatch.setattr("qconvert.pipeline.preflight.plugin_manager", lambda _: spy)
     mine = recipe(sources / "bert", tmp_path / "out")
-    report = pipeline.convert(mine)
+    report = conversion.convert(mine)
     assert spy.told == [(mine, report, True)]
-    pipeline.verify(tmp_path / "out")
+    conversion.verify(tmp_path / "out")
     assert len(spy.told) == 1
 
 
@@ -609,19 +609,19 @@ def published(quick: None, sources: Path, tmp_path: Path) -> Path:
     """An output beside its own source."""
     shutil.copytree(sources / "bert", tmp_path / "bert")
     shutil.copy(sources / "text.txt", tmp_path)
-    pipeline.convert(recipe(tmp_path / "bert", tmp_path / "out"))
+    conversion.convert(recipe(tmp_path / "bert", tmp_path / "out"))
     return tmp_path / "out"
 
 
 def test_an_output_is_verified_again_where_it_lies_and_where_it_was_moved_with_its_source(published: Path) -> None:
-    first = pipeline.verify(published)
+    first = conversion.verify(published)
     assert first.passed
     moved = published.parent / "elsewhere"
     moved.mkdir()
     published.rename(moved / "out")
     for name in ("bert", "text.txt"):
         (published.parent / name).rename(moved / name)
-    again = pipeline.verify(moved / "out")
+    again = conversion.verify(moved / "out")
     assert again.fidelity == first.fidelity
 
 
@@ -641,22 +641,22 @@ def test_an_output_that_a_killed_run_has_left_under_another_name_is_verified_und
         patch.setattr("qconvert.storage.output._exchange", lambda one, other: False)
         patch.setattr(Path, "rename", first_only)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.convert(recipe(published.parent / "bert", published, quantizer="absmax", force=True, verify=False))
+            conversion.convert(recipe(published.parent / "bert", published, quantizer="absmax", force=True, verify=False))
     assert not published.exists()
-    assert pipeline.verify(published).passed
+    assert conversion.verify(published).passed
     assert contents(published) == before
 
 
 def test_without_its_float_source_its_own_files_are_checked_and_the_rest_is_refused_clearly(published: Path) -> None:
     shutil.rmtree(published.parent / "bert")
     with pytest.raises(InputError, match=r"the files of .*out are what was written, but the float model") as caught:
-        pipeline.verify(published)
+        conversion.verify(published)
     assert (caught.value.code, caught.value.exit_code) == ("QC-VERIFY-003", 3)
     assert "does not exist" in caught.value.message
     assert MANIFEST in caught.value.hint
     (published / GRAPH).write_bytes(b"")
     with pytest.raises(InputError) as caught:
-        pipeline.verify(published)
+        conversion.verify(published)
     assert caught.value.code == "QC-VERIFY-001"
 
 
@@ -666,22 +666,22 @@ def test_another_source_in_the_place_of_its_own_is_refused(published: Path) -> N
     with pytest.raises(
         InputError, match=r"'bert' is not what .*out was made from: 'tokenizer_config\.json' is another"
     ) as caught:
-        pipeline.verify(published)
+        conversion.verify(published)
     assert caught.value.code == "QC-VERIFY-004"
 
 
 def test_damage_that_the_manifest_was_made_to_agree_with_fails_parity(quick: None, sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipeline.convert(recipe(sources / "llama", out, quantizer="absmax", scheme="int4-g32"))
+    conversion.convert(recipe(sources / "llama", out, quantizer="absmax", scheme="int4-g32"))
     damaged_graph(out)
     manifest = json.loads((out / MANIFEST).read_text())
     with pytest.raises(InputError) as digest:
-        pipeline.verify(out)
+        conversion.verify(out)
     assert digest.value.code == "QC-VERIFY-001"
     manifest["outputs"][GRAPH] = hashlib.sha256((out / GRAPH).read_bytes()).hexdigest()
     (out / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ParityError) as parity:
-        pipeline.verify(out)
+        conversion.verify(out)
     assert parity.value.code == "QC-PARITY-001"
 
 

@@ -26,7 +26,6 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import nn
 
-from qconvert import pipeline
 from qconvert.export import processors
 from qconvert.export.graph import GraphBuilder
 from qconvert.graph.integer_products import PROBE, PRODUCTS, S8, U8, Pair
@@ -34,6 +33,7 @@ from qconvert.ir.artifact import GRAPH, SIDECAR, WEIGHTS
 from qconvert.ort.compare import feed, largest_difference
 from qconvert.ort.processor import processor
 from qconvert.ort.session import file_session, session_options
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 
 TESTS = Path(__file__).parent
@@ -166,7 +166,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         source = f"module:{__file__}:images" if name == "convolutions" else str(make(base / f"{name}-source"))
         data = {} if name == "convolutions" else {"calibration": {"source": "builtin", "samples": 4, "length": 32}}
         recipe = {"model": source, "output": str(base / name), "evaluation": {"samples": 4, "length": 32}} | data | settings
-        report = pipeline.convert(Recipe.from_settings(recipe))
+        report = conversion.convert(Recipe.from_settings(recipe))
         assert (report.passed, report.processor) == (True, processor())
         return base / name
 

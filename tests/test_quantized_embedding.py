@@ -15,12 +15,12 @@ from safetensors import safe_open
 from tiny_models import tiny_bert, tiny_llama
 from torch import Tensor, nn
 
-from qconvert import pipeline
 from qconvert.ir.artifact import GRAPH, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ort.compare import largest_difference
 from qconvert.ort.session import file_session
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
 
@@ -39,7 +39,7 @@ def convert(source: Path, output: Path, rules: dict[str, str], **settings: Any) 
     data = {"source": str(source.parent / "text.txt"), "samples": 4, "length": 32}
     listed = [{"pattern": pattern, "scheme": scheme} for pattern, scheme in rules.items()]
     recipe = {"model": str(source), "output": str(output), "calibration": data, "evaluation": data, "rules": listed}
-    return pipeline.convert(Recipe.from_settings({**recipe, **settings}))
+    return conversion.convert(Recipe.from_settings({**recipe, **settings}))
 
 
 def tensors(folder: Path) -> set[str]:

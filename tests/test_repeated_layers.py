@@ -17,7 +17,7 @@ from qconvert.ir.layer import Producer
 from qconvert.ir.model import Model
 from qconvert.load import load
 from qconvert.ort.session import file_session
-from qconvert.pipeline import convert
+from qconvert.pipeline.conversion import convert
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
 

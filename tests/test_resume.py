@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from qconvert import pipeline
 from qconvert.ir.artifact import MANIFEST, WEIGHTS
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 
 TEXT = "".join(f"Sentence {n} has {n * n} words, {n % 7} of them short.\n" for n in range(60))
@@ -67,7 +67,7 @@ class Nearest(Quantizer):
 def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The units that the runs of a test quantize. The first run is interrupted when it has written one."""
     units: list[str] = []
-    real = pipeline.quantize
+    real = conversion.quantize
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
         first_run = not units
@@ -77,13 +77,13 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if first_run:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "quantize", watched)
+    monkeypatch.setattr(conversion, "quantize", watched)
     return units
 
 
 def interrupt(recipe: Recipe) -> None:
     with pytest.raises(KeyboardInterrupt):
-        pipeline.convert(recipe)
+        conversion.convert(recipe)
 
 
 # --- a factory's module, a plugin's quantizer ---
@@ -155,12 +155,12 @@ def test_what_was_quantized_before_a_change_is_not_resumed(
     interrupt(of_module(folder))
     assert quantized == [""]
     CHANGES[change](folder, monkeypatch)
-    pipeline.convert(of_module(folder))
+    conversion.convert(of_module(folder))
     assert quantized == ([""] if change == "nothing" else ["", ""])
 
 
 def test_the_manifest_names_all_of_it(folder: Path) -> None:
-    pipeline.convert(of_module(folder))
+    conversion.convert(of_module(folder))
     manifest = json.loads((folder / "out" / MANIFEST).read_text())
     assert sorted(manifest["inputs"]) == [
         *("code:plugin.py", "graph:model", "net.py", "option:table", "samples:calibration", "state_dict")
@@ -202,14 +202,14 @@ def tensors(folder: Path) -> bytes:
 def test_data_that_was_edited_meanwhile_gives_the_bytes_of_a_clean_run(llama: Path, quantized: list[str]) -> None:
     interrupt(of_llama(llama, "out"))
     (llama / "text.txt").write_text(TEXT.replace("words", "lines"))
-    pipeline.convert(of_llama(llama, "out"))
-    pipeline.convert(of_llama(llama, "clean"))
+    conversion.convert(of_llama(llama, "out"))
+    conversion.convert(of_llama(llama, "clean"))
     assert tensors(llama / "out") == tensors(llama / "clean")
     inputs = json.loads((llama / "out" / MANIFEST).read_text())["inputs"]
     assert inputs["calibration:text.txt"] == sha256((llama / "text.txt").read_bytes()).hexdigest()
     assert inputs["evaluation:judge.txt"] == sha256((llama / "judge.txt").read_bytes()).hexdigest()
     (llama / "text.txt").write_text(TEXT)
-    pipeline.convert(of_llama(llama, "before"))
+    conversion.convert(of_llama(llama, "before"))
     assert tensors(llama / "before") != tensors(llama / "clean")
 
 
@@ -218,7 +218,7 @@ def test_so_does_the_text_that_comes_with_python(llama: Path, quantized: list[st
     settings = {"calibration": {"source": "builtin", "samples": 4, "length": 32}}
     interrupt(of_llama(llama, "out", **settings))
     monkeypatch.setattr("pydoc_data.topics.topics", {"other": "\n\n".join(TEXT.splitlines())})
-    pipeline.convert(of_llama(llama, "out", **settings))
+    conversion.convert(of_llama(llama, "out", **settings))
     assert quantized == ["model.layers.0", "model.layers.0", "model.layers.1"]
 
 
@@ -226,19 +226,19 @@ def test_so_does_the_text_that_comes_with_python(llama: Path, quantized: list[st
 def test_other_evaluation_data_quantizes_nothing_again(llama: Path, quantized: list[str]) -> None:
     interrupt(of_llama(llama, "out"))
     (llama / "judge.txt").write_text(TEXT.replace("Sentence", "Clause"))
-    pipeline.convert(of_llama(llama, "out"))
+    conversion.convert(of_llama(llama, "out"))
     assert quantized == ["model.layers.0", "model.layers.1"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_data_that_no_quantizer_needs_is_no_input(llama: Path) -> None:
-    pipeline.convert(of_llama(llama, "out", quantizer="per-channel"))
+    conversion.convert(of_llama(llama, "out", quantizer="per-channel"))
     inputs = json.loads((llama / "out" / MANIFEST).read_text())["inputs"]
     assert [name for name in inputs if ":" in name] == ["code:qconvert"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_an_artifact_is_verified_whatever_has_become_of_its_data_and_code(llama: Path) -> None:
-    pipeline.convert(of_llama(llama, "out"))
+    conversion.convert(of_llama(llama, "out"))
     (llama / "text.txt").write_text(TEXT.replace("words", "lines"))
-    assert pipeline.verify(llama / "out").passed
+    assert conversion.verify(llama / "out").passed

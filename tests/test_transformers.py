@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import Tensor, nn
 
-from qconvert import pipeline
 from qconvert.ir.report import Report
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.storage.reader import read_index, read_layer
 
@@ -36,7 +36,7 @@ def recipe(source: Path, output: Path, rules: dict[str, str] | None = None, **se
 def dequantized(mine: Recipe, *, outliers: bool = True) -> dict[str, Tensor]:
     """The weights of the quantized layers as the graphs compute with them, by layer; or with their codes in every column."""
     stored = read_index(mine.output)
-    layers = {name: read_layer(mine.output, layer, stored) for name, layer in pipeline.plan(mine).layers.items()}
+    layers = {name: read_layer(mine.output, layer, stored) for name, layer in conversion.plan(mine).layers.items()}
     return {name: (layer if outliers else replace(layer, outliers=None)).dequantize() for name, layer in layers.items()}
 
 
@@ -58,7 +58,7 @@ def test_the_weights_are_those_of_the_graph_rounded_once(
 ) -> None:
     """Scales are cast to the dtype of the model, where layers stay packed until they are called, and lose nothing."""
     mine = recipe(tiny_llama(tmp_path / "llama", dtype=dtype), tmp_path / "out", rules, scheme=scheme)
-    assert parity(pipeline.convert(mine)) == {"cpu": "passed", "transformers": "passed", "float": "passed"}
+    assert parity(conversion.convert(mine)) == {"cpu": "passed", "transformers": "passed", "float": "passed"}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(mine.output)
     assert loaded.dtype == dtype
     loaded(torch.tensor([[5, 6, 7]]))
@@ -74,7 +74,7 @@ def test_a_model_whose_config_names_no_dtype_keeps_that_of_its_weights(dtype: to
     del config["dtype"]
     (source / "config.json").write_text(json.dumps(config))
     mine = recipe(source, tmp_path / "out", scheme="int4-g32", verify=False)
-    pipeline.convert(mine)
+    conversion.convert(mine)
     loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(mine.output)
     assert loaded.dtype == transformers.AutoModelForSeq2SeqLM.from_pretrained(source).dtype == dtype
 
@@ -108,7 +108,7 @@ def test_its_layers_are_float_layers_before_anything_is_called(quantizer: str, s
     """Activations are not rounded, and of outlier columns nothing is known."""
     options = {"threshold": 0.01} if quantizer == "llm-int8" else {}
     mine = recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", quantizer=quantizer, scheme=scheme, options=options)
-    pipeline.convert(mine.model_copy(update={"verify": False}))
+    conversion.convert(mine.model_copy(update={"verify": False}))
     loaded = transformers.AutoModel.from_pretrained(mine.output)
     rows = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     for name, weight in dequantized(mine, outliers=False).items():
@@ -124,7 +124,7 @@ def test_its_layers_are_float_layers_before_anything_is_called(quantizer: str, s
 @pytest.mark.parametrize(("scheme", "rules"), [("int8-channel-a8", {}), ("int4-g32", {})], ids=["int8", "int4"])
 def test_sentence_transformers_takes_a_folder_of_one_scheme(scheme: str, rules: dict[str, str], tmp_path: Path) -> None:
     mine = recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", rules, scheme=scheme, verify=False)
-    pipeline.convert(mine)
+    conversion.convert(mine)
     found = SentenceTransformer(str(mine.output), device="cpu").encode(["A sentence.", "Another one."])
     expected = SentenceTransformer(str(tmp_path / "bert"), device="cpu").encode(["A sentence.", "Another one."])
     assert found.shape == expected.shape
@@ -138,7 +138,7 @@ def test_what_is_unpacked_by_the_first_call_is_nothing_for_sentence_transformers
     scheme: str, rules: dict[str, str], tmp_path: Path
 ) -> None:
     mine = recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", rules, scheme=scheme, verify=False)
-    pipeline.convert(mine)
+    conversion.convert(mine)
     loaded = transformers.AutoModel.from_pretrained(mine.output)
     with pytest.raises((AttributeError, RuntimeError)):
         loaded.forward(torch.tensor([[5, 6, 7]]))

@@ -23,7 +23,6 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file
 from tiny_models import save_tensors, tiny_llama
 
-from qconvert import pipeline
 from qconvert.errors import ParityError, TargetError, UsageError
 from qconvert.execution import probes
 from qconvert.ir.artifact import GRAPH, MANIFEST, REPORT
@@ -32,6 +31,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.load import load
 from qconvert.ort import compare, session
 from qconvert.ort.session import DeviceSession, empty, file_session, why_unavailable
+from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
 from qconvert.verify.narrow_parity import narrow_parity
@@ -203,7 +203,7 @@ def test_a_provider_that_is_installed_but_does_not_start_is_not_there(monkeypatc
 
 @pytest.mark.usefixtures("quick", "stand_in")
 def test_the_cuda_target_is_verified_where_it_runs(source: Path, tmp_path: Path) -> None:
-    report = pipeline.convert(recipe(source, tmp_path / "out", targets=["cpu", "cuda"]))
+    report = conversion.convert(recipe(source, tmp_path / "out", targets=["cpu", "cuda"]))
     assert report.passed is True
     parity = next(part for part in report.parity if part.target == "cuda")
     assert parity.cosine is not None
@@ -225,7 +225,7 @@ def test_a_node_that_computes_on_the_cpu_instead_is_a_failure(
 ) -> None:
     found = Placement(nodes=60, cpu_nodes=("Shape a", "Elu b"), misplaced=("Elu b",), copies=2)
     monkeypatch.setattr("qconvert.verify.measure_placement", lambda *_: found)
-    report = pipeline.convert(recipe(source, tmp_path / "out"))
+    report = conversion.convert(recipe(source, tmp_path / "out"))
     latency = report.latency[0]
     assert (latency.status, latency.reason) == ("failed", "these nodes ran on the CPU: Elu b")
     assert (latency.device_nodes, latency.cpu_nodes, latency.copies) == (60, ("Shape a", "Elu b"), 2)
@@ -241,10 +241,10 @@ def test_a_model_whose_activations_leave_float16_needs_bfloat16(source: Path, tm
         tensors[f"model.layers.0.mlp.{name}.weight"] *= factor
     save_tensors(tensors, large)
     with pytest.raises(UsageError) as caught:
-        pipeline.convert(recipe(large, tmp_path / "out", targets=["cpu", "cuda"]))
+        conversion.convert(recipe(large, tmp_path / "out", targets=["cpu", "cuda"]))
     assert (caught.value.code, caught.value.exit_code) == ("QC-CUDA-004", 2)
     assert "bfloat16" in caught.value.hint
-    assert pipeline.convert(recipe(large, tmp_path / "out", targets=["cpu"])).passed
+    assert conversion.convert(recipe(large, tmp_path / "out", targets=["cpu"])).passed
 
 
 def scaled_attention(graph: bytes) -> bytes:
@@ -264,34 +264,34 @@ def scaled_attention(graph: bytes) -> bytes:
 def test_a_graph_that_is_wrong_is_never_published(
     source: Path, damage: Callable[[bytes], bytes], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = pipeline.measure
+    measure = conversion.measure
 
     def damaged(folder: Path, *rest: Any) -> Report:
         (folder / CUDA_GRAPH).write_bytes(damage((folder / CUDA_GRAPH).read_bytes()))
         return measure(folder, *rest)
 
-    monkeypatch.setattr(pipeline, "check_digests", lambda folder: None)
-    monkeypatch.setattr(pipeline, "measure", damaged)
+    monkeypatch.setattr(conversion, "check_digests", lambda folder: None)
+    monkeypatch.setattr(conversion, "measure", damaged)
     with pytest.raises(ParityError, match=said):
-        pipeline.convert(recipe(source, tmp_path / "out"))
+        conversion.convert(recipe(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.skipif(why_unavailable("cuda") is None, reason="CUDA runs here")
 def test_what_ran_nowhere_has_not_passed_and_verify_does_not_inherit_the_permission(source: Path, tmp_path: Path) -> None:
-    report = pipeline.convert(recipe(source, tmp_path / "out", layout="onnx", allow_unverified=True))
+    report = conversion.convert(recipe(source, tmp_path / "out", layout="onnx", allow_unverified=True))
     assert report.passed is None
     with pytest.raises(TargetError, match="not everything could be run here"):
-        pipeline.verify(tmp_path / "out")
+        conversion.verify(tmp_path / "out")
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.skipif(why_unavailable("cuda") is None, reason="CUDA runs here")
 def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source: Path, tmp_path: Path) -> None:
-    planned = pipeline.plan(recipe(source, tmp_path / "out"))
+    planned = conversion.plan(recipe(source, tmp_path / "out"))
     with pytest.raises(TargetError) as caught:
-        pipeline.convert(recipe(source, tmp_path / "out"))
+        conversion.convert(recipe(source, tmp_path / "out"))
     assert caught.value.exit_code == 7
     assert (tmp_path / "out" / CUDA_GRAPH).exists()
     assert not (tmp_path / "out" / GRAPH).exists()
@@ -306,7 +306,7 @@ def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source
         ("float", "passed"),
     ]
     with pytest.raises(TargetError, match=r"the folder holds no model\.onnx: convert with --target cpu"):
-        pipeline.verify(tmp_path / "out", targets=["cpu"])
+        conversion.verify(tmp_path / "out", targets=["cpu"])
 
 
 @needs_cuda
@@ -314,7 +314,7 @@ def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("scheme", ["int4-g32", "int4-g16", "int8-channel", "int8-channel-a8"])
 def test_on_a_gpu_every_scheme_agrees_with_its_weights(scheme: str, dtype: str, source: Path, tmp_path: Path) -> None:
-    report = pipeline.convert(recipe(source, tmp_path / "out", scheme=scheme, targets=["cpu", "cuda"], cuda_dtype=dtype))
+    report = conversion.convert(recipe(source, tmp_path / "out", scheme=scheme, targets=["cpu", "cuda"], cuda_dtype=dtype))
     assert report.passed is True
     latency: Latency = report.latency[1]
     assert latency.status == "passed"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from qconvert import fresh, pipeline
 from qconvert.errors import InputError, ResourceError
-from qconvert.fresh import verify_in_fresh_process
 from qconvert.ir.report import Report, SampleCounts, Size
+from qconvert.pipeline import conversion, verify_process
+from qconvert.pipeline.verify_process import verify_in_fresh_process
 from qconvert.recipe import Recipe
 
 REPORT = Report(
@@ -52,7 +52,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path = tmp_path / "child"
         path.write_text(f"#!{sys.executable} -S\nimport json, os, signal, sys, time\n{script}")
         path.chmod(0o755)
-        monkeypatch.setattr(fresh.sys, "executable", str(path))
+        monkeypatch.setattr(verify_process.sys, "executable", str(path))
 
     return install
 
@@ -110,8 +110,8 @@ def child_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measure: Any) 
         "result": str(tmp_path / "result"),
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-    monkeypatch.setattr(pipeline, "measure", measure)
-    fresh.main()
+    monkeypatch.setattr(conversion, "measure", measure)
+    verify_process.main()
     document: dict[str, Any] = json.loads((tmp_path / "result").read_text())
     return document
 

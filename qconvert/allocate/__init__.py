@@ -9,49 +9,38 @@ from collections.abc import Iterable, Sequence
 
 from qconvert.allocate.choices import Choice, choice_bytes, choices, stored_bytes
 from qconvert.allocate.knapsack import solve
-from qconvert.allocate.sensitivity import weigh
+from qconvert.allocate.sensitivity import measure_losses
 from qconvert.errors import UsageError
 from qconvert.ir.budget import Budget
-from qconvert.ir.layer import Batch, Block
-from qconvert.ir.model import Model
+from qconvert.ir.layer import Block
 from qconvert.ir.plan import Assignment, Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.task import GENERATING
-from qconvert.ir.template import InputGroup
-from qconvert.plugin.quantizer import Quantizer
+from qconvert.job import Job
 from qconvert.recipe import Recipe
 from qconvert.recipe.fields import Rule
 
 __all__ = ["allocate"]
 
 
-def allocate(
-    blocks: Iterable[Block],
-    model: Model,
-    plan: Plan,
-    groups: Sequence[InputGroup],
-    recipe: Recipe,
-    quantizer: Quantizer,
-    batches: Sequence[Batch],
-    progress: Progress,
-) -> tuple[Recipe, Assignment]:
+def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Recipe, Assignment]:
     """The recipe that a recipe with a budget comes down to, with a rule for every layer, and what it is expected to lose.
 
-    blocks: with the statistics that `quantizer` wants, see `calibrate`.
-    plan: of the recipe before anything is decided; layers that a rule names are as it says.
-    batches: calibration samples.
+    blocks: with the statistics that the quantizer wants, see `calibrate`.
+    job: its plan is that of the recipe before anything is decided; layers that a rule names are as it says.
 
     Raises UsageError QC-BUDGET-004 to -006 where nothing can be decided, and what `calibrate` and the quantizer raise.
     """
-    waiting = choices(plan, groups, recipe, model)
+    model, plan, recipe = job.model, job.plan, job.recipe
+    waiting = choices(plan, job.template.groups, recipe, model)
     budget = Budget.parse(recipe.budget or "")
     room = _room(plan, waiting, budget)
     by_shape = [[choice_bytes(plan, choice, scheme) for scheme in choice.schemes] for choice in waiting]
     if sum(map(min, by_shape)) > room:  # which is known before anything is measured
         raise _too_small(plan, waiting, by_shape, budget)
     progress.stage("allocate", len({model.block_of(name) for name in plan.layers}))
-    weighed = weigh(blocks, model, plan, waiting, recipe, quantizer, batches, progress)
+    weighed = measure_losses(blocks, job, waiting, progress)
     chosen = solve([each.options for each in weighed], room)
     if chosen is None:
         raise _too_small(plan, waiting, [[option.cost for option in each.options] for each in weighed], budget)

@@ -20,17 +20,17 @@ from qconvert.allocate.knapsack import Option
 from qconvert.allocate.wavefront import Wavefront
 from qconvert.execution.modules import in_own_shape
 from qconvert.ir import affine
+from qconvert.ir.batch import Batch
 from qconvert.ir.finite import require_finite
-from qconvert.ir.layer import Batch, Block, Layer, LinearGroup
+from qconvert.ir.layer import Block, Layer, LinearGroup
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
+from qconvert.job import Job
 from qconvert.plugin.host import contract
 from qconvert.plugin.input_scaling import scaled
 from qconvert.plugin.observer import Gram
-from qconvert.plugin.quantizer import Quantizer
-from qconvert.recipe import Recipe
 
 # Of the samples on which losses are measured. Twice as many found assignments 2 % better (SmolLM2, 4.5 bits).
 ROWS, TOKENS = 4, 64
@@ -48,21 +48,14 @@ class Weighed:
     options: tuple[Option, ...]
 
 
-def weigh(
-    blocks: Iterable[Block],
-    model: Model,
-    plan: Plan,
-    waiting: Sequence[Choice],
-    recipe: Recipe,
-    quantizer: Quantizer,
-    batches: Sequence[Batch],
-    progress: Progress,
-) -> list[Weighed]:
+def measure_losses(blocks: Iterable[Block], job: Job, waiting: Sequence[Choice], progress: Progress) -> list[Weighed]:
     """Costs and losses of all choices, in the order of the blocks."""
+    model, plan = job.model, job.plan
     choice_of = {name: choice for choice in waiting for name in choice.layers}
-    wavefront = Wavefront(model, _few(model, batches), recipe.device)
+    wavefront = Wavefront(model, _few(model, job.samples.calibration), job.recipe.device)
     costs, errors, found = [], [], []
     for block in blocks:
+        block.require_seen()
         wavefront.enter(block.name)
         for group in block.groups:
             for layer in group.layers:
@@ -70,7 +63,7 @@ def weigh(
             asked = {layer.name: choice_of.get(layer.name) for layer in group.layers}
             if not any(asked.values()):
                 continue
-            made = _Made(group, plan, choice_of, quantizer, keep_unfolded=recipe.layout == "onnx")
+            made = _ReferenceLayers(group, job, choice_of)
             for choice in dict.fromkeys(filter(None, asked.values())):
                 wavefront.add(made.parameters(model, choice))
                 found.append(choice)
@@ -104,18 +97,17 @@ def _few(model: Model, batches: Sequence[Batch]) -> Batch:
     return {name: value[:ROWS, :TOKENS] for name, value in batches[0].items()}
 
 
-class _Made:
+class _ReferenceLayers:
     """Layers that share an input, quantized to the reference schemes of their choices.
 
     Where an input scale does not fold into a producer, the graph keeps a tensor for it.
     """
 
-    def __init__(
-        self, group: LinearGroup, plan: Plan, choice_of: Mapping[str, Choice], quantizer: Quantizer, *, keep_unfolded: bool
-    ) -> None:
+    def __init__(self, group: LinearGroup, job: Job, choice_of: Mapping[str, Choice]) -> None:
+        plan, quantizer = job.plan, job.quantizer
         names = [layer.name for layer in group.layers]
         schemes = tuple(choice_of[name].reference if name in choice_of else plan.layers[name].scheme for name in names)
-        kept = keep_unfolded and group.producer is None and group.layers[0].kind != "conv2d"
+        kept = job.keeps_unfolded and group.producer is None and group.layers[0].kind != "conv2d"
         scale = contract.prepare(quantizer, group, schemes).input_scale if kept or group.producer is not None else None
         if scale is not None:
             group = scaled(group, scale, quantizer.observers)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.execution.divergence import kl_divergence, log_probabilities
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.task import GENERATING
 
@@ -73,13 +73,13 @@ class Wavefront:
         runner, index = self.runner, self._next
         runner.enter(index)
         block = self.model.blocks[index]
-        before = runner.hidden[0]
+        before = runner.lanes[0].fork(runner.lanes[0].hidden)
         with runner.weights_of(block):
-            for batch, hidden in enumerate(runner.hidden):
-                runner.hidden[batch] = runner.call_block(index, batch, hidden)
+            for lane in runner.lanes:
+                lane.hidden = runner.call_block(index, lane)
             for replaced in self._waiting:
                 with _swapped(self.model.module, replaced, runner.device):
-                    runner.fork(0, runner.call_block(index, 0, before))
+                    runner.lanes.append(runner.lanes[0].fork(runner.call_block(index, before)))
         self._waiting.clear()
         self._next += 1
 

@@ -1,7 +1,7 @@
 """The calibrate stage: draws samples, and hands over the model block by block with statistics of every layer's input."""
 
 from qconvert.calibrate.data import read_samples
-from qconvert.calibrate.observe import calibrate
-from qconvert.calibrate.shared import Share, calibrate_together
+from qconvert.calibrate.participant import Participant
+from qconvert.calibrate.walk import calibrate
 
-__all__ = ["Share", "calibrate", "calibrate_together", "read_samples"]
+__all__ = ["Participant", "calibrate", "read_samples"]

@@ -14,8 +14,8 @@ from torch import Tensor
 from qconvert.calibrate.records import read_arrays, read_records
 from qconvert.errors import InputError, UsageError
 from qconvert.execution.probes import position_limit
+from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN
-from qconvert.ir.layer import Batch, row_count
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples
 from qconvert.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 
 
 def importance_of(output: Tensor) -> Tensor:

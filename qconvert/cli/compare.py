@@ -32,8 +32,8 @@ def compare(tries: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 
     stdout: the table, or with --json the document. The exit code is the highest that any recipe would have had alone.
     """
-    from qconvert import preflight
     from qconvert.cli.terminal import StderrConsole, working
+    from qconvert.pipeline import preflight
     from qconvert.recipe.comparison import named_recipes, tried
     from qconvert.report.comparison import table
 
@@ -45,7 +45,7 @@ def compare(tries: tuple[str, ...], as_json: bool, **flags: Any) -> None:
         recipes = named_recipes(settings)
         plugins = preflight.check_comparison(recipes)
         with importing():
-            from qconvert.compare import compare as compare_recipes
+            from qconvert.pipeline.comparison import compare as compare_recipes
 
         comparison = compare_recipes(recipes, progress, plugins)
     if as_json:

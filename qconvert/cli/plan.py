@@ -21,17 +21,17 @@ def plan(as_json: bool, **flags: Any) -> None:
 
     stdout: the plan, with --json as a document. Takes the flags of run.
     """
-    from qconvert import preflight
     from qconvert.cli.terminal import StderrConsole, working
+    from qconvert.pipeline import preflight
 
     with working(StderrConsole()):
         recipe = recipe_of(flags)
         plugins = preflight.check(recipe, writes=False)
         with importing():
-            from qconvert import pipeline
+            from qconvert.pipeline.preparation import plan as make_plan
             from qconvert.report.plan import document, table
 
-        made = pipeline.plan(recipe, plugins)
+        made = make_plan(recipe, plugins)
     if as_json:
         emit(json.dumps(document(made), indent=2))
     else:

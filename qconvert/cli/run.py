@@ -19,16 +19,16 @@ def run(as_json: bool, **flags: Any) -> None:
 
     stdout: the output folder, or with --json the report. The flags override the recipe file.
     """
-    from qconvert import preflight
     from qconvert.cli.report import show
     from qconvert.cli.terminal import StderrConsole, working
+    from qconvert.pipeline import preflight
 
     console = StderrConsole()
     with working(console) as progress:
         recipe = recipe_of(flags)
         plugins = preflight.check(recipe)
         with importing():
-            from qconvert import pipeline
+            from qconvert.pipeline.conversion import convert
 
-        report = pipeline.convert(recipe, progress, plugins)
+        report = convert(recipe, progress, plugins)
     show(report, recipe.output, console, as_json=as_json)

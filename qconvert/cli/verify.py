@@ -36,9 +36,9 @@ def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates
 
     stdout: the folder, or with --json the report.
     """
-    from qconvert import preflight
     from qconvert.cli.report import show
     from qconvert.cli.terminal import StderrConsole, working
+    from qconvert.pipeline import preflight
     from qconvert.recipe.gates import Gate
 
     console = StderrConsole()
@@ -46,7 +46,7 @@ def verify(folder: Path, targets: tuple[str, ...], evaluation: str | None, gates
         parsed = tuple(map(Gate.parse, gates))
         plugins = preflight.check_published(folder, targets, evaluation, parsed)
         with importing():
-            from qconvert import pipeline
+            from qconvert.pipeline.verification import verify as verify_folder
 
-        report = pipeline.verify(folder, targets, evaluation, parsed, progress, plugins)
+        report = verify_folder(folder, targets, evaluation, parsed, progress, plugins)
     show(report, folder, console, as_json=as_json)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, cast
@@ -20,35 +19,14 @@ from torch.func import functional_call
 from qconvert.errors import InputError, UsageError
 from qconvert.execution.materialize import ReadParameter, materialize
 from qconvert.execution.outputs import graph_outputs, tensors_in
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
+from qconvert.ir.lane import BlockCall, Lane
 from qconvert.ir.model import Model
 from qconvert.ir.task import GENERATING
 
 
 class StopForward(Exception):
     """Raised inside a forward, e.g. by a hook, to end it early; BlockRunner takes it as the end of that batch."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    """All that a block was called with, but for the hidden state: masks and position embeddings differ by block."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    positional: bool  # whether the hidden state is the first positional argument
-
-    @staticmethod
-    def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, _Call]:
-        if args:
-            return args[0], _Call(args[1:], kwargs, True)
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return kwargs.get("hidden_states"), _Call((), others, False)
-
-    def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and the named arguments of a block's forward."""
-        if self.positional:
-            return (hidden, *self.args), dict(self.kwargs)
-        return (), {"hidden_states": hidden, **self.kwargs}
 
 
 class BlockRunner:
@@ -59,8 +37,7 @@ class BlockRunner:
             runner.run_block(index)
         for output in runner.outputs(): ...
 
-    hidden: per batch the input of the next block, e.g. [rows, tokens, hidden], on `device`.
-    batches: the inputs, on `device`.
+    lanes: one for each batch, on `device`.
 
     Beside the hidden state a stack's first block may hand on tensors that the later ones hand on as they are (T5's
     position biases).
@@ -69,66 +46,52 @@ class BlockRunner:
     hand one hidden state from each to the next: what would be computed then is not what the model computes.
     """
 
-    def __init__(self, model: Model, read: ReadParameter | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, model: Model, read: ReadParameter | None = None, device: str = "cpu", lanes: Sequence[Lane] = ()
+    ) -> None:
         self.model = model
         self.read = read
         self.device = checked_device(device)
-        self.hidden: list[Tensor] = []
-        self.batches: list[Batch] = []
+        self.lanes = list(lanes)
         self._blocks = [model.module.get_submodule(name) for name in model.blocks]
         starts = list(accumulate((len(stack) for stack in model.stacks), initial=0))
         self._stacks = [range(start, end) for start, end in pairwise(starts)]
-        self._calls: list[dict[int, _Call]] = []  # per batch: block -> call
-        # Per stack that has begun and per batch: what follows the hidden state where a block returns a tuple.
-        self._tails: list[list[tuple[Any, ...] | None]] = []
-        self._ends: list[list[Tensor]] = []  # per stack that is done and per batch: its last hidden state
 
     def start(self, batches: Sequence[Batch]) -> None:
         """Run what comes before the first block, and learn how the model calls its blocks."""
-        self.batches = [{name: value.to(self.device) for name, value in batch.items()} for batch in batches]
-        self.hidden, self._calls, self._tails, self._ends = [], [{} for _ in batches], [], []
+        self.lanes = [Lane({name: value.to(self.device) for name, value in batch.items()}) for batch in batches]
         self.enter(0)
 
     def enter(self, index: int) -> None:
         """Make `hidden` the input of block `index`, which comes next: where it begins a stack, run what lies before that."""
-        if len(self._tails) == len(self._stacks) or self._stacks[len(self._tails)].start != index or not self.batches:
+        begun = len(self.lanes[0].tails) if self.lanes else len(self._stacks)
+        if begun == len(self._stacks) or self._stacks[begun].start != index:
             return
-        if self._tails:
-            self._ends.append(self.hidden)
-        stack = self._stacks[len(self._tails)]
-        self.hidden = []
-        self._tails.append([])
+        stack = self._stacks[begun]
         with self.weights_of(""), self.weights_of(self.model.blocks[index]):
-            tail = self._tail_of(stack, 0)
+            if begun:
+                for lane in self.lanes:
+                    lane.ends.append(lane.state)
+            tail = self._tail_of(stack, self.lanes[0])
             shares = any(True for _ in tensors_in(tail))
-            for batch in range(len(self.batches)):
-                self._tails[-1].append(self._tail_of(stack, batch) if shares and batch else tail)
-                self._record(stack, batch)
+            for number, lane in enumerate(self.lanes):
+                lane.tails.append(self._tail_of(stack, lane) if shares and number else tail)
+                self._record(stack, lane)
 
     def run_block(self, index: int, read: ReadParameter | None = None) -> None:
-        """Advance the hidden states of all batches through one block, with the parameters that `read` gives if it is set."""
+        """Advance all lanes through one block, with the parameters that `read` gives if it is set."""
         self.enter(index)
         with self.weights_of(self.model.blocks[index], read):
-            for batch in range(len(self.batches)):
-                self.hidden[batch] = self.call_block(index, batch, self.hidden[batch])
-
-    def fork(self, batch: int, hidden: Tensor) -> None:
-        """Add a batch that has come as far as `batch`, and like it but for its hidden state."""
-        self.batches.append(self.batches[batch])
-        self.hidden.append(hidden)
-        self._calls.append(dict(self._calls[batch]))
-        for tails in self._tails:
-            tails.append(tails[batch])
-        for ends in self._ends:
-            ends.append(ends[batch])
+            for lane in self.lanes:
+                lane.hidden = self.call_block(index, lane)
 
     @torch.no_grad()
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
-        """`graph_outputs` per batch, once all blocks are run (a model without blocks runs whole, here)."""
+        """`graph_outputs` per lane, once all blocks are run (a model without blocks runs whole, here)."""
         with self.weights_of(""):
-            for batch, inputs in enumerate(self.batches):
-                with self._stand_ins(partial(self._result, batch), self._blocks):
-                    outputs = graph_outputs(self.model.task, self.model.module, inputs)
+            for lane in self.lanes:
+                with self._stand_ins(partial(self._result, lane), self._blocks):
+                    outputs = graph_outputs(self.model.task, self.model.module, lane.batch)
                 yield outputs
 
     def weights_of(self, unit: str, read: ReadParameter | None = None) -> AbstractContextManager[None]:
@@ -136,43 +99,46 @@ class BlockRunner:
         return materialize(self.model, unit, read or self.read, self.device)
 
     @torch.no_grad()
-    def call_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """One block on one batch; the block's weights must be in place."""
-        args, kwargs = self._calls[batch][index].arguments(hidden)
+    def call_block(self, index: int, lane: Lane) -> Tensor:
+        """What one block makes of a lane's hidden state; the block's weights must be in place."""
+        hidden = lane.state
+        args, kwargs = lane.calls[index].arguments(hidden)
         output = self._blocks[index](*args, **kwargs)
         output, tail = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
         if output.shape != hidden.shape:
             raise self._not_a_chain(f"block {index} turns a state of shape {list(hidden.shape)} into {list(output.shape)}")
-        expected = list(tensors_in(self._tails[self._stack_of(index)][batch]))
+        expected = list(tensors_in(lane.tails[self._stack_of(index)]))
         found = list(tensors_in(tail))
         if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
             raise self._not_a_chain(f"block {index} hands on other tensors, beside the hidden state, than the first one")
         return cast(Tensor, output)
 
     @contextmanager
-    def differentiable(
-        self, index: int, read: ReadParameter
-    ) -> Iterator[Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]]:
-        """Within the context, a function of (batch, hidden state, parameters by their full names) to the output of a block.
+    def differentiable(self, index: int, read: ReadParameter) -> Iterator[Callable[[Lane, Mapping[str, Tensor]], Tensor]]:
+        """Within the context, a function of (lane, parameters by their full names) to the output of a block.
 
         Gradients flow to those parameters; all others are what `read` gives.
         """
         unit, block = self.model.blocks[index], self._blocks[index]
 
-        def call(batch: int, hidden: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        def call(lane: Lane, parameters: Mapping[str, Tensor]) -> Tensor:
             own = {name.removeprefix(f"{unit}."): tensor for name, tensor in parameters.items()}
-            output = functional_call(block, own, *self._calls[batch][index].arguments(hidden))
+            output = functional_call(block, own, *lane.calls[index].arguments(lane.state))
             return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
         with self.weights_of(unit, read), torch.enable_grad():
             yield call
 
     @torch.no_grad()
-    def run_outside(self, batch: int) -> list[Tensor]:
-        """Everything but the blocks, heads included, on one batch: all tensors that the model returns, [] if it was
-        stopped. The weights of "" must be in place. The blocks give the current hidden state."""
-        with self._stand_ins(partial(self._result, batch), self._blocks):
-            return list(tensors_in(self._forward(self.batches[batch])))
+    def run_outside(self, lane: Lane) -> list[Tensor]:
+        """Everything but the blocks, heads included, on one lane: all tensors that the model returns, [] if it was
+        stopped. The weights of "" must be in place. The blocks give the lane's hidden state."""
+        with self._stand_ins(partial(self._result, lane), self._blocks):
+            return list(tensors_in(self._forward(lane.batch)))
+
+    def run_unit(self, index: int, lane: Lane) -> list[Tensor]:
+        """What a block gives, or for the index beyond the last what lies outside the blocks."""
+        return [self.call_block(index, lane)] if index < len(self._blocks) else self.run_outside(lane)
 
     def _forward(self, batch: Batch) -> Any:
         """The whole model with all its heads; () where a hook stopped it."""
@@ -185,18 +151,13 @@ class BlockRunner:
     def _stack_of(self, index: int) -> int:
         return next(number for number, stack in enumerate(self._stacks) if index in stack)
 
-    def _result(self, batch: int, index: int, *args: Any, **kwargs: Any) -> Any:
+    def _result(self, lane: Lane, index: int, *args: Any, **kwargs: Any) -> Any:
         """What a block of a stack that has been run, or is being run, gives in the place of the stack's last one."""
         number = self._stack_of(index)
-        hidden = self._ends[number][batch] if number < len(self._ends) else self.hidden[batch]
-        return self._wrap(hidden, number, batch)
-
-    def _wrap(self, hidden: Tensor, number: int, batch: int) -> Any:
-        tail = self._tails[number][batch]
-        return hidden if tail is None else (hidden, *tail)
+        return _with_tail(lane.ends[number] if number < len(lane.ends) else lane.state, lane.tails[number])
 
     @torch.no_grad()
-    def _tail_of(self, stack: range, batch: int) -> tuple[Any, ...] | None:
+    def _tail_of(self, stack: range, lane: Lane) -> tuple[Any, ...] | None:
         """Run the first block of a stack: what it returns behind the hidden state, None where it returns a tensor."""
         found: list[tuple[Any, ...] | None] = []
 
@@ -206,22 +167,22 @@ class BlockRunner:
 
         hook = self._blocks[stack.start].register_forward_hook(look)
         try:
-            with self._stand_ins(partial(self._result, batch), self._blocks[: stack.start]):
-                self._forward(self.batches[batch])
+            with self._stand_ins(partial(self._result, lane), self._blocks[: stack.start]):
+                self._forward(lane.batch)
         finally:
             hook.remove()
         return found[0] if found else None
 
     @torch.no_grad()
-    def _record(self, stack: range, batch: int) -> None:
+    def _record(self, stack: range, lane: Lane) -> None:
         """Learn how the model calls the blocks of a stack, and with which hidden state the first."""
-        calls: dict[int, _Call] = {}
+        calls: dict[int, BlockCall] = {}
         first: list[Tensor] = []
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             if index < stack.start:
-                return self._result(batch, index)
-            hidden, call = _Call.split(args, kwargs)
+                return self._result(lane, index)
+            hidden, call = BlockCall.split(args, kwargs)
             expected = stack.start + len(calls)
             if not isinstance(hidden, Tensor):
                 raise self._not_a_chain(f"block {index} is called without a hidden state")
@@ -233,14 +194,14 @@ class BlockRunner:
             calls[index] = call
             if len(calls) == len(stack):
                 raise StopForward
-            return self._wrap(hidden, len(self._tails) - 1, batch)
+            return _with_tail(hidden, lane.tails[-1])
 
         with self._stand_ins(stand_in, self._blocks):
-            self._forward(self.batches[batch])
+            self._forward(lane.batch)
         if len(calls) < len(stack):
             raise self._not_a_chain(f"only {len(calls)} of {len(stack)} blocks are called")
-        self._calls[batch] |= calls
-        self.hidden.append(first[0])
+        lane.calls |= calls
+        lane.hidden = first[0]
 
     @contextmanager
     def _stand_ins(self, forward: Callable[..., Any], blocks: Sequence[nn.Module]) -> Iterator[None]:
@@ -260,6 +221,10 @@ class BlockRunner:
             f"{self.model.name!r}: the blocks {first!r} to {last!r} can't be run one by one: {reason}",
             hint="this architecture needs a loader plugin that gives a Model without blocks, so that it runs whole",
         )
+
+
+def _with_tail(hidden: Tensor, tail: tuple[Any, ...] | None) -> Any:
+    return hidden if tail is None else (hidden, *tail)
 
 
 def checked_device(device: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.errors import InputError
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.task import Task
 
 # What the graphs of a transformers model give, in this order. An encoder gives its hidden state whatever lies above it.

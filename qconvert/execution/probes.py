@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 
 # Rows of different length: the second has to ignore what is not there. Neither they nor their number are what graphs are traced

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir
 import torch
 from onnx_ir import Value
@@ -23,59 +21,50 @@ from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.task import GENERATING
-from qconvert.ir.template import DOMAIN, Template
+from qconvert.ir.template import DOMAIN
 from qconvert.ir.write_result import WriteResult
+from qconvert.job import Job
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.reader import read_tensor
 from qconvert.storage.stage import Stage
-from qconvert.vocabulary import Logits
 
 IR_VERSION = 10
 # Gather takes every float but these: such a table is widened when the model is loaded.
 NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
 
 
-def export(
-    template: Template,
-    model: Model,
-    plan: Plan,
-    written: WriteResult,
-    stage: Stage,
-    *,
-    targets: Sequence[str] = ("cpu",),
-    cuda_dtype: torch.dtype = torch.float16,
-    logits: Logits = "all",
-) -> None:
+def export(job: Job, written: WriteResult, stage: Stage) -> None:
     """Write the graphs of every target, and for decoders genai_config.json, into `stage.folder`.
 
     Every tensor but small constants is external data in model.safetensors or the sidecar.
-    cuda_dtype: of activations and caches in the CUDA provider's graph.
 
     Raises ResourceError (disk), and UsageError QC-CUDA-001 to QC-CUDA-003 for what can't be a graph for CUDA.
     """
+    model, template, recipe = job.model, job.template, job.recipe
     stored = dict(written.tensors)
     outlier_columns = {
         name: tuple(read_tensor(stage.folder, stored[key]).tolist())
-        for name in plan.layers
+        for name in job.plan.layers
         if (key := f"{name}.outlier_columns") in stored
     }
     group_of = {name: number for number, group in enumerate(template.groups) for name in group.layers}
-    asked = [target for target in TARGETS if target in targets]
+    asked = [target for target in TARGETS if target in recipe.targets]
     for target in asked:
         if target == "cpu":
             for name, tensor in template.constants.items():
                 stored[name] = stage.sidecar.append(name, tensor)
         for part, file in graph_files(model.task, target).items():
             graph = template.graphs[part].clone()
-            if logits == "last":
+            if recipe.logits == "last":
                 assert model.output_head is not None
                 keep_last_position(graph.graph, model.output_head)
             builder = GraphBuilder(graph.graph, stored)
             if target == "cpu":
                 decodes = model.task in GENERATING
-                _lower_for_cpu(graph.graph, CpuLowering(builder, outlier_columns, group_of, decodes=decodes), model, plan)
+                _lower_for_cpu(graph.graph, CpuLowering(builder, outlier_columns, group_of, decodes=decodes), model, job.plan)
             else:
-                lower_for_cuda(graph.graph, CudaLowering(builder, outlier_columns, group_of, stage, cuda_dtype), model, plan)
+                dtype = getattr(torch, recipe.cuda_dtype)
+                lower_for_cuda(graph.graph, CudaLowering(builder, outlier_columns, group_of, stage, dtype), model, job.plan)
             stage.sidecar.sync()
             _finish(graph)
             with disk_errors(stage.folder / file):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
+
+from qconvert.errors import UsageError
+from qconvert.ir.lane import Lane
 
 LayerKind = Literal["linear", "conv1d", "conv2d", "embedding"]
 
@@ -75,52 +77,47 @@ class LinearGroup:
     input_scale: Tensor | None = None
 
 
-class BlockSamples(Protocol):
-    """A repeated block on the calibration samples, with gradients.
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockSamples:
+    """What a repeated block is tuned on.
 
+    lanes: per batch what the block is called with.
     targets: per batch what the float block puts out, [rows, tokens, hidden].
     importance: per batch how much a squared error counts at each token, [rows, tokens]; 0 at padding.
     """
 
-    @property
-    def targets(self) -> Sequence[Tensor]: ...
-
-    @property
-    def importance(self) -> Sequence[Tensor]: ...
-
-    def running(self, fixed: Mapping[str, Tensor]) -> AbstractContextManager[Callable[[int, Mapping[str, Tensor]], Tensor]]:
-        """Within the context, a function of a batch's number and the weights [out, in] of some layers, by layer name, to the
-        block's output; gradients flow to the weights.
-
-        fixed: tensors that differ from the source, by full name.
-        """
+    lanes: tuple[Lane, ...]
+    targets: tuple[Tensor, ...]
+    importance: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """One unit of the model that is in memory at a time.
+    """One unit of the model that is in memory at a time. Plain data: it can be handed to another process.
 
     groups: its linears, those with a common input together, in forward order.
     tensors: the float tensors that a fold may change (weights and biases of producers), by full name.
-    relative_change: runs the block on calibration inputs with some tensors replaced and returns the largest change of
-        its output relative to the largest |output|; None where nothing was calibrated.
+    lane: the calibration inputs on which it is proved that folding changes nothing; None where nothing was calibrated.
     samples: what it is tuned on; None where it is not to be tuned, and outside the repeated blocks.
     """
 
     name: str
     groups: tuple[LinearGroup, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    relative_change: Callable[[Mapping[str, Tensor]], float] | None = None
+    lane: Lane | None = None
     samples: BlockSamples | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
+        """All linears of all groups."""
         return tuple(layer for group in self.groups for layer in group.layers)
 
-
-Batch = dict[str, Any]
-
-
-def row_count(inputs: Mapping[str, Tensor]) -> int:
-    """How many rows inputs have; what all rows of a module's share has one, or is a scalar."""
-    return max(len(value) for value in inputs.values() if value.ndim)
+    def require_seen(self) -> None:
+        """Raises UsageError QC-CALIB-001 for layers that have statistics, but of no row."""
+        names = [layer.name for layer in self.layers if layer.stats is not None and not layer.stats.rows]
+        if names:
+            raise UsageError(
+                "QC-CALIB-001",
+                f"no calibration sample reached {', '.join(map(repr, names[:5]))} ({len(names)} layers in all saw 0 rows)",
+                hint=f"keep it in float with --rule '{names[0]}=float', or calibrate on more varied data",
+            )

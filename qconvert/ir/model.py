@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir.layer import Batch, row_count
+from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.task import Task
 
 

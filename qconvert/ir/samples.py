@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qconvert.ir.layer import Batch, row_count
+from qconvert.ir.batch import Batch, row_count
 
 
 @dataclass(frozen=True, slots=True, eq=False)

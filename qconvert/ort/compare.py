@@ -20,8 +20,8 @@ from qconvert.execution.probes import (
     padded_batch,
     vocabulary_size,
 )
+from qconvert.ir.batch import row_count
 from qconvert.ir.graph_names import CROSS
-from qconvert.ir.layer import row_count
 from qconvert.ir.model import Model
 from qconvert.ort.session import Values, empty
 

@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from qconvert.execution.unit import DifferentiableBlock
 from qconvert.ir import affine
 from qconvert.ir.finite import require_finite
-from qconvert.ir.layer import Block, BlockSamples, Layer
-from qconvert.ir.plan import Plan
-from qconvert.ir.progress import Progress
+from qconvert.ir.layer import Block, Layer
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
+from qconvert.job import Job
 from qconvert.plugin.host import contract
-from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.quantize.fold import Folded, fold
 from qconvert.quantize.tune import tune
 from qconvert.recipe.fields import Tuning
 
 
-def quantize(
-    blocks: Iterable[Block],
-    plan: Plan,
-    quantizer: Quantizer,
-    progress: Progress,
-    *,
-    keep_unfolded: bool,
-    tuning: Tuning | None = None,
-) -> Iterator[QuantizedBlock]:
-    """Quantize block after block, lazily: nothing of a block is kept once the next is asked for.
+def quantize(block: Block, job: Job) -> QuantizedBlock:
+    """Quantize the layers of a block, its input scales folded where they can be, and tune them where the job says so.
 
-    keep_unfolded: input scales that can't be folded stay in the graph (`--layout onnx`).
-    tuning: how blocks that have samples are tuned, None where they are not.
-
-    Raises InputError QC-WEIGHT-001 for weights that are not finite; PluginError for a quantizer that breaks its contract.
+    Raises UsageError QC-CALIB-001 for layers whose input was never seen, InputError QC-WEIGHT-001 for weights that are not
+    finite; PluginError for a quantizer that breaks its contract.
     """
-    for block in blocks:
-        yield quantize_block(block, plan, quantizer, keep_unfolded=keep_unfolded, tuning=tuning)
-        progress.advance()
-
-
-def quantize_block(
-    block: Block, plan: Plan, quantizer: Quantizer, *, keep_unfolded: bool, tuning: Tuning | None = None
-) -> QuantizedBlock:
-    """`quantize` for one block."""
-    schemes = {name: layer.scheme for name, layer in plan.layers.items()}
+    block.require_seen()
+    quantizer = job.quantizer
+    schemes = {layer.name: job.plan.layers[layer.name].scheme for layer in block.layers}
     for layer in block.layers:
         require_finite(f"{layer.name}.weight", layer.weight)
-    folded = fold(block, quantizer, schemes, keep_unfolded)
+    folded = fold(block, job)
     tensors = {}
     for layer in folded.block.layers:
         if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
@@ -58,8 +41,9 @@ def quantize_block(
         if layer.name in folded.input_scales:
             tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
         tensors[layer.name] = tensor
-    if tuning is not None and block.samples is not None:
-        tensors |= _tuned(folded, tensors, block.samples, tuning)
+    if block.samples is not None and job.recipe.tuning is not None:
+        samples = DifferentiableBlock(job.model, block.name, block.samples, job.recipe.device)
+        tensors |= _tuned(folded, tensors, samples, job.recipe.tuning)
     layers = tuple(
         QuantizedLayer(layer.name, tensors[layer.name], _relative_error(layer, tensors[layer.name]))
         for layer in folded.block.layers
@@ -68,7 +52,7 @@ def quantize_block(
 
 
 def _tuned(
-    folded: Folded, tensors: Mapping[str, QuantizedTensor], samples: BlockSamples, tuning: Tuning
+    folded: Folded, tensors: Mapping[str, QuantizedTensor], samples: DifferentiableBlock, tuning: Tuning
 ) -> dict[str, QuantizedTensor]:
     """The linears of a block, tuned; convolutions and embeddings keep their codes."""
     layers = {layer.name: layer for layer in folded.block.layers if layer.kind in ("linear", "conv1d")}

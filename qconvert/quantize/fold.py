@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qconvert.execution.unit import relative_change
 from qconvert.ir.layer import Block, Producer
-from qconvert.ir.scheme import QuantScheme
+from qconvert.job import Job
 from qconvert.plugin.host import contract
 from qconvert.plugin.input_scaling import divided, scaled
-from qconvert.plugin.quantizer import Quantizer
 
 logger = logging.getLogger("qconvert")
 
@@ -35,21 +35,22 @@ class Folded:
     input_scales: Mapping[str, Tensor]
 
 
-def fold(block: Block, quantizer: Quantizer, schemes: Mapping[str, QuantScheme], keep_unfolded: bool) -> Folded:
+def fold(block: Block, job: Job) -> Folded:
     """Ask the quantizer for input scales and put them into the block.
 
-    keep_unfolded: leave scales that can't be folded as input scales, instead of doing without.
+    Scales that can't be folded stay as input scales where the job keeps them; else the block does without.
     """
+    quantizer, keep_unfolded = job.quantizer, job.keeps_unfolded
     wanted = {}
     for index, group in enumerate(block.groups):
         # A convolution reads each input channel through a whole kernel: no factor on the input stands for a scale per column.
         # An embedding reads no channels at all.
         if group.producer is None and not (keep_unfolded and group.layers[0].kind not in ("conv2d", "embedding")):
             continue
-        prepared = contract.prepare(quantizer, group, tuple(schemes[layer.name] for layer in group.layers))
+        prepared = contract.prepare(quantizer, group, tuple(job.plan.layers[layer.name].scheme for layer in group.layers))
         if prepared.input_scale is not None:
             wanted[index] = prepared.input_scale
-    foldable = _that_change_nothing(block, [index for index in wanted if block.groups[index].producer], wanted)
+    foldable = _that_change_nothing(block, job, [index for index in wanted if block.groups[index].producer], wanted)
     folded = _apply(block, {index: wanted[index] for index in foldable})
     kept = {index: scale for index, scale in wanted.items() if index not in foldable} if keep_unfolded else {}
     input_scales = {layer.name: scale for index, scale in kept.items() for layer in block.groups[index].layers}
@@ -67,15 +68,16 @@ def fold(block: Block, quantizer: Quantizer, schemes: Mapping[str, QuantScheme],
     return Folded(dataclasses.replace(folded.block, groups=tuple(groups)), folded.tensors, input_scales)
 
 
-def _that_change_nothing(block: Block, candidates: Sequence[int], scales: Mapping[int, Tensor]) -> list[int]:
+def _that_change_nothing(block: Block, job: Job, candidates: Sequence[int], scales: Mapping[int, Tensor]) -> list[int]:
     """The candidates whose folding leaves the block's output as it is: tried all at once, then one by one."""
-    if not candidates or block.relative_change is None:
+    lane = block.lane
+    if not candidates or lane is None:
         return []
 
     def change(indices: Sequence[int]) -> float:
         applied = _apply(block, {index: scales[index] for index in indices})
-        assert block.relative_change is not None
-        return block.relative_change(_parameters(applied.block, indices, applied.tensors))
+        replaced = _parameters(applied.block, indices, applied.tensors)
+        return relative_change(job.model, block.name, lane, replaced, job.recipe.device)
 
     if change(candidates) <= TOLERANCE * len(candidates):  # each of them rounds
         return list(candidates)

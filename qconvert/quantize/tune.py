@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qconvert.execution.unit import DifferentiableBlock
 from qconvert.ir import affine
-from qconvert.ir.layer import BlockSamples, Layer
+from qconvert.ir.layer import Layer
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.recipe.fields import Tuning
 
@@ -34,7 +35,7 @@ Forward = Callable[[int, Mapping[str, Tensor]], Tensor]
 def tune(
     layers: Mapping[str, Layer],
     tensors: Mapping[str, QuantizedTensor],
-    samples: BlockSamples,
+    samples: DifferentiableBlock,
     fixed: Mapping[str, Tensor],
     tuning: Tuning,
 ) -> dict[str, QuantizedTensor]:
@@ -117,13 +118,15 @@ class _Variables:
         return dataclasses.replace(self.start, q=self._codes(scale).reshape(self.start.q.shape).to(torch.int8), scale=scale)
 
 
-def _error(output: Tensor, samples: BlockSamples, batch: int) -> Tensor:
+def _error(output: Tensor, samples: DifferentiableBlock, batch: int) -> Tensor:
     """Squared error relative to the output, mean over all tokens."""
     square = (output - samples.targets[batch]).square().mean(-1)
     return (square * samples.importance[batch]).mean()
 
 
 @torch.no_grad()
-def _loss(forward: Forward, tensors: Mapping[str, QuantizedTensor], samples: BlockSamples, batches: Sequence[int]) -> float:
+def _loss(
+    forward: Forward, tensors: Mapping[str, QuantizedTensor], samples: DifferentiableBlock, batches: Sequence[int]
+) -> float:
     weights = {name: tensor.dequantize() for name, tensor in tensors.items()}
     return sum(float(_error(forward(batch, weights), samples, batch)) for batch in batches)

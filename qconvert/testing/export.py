@@ -8,14 +8,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from qconvert.calibrate import calibrate
+from qconvert.calibrate import Participant, calibrate
 from qconvert.errors import QConvertError
 from qconvert.export import export
 from qconvert.ir.model import Model
-from qconvert.ir.progress import silent
 from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.samples import Samples
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
+from qconvert.job import Job
 from qconvert.load import load
 from qconvert.plan import plan as make_plan
 from qconvert.plugin.quantizer import Quantizer
@@ -67,11 +68,11 @@ def _convert(quantizer: Quantizer, compare: Callable[[ArtifactReader, dict[str, 
             try:
                 recipe = Recipe.from_settings(settings)
                 plan = make_plan(model, template, recipe, quantizer)
-                blocks = calibrate(model, plan, template.groups, quantizer, [dict(model.example_inputs)])
-                done = list(quantize(blocks, plan, quantizer, silent, keep_unfolded=True))
+                samples = Samples((dict(model.example_inputs),), ())
+                job = Job(recipe, recipe, quantizer, model, template, plan, samples)
+                done = [quantize(block, job) for block in calibrate([Participant(job)])]
                 with open_stage(output, "0" * 12) as stage:
-                    written = write(done, model, plan, stage, recipe.layout)
-                    export(template, model, plan, written, stage)
+                    export(job, write(done, job, stage), stage)
                     tensors = {layer.name: layer.tensor for block in done for layer in block.layers}
                     compare(ArtifactReader(stage.folder, model, plan, stage.tensors()), tensors, scheme)
             except QConvertError as error:

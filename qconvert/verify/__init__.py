@@ -17,12 +17,12 @@ from qconvert.execution import probes
 from qconvert.graph.float_graph import float_graph
 from qconvert.graph.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.artifact import graph_files, is_model_file
-from qconvert.ir.layer import Batch, row_count
+from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.model import Model
-from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.ir.template import Template
+from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.processor import processor
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
@@ -45,27 +45,17 @@ SHARING = SessionSettings(spinning=False)
 WRONG = "its parity failed: what it computes is wrong"
 
 
-def verify(
-    folder: Path,
-    model: Model,
-    template: Template,
-    plan: Plan,
-    evaluation: Sequence[Batch],
-    targets: Sequence[str],
-    progress: Progress,
-    *,
-    with_transformers: bool,
-) -> Evidence:
-    """Everything that is said about an artifact, measured.
+def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
+    """Everything that is said about an artifact, measured on the job's targets and evaluation samples.
 
-    folder: an output folder or a stage with its manifest. evaluation: held-out samples.
-    with_transformers: whether the folder promises to load in transformers.
+    folder: an output folder or a stage with its manifest.
 
     Raises InputError QC-VERIFY-004 where the float model is not the one that the artifact was made from, QC-FLOAT-001 where it
     gives no finite numbers, and UsageError QC-CUDA-004 where float16 can't hold what the float model can.
     """
+    model, template, evaluation, targets = job.model, job.template, job.samples.evaluation, job.recipe.targets
     _check_source(folder, model)
-    artifact = ArtifactReader(folder, model, plan, read_index(folder))
+    artifact = ArtifactReader(folder, model, job.plan, read_index(folder))
     progress.stage("parity", None)
     dequantized = torch_outputs(model, artifact.read)
     if not all(bool(torch.isfinite(each).all()) for outputs in dequantized for each in outputs):
@@ -74,13 +64,13 @@ def verify(
     parity = []
     if "cpu" in targets and all(path.exists() for path in paths["cpu"].values()):
         parity.append(attempt("cpu", lambda: _judged("cpu", *_cpu_error(artifact, paths["cpu"], dequantized))))
-    if with_transformers:
+    if job.recipe.layout == "transformers" and model.config is not None:  # the folder promises to load there
         parity.append(_parity("transformers", partial(transformers_parity, artifact, dequantized)))
     reasons = {target: _why_not_run(files.values(), target) for target, files in paths.items()}
     parity += [Parity(target=target, status="not-run", reason=reason) for target, reason in reasons.items() if reason]
     fidelity = {target: Fidelity(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
     latency = {target: Latency(target=target, status="not-run", reason=reason) for target, reason in reasons.items()}
-    in_float16 = read_manifest(folder)["recipe"]["cuda_dtype"] == "float16"
+    in_float16 = job.recipe.cuda_dtype == "float16"
     runnable = [target for target in targets if reasons[target] is None]
     baseline = _open_float(template, model, SHARING)
     parity.append(_parity("float", lambda: float_parity(model, baseline, evaluation[0])))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qconvert.execution.divergence import kl_divergence, log_probabilities
-from qconvert.ir.layer import Batch, row_count
+from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity
 from qconvert.ir.task import GENERATING, Task

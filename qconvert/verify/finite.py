@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qconvert.ir.batch import Batch
 from qconvert.ir.finite import not_finite
-from qconvert.ir.layer import Batch
 
 
 def first_not_finite(output: Tensor, batch: Batch) -> int | None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from qconvert.execution.probes import position_limit, vocabulary_size
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency, Trial
 from qconvert.ir.task import GENERATING

@@ -28,7 +28,7 @@ from qconvert.graph.float_graph import number_repeated_names, parameter, substit
 from qconvert.graph.last_position import restore_all_positions
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, graph_files
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor

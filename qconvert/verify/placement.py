@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ort.compare import feed
 from qconvert.ort.session import PROVIDERS, file_session, joined
 

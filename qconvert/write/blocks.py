@@ -15,28 +15,26 @@ from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
+from qconvert.job import Job
 from qconvert.storage.compressed_tensors import SUFFIXES, encode
 from qconvert.storage.reader import tensor_record
 from qconvert.storage.safetensors import SafetensorsFile
 from qconvert.storage.stage import Stage
 from qconvert.targets import cpu
-from qconvert.vocabulary import Layout
 from qconvert.write.carried import write_carried
 from qconvert.write.config import write_config
 from qconvert.write.contents import Unit, largest, units
 
 
-def write(
-    blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Stage, layout: Layout = "transformers"
-) -> WriteResult:
+def write(blocks: Iterable[QuantizedBlock], job: Job, stage: Stage) -> WriteResult:
     """Write model.safetensors, the sidecar, config.json and the carried files into `stage.folder`.
 
-    blocks: in the order of `model.blocks`, then "" for what lies outside; those of `stage.done_blocks()` left out.
+    blocks: in the order of the model's, then "" for what lies outside; those of `stage.done_blocks()` left out.
 
     Raises ResourceError (disk), PluginError QC-WRITE-001 and UsageError QC-WRITE-002 where the transformers layout can't
     hold what a quantizer returned. A resumed run gives the same bytes as one that was never interrupted.
     """
-    with closing(Writer(model, plan, stage, layout)) as writer:
+    with closing(Writer(job, stage)) as writer:
         for block in blocks:
             writer.append(block)
         return writer.finish()
@@ -45,15 +43,13 @@ def write(
 class Writer:
     """`write` for who has no stream of blocks to pull from: `append` each, then `finish`; `close` in any case."""
 
-    def __init__(self, model: Model, plan: Plan, stage: Stage, layout: Layout) -> None:
-        self.model = model
-        self.plan = plan
+    def __init__(self, job: Job, stage: Stage) -> None:
+        self.model, self.plan, self.layout = job.model, job.plan, job.recipe.layout
         self.stage = stage
-        self.layout = layout
-        every = units(model, plan)
+        every = units(self.model, self.plan)
         done = set(stage.done_blocks())
         self._waiting = [unit for unit in every if unit.name not in done]
-        tensors = largest(model, every)
+        tensors = largest(self.model, every)
         stage.require_space(sum(info.nbytes for info in tensors.values()))
         self._weights = SafetensorsFile(stage.folder, tensors, stage.tensors_of(WEIGHTS))
 

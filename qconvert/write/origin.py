@@ -16,9 +16,10 @@ import onnx_ir
 import torch
 
 from qconvert.errors import InputError
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.template import Template
+from qconvert.job import Job
 from qconvert.plugin.host.distribution import Code, requirements
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.storage.digest import sha256, tensor_bytes
@@ -49,6 +50,19 @@ class Origin:
     inputs: Mapping[str, str]
     versions: Mapping[str, str]
     machine: Mapping[str, str | int]
+
+
+def origin_of(job: Job) -> Origin:
+    """What the bytes of a job's artifact depend on, beside its recipe."""
+    unread = () if job.plan.calibrated else ("calibration",) if job.recipe.verify else ("calibration", "evaluation")
+    inputs = {
+        **{name: digest for name, digest in job.digests.items() if name.partition(":")[0] not in unread},
+        **sample_digests(job.samples.calibration),
+        **graph_digests(job.model, job.template),
+        **option_digests(job.quantizer),
+        **{f"code:{code.distribution.name}": code.digest for code in job.code},
+    }
+    return Origin(inputs, versions(job.code), machine(job.recipe.device))
 
 
 def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:

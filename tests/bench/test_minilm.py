@@ -18,7 +18,7 @@ from qconvert import Recipe, convert
 from qconvert.calibrate import read_samples
 from qconvert.graph.float_graph import float_graph
 from qconvert.ir.artifact import SIDECAR, WEIGHTS
-from qconvert.ir.layer import Batch
+from qconvert.ir.batch import Batch
 from qconvert.load import load
 from qconvert.trace import trace
 

@@ -76,6 +76,12 @@ def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> 
         observer.update(rows, importance)
 
 
+def merge(observer: Observer, other: Observer, where: str) -> None:
+    """`observer.merge(other)`, of the same kind. Raises PluginError QC-PLUGIN-007 if it raises."""
+    with _blamed(observer, "merge", where):
+        observer.merge(other)
+
+
 def finalize(observer: Observer, where: str) -> Tensor:
     """`observer.finalize()`, on the CPU. Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no tensor."""
     with _blamed(observer, "finalize", where):

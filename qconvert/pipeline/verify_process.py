@@ -39,7 +39,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
     result = scratch / "report.json"
     request = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "result": str(result)}
     with subprocess.Popen(
-        [sys.executable, "-m", "qconvert.fresh"],
+        [sys.executable, "-m", "qconvert.pipeline.verify_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -102,13 +102,13 @@ def main() -> None:
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
     with importing():
-        from qconvert import pipeline
+        from qconvert.pipeline import verification
 
     request = json.load(sys.stdin)
     recipe = Recipe.model_validate(request["recipe"])
     answer: dict[str, Any]
     try:
-        report = pipeline.measure(Path(request["folder"]), recipe, _ToParent())
+        report = verification.measure(Path(request["folder"]), recipe, _ToParent())
         answer = {"report": report.model_dump(mode="json")}
     except QConvertError as error:
         answer = {"error": _document(error)}

@@ -10,28 +10,28 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qconvert import pipeline, preflight, verdict
-from qconvert.calibrate import Share, calibrate_together, read_samples
+from qconvert.calibrate import read_samples
 from qconvert.errors import QConvertError, unexpected
 from qconvert.execution.block_runner import checked_device
 from qconvert.ir.comparison import FILE, PLOT, Comparison, Entry
 from qconvert.ir.layer import Block
 from qconvert.ir.model import Model
-from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
 from qconvert.ir.samples import Samples
-from qconvert.ir.template import Template
+from qconvert.job import Job
+from qconvert.pipeline import preflight, verdict
+from qconvert.pipeline.conversion import Conversion, convert, opened_stage, quantize_blocks
+from qconvert.pipeline.preparation import load_model, open_model, outline
 from qconvert.plan import calibrates
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.quantize import quantize_block
 from qconvert.recipe import Recipe
 from qconvert.report.plot import plot
 from qconvert.storage.disk import disk_errors, replace_file
 from qconvert.storage.stage import Stage
 from qconvert.vocabulary import AUTO
-from qconvert.write import Writer
+from qconvert.write.origin import Origin, origin_of
 
 logger = logging.getLogger("qconvert")
 
@@ -50,27 +50,22 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent, plugins:
     attempts = [Attempt(name, recipe, plugins.quantizer(recipe.worker, recipe.options)) for name, recipe in recipes.items()]
     folder = attempts[0].recipe.output.parent
     # What a recipe of its own wants of the model is its own affair.
-    model = pipeline.load_model(attempts[0].recipe.model_copy(update={"gates": (), "logits": "all"}), plugins, progress)
-    samples = _samples(model, attempts, plugins)
-    template, digests = pipeline.open_model(model, samples, progress)
-    for attempt in attempts:
-        with attempt.guarded():
-            attempt.plan = pipeline.outline(attempt.recipe, attempt.quantizer, model, template)
-    together = _jobs(attempts, plugins, model, template, samples, digests)
+    model = load_model(attempts[0].recipe.model_copy(update={"gates": (), "logits": "all"}), plugins, progress)
+    jobs = _jobs(attempts, model, plugins, progress)
     with ExitStack() as stages:
-        conversions = [_open(attempt, job, stages) for attempt, job in together]
-        if conversions:
-            _quantize(conversions, progress)
-        for conversion in conversions:
-            conversion.finish(progress)
+        shared = [_open(attempt, job, stages) for attempt, job in jobs]
+        if shared:
+            quantize_blocks(shared, progress)
+        for each in shared:
+            each.make_report(progress)
         for attempt in attempts:
-            if attempt.plan and attempt.calibrates_alone:
+            if attempt.is_planned and attempt.calibrates_alone:
                 with attempt.guarded():
                     named = Named(attempt.name, progress)
-                    attempt.report = pipeline.convert(attempt.recipe, named)
+                    attempt.report = convert(attempt.recipe, named)
                     attempt.seconds = named.seconds("quantize")
-        for conversion in conversions:
-            conversion.publish(plugins)
+        for each in shared:
+            each.publish(plugins)
     comparison = Comparison(model.name, model.task, tuple(attempt.entry for attempt in attempts))
     _write(comparison, folder)
     return comparison
@@ -83,7 +78,7 @@ class Attempt:
     name: str
     recipe: Recipe
     quantizer: Quantizer
-    plan: Plan | None = None
+    is_planned: bool = False
     report: Report | None = None
     error: QConvertError | None = None
     seconds: float | None = 0.0
@@ -110,41 +105,39 @@ class Attempt:
         return Entry(self.name, self.recipe.quantizer, scheme, self.report, self.error, self.seconds if self.report else None)
 
 
-class Conversion:
-    """An attempt whose plan stands, in its stage: takes the blocks that are calibrated for all."""
+class SharedConversion(Conversion):
+    """An attempt whose plan stands: takes its part of the blocks that are calibrated for all, until it fails."""
 
-    def __init__(self, attempt: Attempt, job: pipeline.Job, stage: Stage) -> None:
+    def __init__(self, attempt: Attempt, job: Job, origin: Origin, stage: Stage) -> None:
+        super().__init__(job, origin, stage)
         self.attempt = attempt
-        self.job = job
-        self.stage = stage
-        done = frozenset(stage.done_blocks())
-        if done:  # the time that an earlier run took for them is not known
+        if self.participant.done:  # the time that an earlier run took for them is not known
             attempt.seconds = None
-        stage.require_space(job.plan.weights_bytes + job.plan.cuda_bytes)
-        self.writer = Writer(job.model, job.plan, stage, job.recipe.layout)  # takes the space: the next one sees what is left
-        self.share = Share(job.model, job.plan, job.template.groups, job.quantizer, done)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the attempt has failed."""
+        return self.attempt.error is not None
 
     def take(self, block: Block) -> None:
         """Quantize and write this recipe's part of a block."""
-        if self.attempt.error or block.name not in self.share.units:
+        if self.is_over or block.name not in self.participant.units:
             return
         start = time.perf_counter()
         with self.attempt.guarded():
-            part = self.share.of(block)
-            keep_unfolded = self.job.recipe.layout == "onnx"
-            self.writer.append(quantize_block(part, self.job.plan, self.job.quantizer, keep_unfolded=keep_unfolded))
+            super().take(self.participant.part_of(block))
         if self.attempt.seconds is not None:
             self.attempt.seconds += time.perf_counter() - start
 
-    def finish(self, progress: Progress) -> None:
+    def make_report(self, progress: Progress) -> None:
         """Export and verify what was written."""
-        if not self.attempt.error:
+        if not self.is_over:
             with self.attempt.guarded():
-                written = self.writer.finish()
-                self.attempt.report = pipeline.finish(self.job, written, self.stage, Named(self.attempt.name, progress))
+                self.attempt.report = self.finish(Named(self.attempt.name, progress))
 
     def publish(self, plugins: PluginManager) -> None:
-        report, self.attempt.report = self.attempt.report, None  # until its artifact is there
+        """Put the artifact in its place. Until then there is no report of it."""
+        report, self.attempt.report = self.attempt.report, None
         if report is not None:
             with self.attempt.guarded():
                 self.stage.publish()
@@ -174,6 +167,23 @@ class Named:
         self.progress.advance(n)
 
 
+def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, progress: Progress) -> list[tuple[Attempt, Job]]:
+    """What is calibrated together. Every attempt that can be planned is marked so."""
+    samples = _samples(model, attempts, plugins)
+    template, digests = open_model(model, samples, progress)
+    jobs = []
+    for each in attempts:
+        with each.guarded():
+            plan = outline(each.recipe, each.quantizer, model, template)
+            each.is_planned = True
+            own = samples if plan.calibrated else replace(samples, calibration=())
+            code = plugins.code_of(each.quantizer)
+            job = Job(each.recipe, each.recipe, each.quantizer, model, template, plan, own, digests, code)
+            if not each.calibrates_alone:
+                jobs.append((each, job))
+    return jobs
+
+
 def _samples(model: Model, attempts: Sequence[Attempt], plugins: PluginManager) -> Samples:
     """What the recipes that are calibrated together are calibrated on."""
     together = [each for each in attempts if not each.calibrates_alone]
@@ -183,44 +193,12 @@ def _samples(model: Model, attempts: Sequence[Attempt], plugins: PluginManager) 
     return read_samples(model, together[0].recipe, calibrated, plugins.find_data)
 
 
-def _jobs(
-    attempts: Sequence[Attempt],
-    plugins: PluginManager,
-    model: Model,
-    template: Template,
-    samples: Samples,
-    digests: Mapping[str, str],
-) -> list[tuple[Attempt, pipeline.Job]]:
-    """What is calibrated together."""
-    jobs = []
-    for each in attempts:
-        if each.plan and not each.calibrates_alone:
-            own = samples if each.plan.calibrated else replace(samples, calibration=())
-            parts = (each.quantizer, model, template, each.plan, own, digests, plugins.code_of(each.quantizer))
-            jobs.append((each, pipeline.Job(each.recipe, each.recipe, *parts)))
-    return jobs
-
-
-def _open(attempt: Attempt, job: pipeline.Job, stages: ExitStack) -> Conversion:
+def _open(attempt: Attempt, job: Job, stages: ExitStack) -> SharedConversion:
     """The conversion in its stage, which is open until `stages` ends."""
-    conversion = Conversion(attempt, job, stages.enter_context(job.open_stage()))
-    stages.callback(conversion.writer.close)
+    origin = origin_of(job)
+    conversion = SharedConversion(attempt, job, origin, stages.enter_context(opened_stage(job, origin)))
+    stages.callback(conversion.close)
     return conversion
-
-
-def _quantize(conversions: Sequence[Conversion], progress: Progress) -> None:
-    """Hand every block to all conversions, one after the other, as long as one is left that has not failed."""
-    job = conversions[0].job
-    calibration = next((each.job.samples.calibration for each in conversions if each.job.plan.calibrated), ())
-    progress.stage("quantize", len(job.model.blocks) or 1)
-    blocks = calibrate_together([each.share for each in conversions], calibration, job.recipe.device)
-    for block in blocks:
-        for conversion in conversions:
-            conversion.take(block)
-        if all(conversion.attempt.error for conversion in conversions):
-            return
-        del block  # or it would be in memory together with the next
-        progress.advance()
 
 
 def _write(comparison: Comparison, folder: Path) -> None:

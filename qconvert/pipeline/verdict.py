@@ -11,17 +11,18 @@ from qconvert.ir.artifact import MANIFEST, TARGETS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
-from qconvert.ir.samples import Samples
 from qconvert.ir.write_result import WriteResult
+from qconvert.job import Job
 from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate
 from qconvert.report import wording
 from qconvert.storage.reader import read_written
 
 
-def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, folder: Path, evidence: Evidence | None) -> Report:
+def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
     """Everything that is known about the artifact in `folder`; without evidence that is its size, and which gates on it are
     kept, and nothing is claimed to have passed."""
+    recipe, model, plan, samples = job.recipe, job.model, job.plan, job.samples
     written = read_written(folder)
     size = _size(model, plan, written, folder)
     found = evidence or Evidence()

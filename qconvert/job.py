@@ -1,0 +1,39 @@
+"""Job: a recipe, and all that is known before the weights are read. It is what the stages take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.samples import Samples
+from qconvert.ir.template import Template
+from qconvert.plugin.host.distribution import Code
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One conversion of one model.
+
+    asked: the recipe as it was given; `recipe` is what a budget made of it.
+    digests: name -> sha256 of the files of the model and of the data; {} where nothing is to be written.
+    code: what the tensors are made by, for the manifest.
+    """
+
+    asked: Recipe
+    recipe: Recipe
+    quantizer: Quantizer
+    model: Model
+    template: Template
+    plan: Plan
+    samples: Samples
+    digests: Mapping[str, str] = field(default_factory=dict)
+    code: Sequence[Code] = ()
+
+    @property
+    def keeps_unfolded(self) -> bool:
+        """Whether input scales that no producer takes stay in the graph: the layout has a place for them then."""
+        return self.recipe.layout == "onnx"

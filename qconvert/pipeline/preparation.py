@@ -1,0 +1,107 @@
+"""From a recipe to a job: load, trace, plan, and decide on the schemes where a budget asks for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from qconvert.allocate import allocate
+from qconvert.calibrate import Participant, calibrate, read_samples
+from qconvert.execution.block_runner import checked_device
+from qconvert.ir.model import Model
+from qconvert.ir.plan import Plan
+from qconvert.ir.progress import Progress, silent
+from qconvert.ir.samples import Samples
+from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import Template
+from qconvert.job import Job
+from qconvert.load import load
+from qconvert.pipeline import preflight
+from qconvert.plan import calibrates, check
+from qconvert.plan import plan as make_plan
+from qconvert.plugin.host.manager import PluginManager
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.recipe import Recipe
+from qconvert.storage.output import check_output
+from qconvert.trace import trace
+from qconvert.vocabulary import AUTO
+from qconvert.write.origin import file_digests
+
+# What layers are planned with before a budget has decided: it fits every width.
+UNDECIDED = QuantScheme.parse("int4-channel")
+
+
+def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
+    """The job of a conversion. Raises what can be wrong with recipe, model, data and output before a weight is quantized."""
+    checked_device(recipe.device)
+    quantizer = plugins.quantizer(recipe.worker, recipe.options)
+    model = load_model(recipe, plugins, progress)
+    check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
+    samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
+    template, digests = open_model(model, samples, progress)
+    plan = outline(recipe, quantizer, model, template)
+    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, plugins.code_of(quantizer))
+    return decided(job, progress)
+
+
+def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
+    """What `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget, also
+    from all that its decision takes.
+
+    Raises what `convert` would raise before it quantizes anything, but for an output folder that is there.
+    """
+    plugins = plugins or preflight.check(recipe, writes=False)
+    checked_device(recipe.device)
+    return decided(reading_job(recipe, plugins, silent, calibrated=recipe.quantizer == AUTO), silent).plan
+
+
+def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress, *, calibrated: bool | None = None) -> Job:
+    """The job of who writes nothing.
+
+    calibrated: whether calibration samples are read; None for what the plan says, False for no samples at all.
+    """
+    quantizer = plugins.quantizer(recipe.worker, recipe.options)
+    model = load_model(recipe, plugins, progress)
+    progress.stage("trace", None)
+    template = trace(model)
+    made = outline(recipe, quantizer, model, template)
+    wanted = made.calibrated if calibrated is None else calibrated
+    samples = Samples((), ()) if calibrated is False else read_samples(model, recipe, wanted, plugins.find_data)
+    return Job(recipe, recipe, quantizer, model, template, made, samples)
+
+
+def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Model:
+    """The model of a recipe, where it is one that the recipe can be carried out with."""
+    progress.stage("load", None)
+    model = load(recipe.model, plugins.load_model)
+    check(model, recipe)
+    return model
+
+
+def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Template, Mapping[str, str]]:
+    """The trace of a model, and the sha256 of every file that it and the data are read from."""
+    progress.stage("trace", None)
+    data = {f"{role}:{path.name}": path for role, path in samples.files.items()}
+    with ThreadPoolExecutor(1) as background:  # hashing leaves the interpreter to the trace
+        digests = background.submit(file_digests, {**model.input_files, **data})
+        template = trace(model)
+    return template, digests.result()
+
+
+def outline(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> Plan:
+    """What is to be done, as far as it is known before calibration: a budget has not decided on any scheme then."""
+    if recipe.quantizer == AUTO:  # whether the layout takes what is decided is known then
+        recipe = recipe.decided(UNDECIDED).model_copy(update={"layout": "onnx"})
+    return make_plan(model, template, recipe, quantizer)
+
+
+def decided(job: Job, progress: Progress) -> Job:
+    """The job with the schemes that a budget decides on, where its recipe has one."""
+    if job.recipe.quantizer != AUTO:
+        return job
+    # Losses are measured on float blocks, whatever is done to the quantized ones afterwards.
+    measured = replace(job, recipe=job.recipe.model_copy(update={"tuning": None, "sequential": False}))
+    recipe, assignment = allocate(calibrate([Participant(measured)]), job, progress)
+    made = make_plan(job.model, job.template, recipe, job.quantizer)
+    return replace(job, recipe=recipe, plan=replace(made, assignment=assignment))
