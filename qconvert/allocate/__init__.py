@@ -16,7 +16,6 @@ from qconvert.ir.layer import Block
 from qconvert.ir.plan import Assignment, Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
-from qconvert.ir.task import GENERATING
 from qconvert.job import Job
 from qconvert.recipe import Recipe
 from qconvert.recipe.fields import Rule
@@ -52,8 +51,8 @@ def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Rec
     assignment = Assignment(
         budget=str(budget),
         average_bits=8 * (taken + _fixed_bytes(plan, waiting)) / _weights(plan),
-        predicted_kl=lost if model.task in GENERATING else None,
-        predicted_error=None if model.task in GENERATING else lost**0.5,
+        predicted_kl=lost if model.task.generates else None,
+        predicted_error=None if model.task.generates else lost**0.5,
         schemes=dict(Counter(str(schemes.get(name, layer.scheme)) for name, layer in plan.layers.items()).most_common()),
     )
     return _decided(recipe, schemes), assignment

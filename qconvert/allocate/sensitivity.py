@@ -92,7 +92,7 @@ def _typical(losses: Tensor) -> list[float]:
 
 def _few(model: Model, batches: Sequence[Batch]) -> Batch:
     """The first samples of the first batch, cut off where they are long."""
-    if model.task == "module":
+    if not model.task.takes_text:
         return model.take_rows(batches[0], slice(ROWS * TOKENS))
     return {name: value[:ROWS, :TOKENS] for name, value in batches[0].items()}
 

@@ -20,7 +20,6 @@ from qconvert.execution.block_runner import BlockRunner
 from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
-from qconvert.ir.task import GENERATING
 
 # What a variant replaces: full parameter name -> float32 tensor as in the module.
 Replaced = Mapping[str, Tensor]
@@ -97,7 +96,7 @@ class Wavefront:
 
         It spares half of the head, which is much of the work where a vocabulary is large.
         """
-        if self.model.output_head is None or self.model.task not in GENERATING:
+        if self.model.output_head is None or not self.model.task.generates:
             yield
             return
         head = self.model.module.get_submodule(self.model.output_head)
@@ -110,14 +109,14 @@ class Wavefront:
     def _judged(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What of the outputs counts, each [tokens, values]: of logits their log probabilities; of a module all that it
         returns is one token."""
-        if self.model.task == "module":
+        if not self.model.task.takes_text:
             return [output.reshape(1, -1) for output in outputs]
         mask = self.batch["attention_mask"].bool().to(outputs[0].device)
         states = outputs[0][mask[:, -outputs[0].shape[1] :]]
-        return [log_probabilities(states) if self.model.task in GENERATING else states]
+        return [log_probabilities(states) if self.model.task.generates else states]
 
     def _loss(self, found: list[Tensor], expected: list[Tensor]) -> Tensor:
-        if self.model.task in GENERATING:
+        if self.model.task.generates:
             return kl_divergence(expected[0], found[0])
         return relative_square(torch.cat(found, 1), torch.cat(expected, 1))
 

@@ -65,7 +65,7 @@ def read_samples(
     """
     if not (calibrated or recipe.verify):
         return Samples((), ())
-    if model.task != "module":
+    if model.task.takes_text:
         _check_lengths(model, recipe)
 
     def resolved(source: str | None) -> str | None:
@@ -96,11 +96,11 @@ def _check_lengths(model: Model, recipe: Recipe) -> None:
 
 
 def _read_pool(model: Model, recipe: Recipe, source: str | None) -> _Pool:
-    origin = source or ("the factory's example inputs" if model.task == "module" else BUILTIN)
+    origin = source or ("the factory's example inputs" if not model.task.takes_text else BUILTIN)
     if source is not None and source.endswith(ARRAYS_SUFFIX):
-        rows = _module_rows(model, source) if model.task == "module" else _token_rows(model, source)
+        rows = _module_rows(model, source) if not model.task.takes_text else _token_rows(model, source)
         windowed = False
-    elif model.task == "module":
+    elif not model.task.takes_text:
         if source is not None:
             raise UsageError(
                 "QC-DATA-002",
@@ -109,7 +109,7 @@ def _read_pool(model: Model, recipe: Recipe, source: str | None) -> _Pool:
             )
         rows, windowed = _split_rows(model, model.example_inputs), False
     else:
-        windowed = model.task == "causal-lm"
+        windowed = model.task.continues_prompts
         rows = _text_rows(model, recipe, origin, windowed)
     unique: dict[bytes, Row] = {}
     compared = min(recipe.calibration.length, recipe.evaluation.length)
@@ -239,18 +239,18 @@ def _draw(pool: _Pool, spec: DataSpec, role: str, seed: int, excluded: frozenset
 
 
 def _batches(model: Model, rows: list[Row]) -> Iterator[Batch]:
-    longest = max((len(row["input_ids"]) for row in rows), default=1) if model.task != "module" else 1
+    longest = max((len(row["input_ids"]) for row in rows), default=1) if model.task.takes_text else 1
     size = min(BATCH_ROWS, max(1, BATCH_TOKENS // longest))
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        if model.task == "module":
+        if not model.task.takes_text:
             shared = {name: part[0][name] for name in model.shared_inputs}
             yield {name: torch.stack([row[name] for row in part]) for name in part[0] if name not in shared} | shared
         else:
             batch = _padded([row["input_ids"] for row in part], (model.config or {}).get("pad_token_id") or 0)
             # What else the model takes (token types) is zero for plain text.
             inputs = {name: torch.zeros_like(batch["input_ids"]) for name in model.input_names} | batch
-            if model.task == "seq2seq-lm":  # the decoder is given the text itself, behind its start token
+            if model.task.reads_source:  # the decoder is given the text itself, behind its start token
                 inputs["decoder_input_ids"] = batch["input_ids"].roll(1, 1)
                 inputs["decoder_input_ids"][:, 0] = model.decoder_start
             yield inputs

@@ -177,7 +177,7 @@ class _Walk:
         first = runner.lanes[0].at(index)
         with runner.weights_of(unit), recorder.hooked(), self._products():
             for lane in runner.lanes:
-                recorder.mask = padding_mask(lane.batch) if model.task != "module" else None
+                recorder.mask = padding_mask(lane.batch) if model.task.takes_text else None
                 if unit:
                     lane.hidden = runner.call_block(index, lane)
                     recorder.observe(lane.hidden)

@@ -22,7 +22,6 @@ from qconvert.execution.outputs import graph_outputs, tensors_in
 from qconvert.ir.batch import Batch
 from qconvert.ir.lane import BlockCall, Lane
 from qconvert.ir.model import Model
-from qconvert.ir.task import GENERATING
 
 
 class StopForward(Exception):
@@ -142,7 +141,7 @@ class BlockRunner:
 
     def _forward(self, batch: Batch) -> Any:
         """The whole model with all its heads; () where a hook stopped it."""
-        options = {"use_cache": False, "return_dict": True} if self.model.task in GENERATING else {}
+        options = {"use_cache": False, "return_dict": True} if self.model.task.generates else {}
         try:
             return self.model.module(**batch, **options)
         except StopForward:

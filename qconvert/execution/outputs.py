@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from qconvert.errors import InputError
 from qconvert.ir.batch import Batch
-from qconvert.ir.task import Task
+from qconvert.ir.task import ENCODER, Task
 
-# What the graphs of a transformers model give, in this order. An encoder gives its hidden state whatever lies above it.
-EXPORTED: Mapping[Task, tuple[str, ...]] = {
-    "causal-lm": ("logits",),
-    "seq2seq-lm": ("logits",),
-    "encoder": ("last_hidden_state", "logits", "pooler_output"),
-}
 # Of an encoder-decoder this is what the encoder's own graph gives.
 OF_THE_ENCODER = "encoder_last_hidden_state"
 
@@ -37,10 +31,10 @@ def named_outputs(task: Task, module: nn.Module, batch: Batch) -> dict[str, Tens
 
     Raises InputError QC-INPUT-014 for a model with other outputs, which would be lost.
     """
-    if task == "module":
+    if not task.takes_text:
         tensors = list(tensors_in(module(**batch)))
         return {"output" if len(tensors) == 1 else f"output_{index}": tensor for index, tensor in enumerate(tensors)}
-    if task == "encoder":
+    if task is ENCODER:
         return encoder_outputs(module, module, batch)
     return _exported(task, module, module(**batch, use_cache=False, return_dict=True))
 
@@ -54,20 +48,20 @@ def encoder_outputs(module: nn.Module, call: Callable[..., Any], batch: Batch) -
         output = call(**batch, return_dict=True)
     finally:
         hook.remove()
-    return {"last_hidden_state": states[0], **_exported("encoder", module, output)}
+    return {"last_hidden_state": states[0], **_exported(ENCODER, module, output)}
 
 
 def _exported(task: Task, module: nn.Module, output: Mapping[str, Any]) -> dict[str, Tensor]:
     """Of all that a model returns what its graph gives. What is no tensor is no output: caches, the states of all layers."""
     found = {name: value for name, value in output.items() if isinstance(value, Tensor) and name != OF_THE_ENCODER}
-    if others := [name for name in found if name not in EXPORTED[task]]:
+    if others := [name for name in found if name not in task.outputs]:
         raise InputError(
             "QC-INPUT-014",
             f"{type(module).__name__} gives {', '.join(others)}, which qconvert does not export",
             hint="export it with all its outputs as module:FACTORY; or, if its last hidden state is enough, save it without a "
             "head: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)",
         )
-    return {name: found[name] for name in EXPORTED[task] if name in found}
+    return {name: found[name] for name in task.outputs if name in found}
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:

@@ -54,16 +54,16 @@ def probes(model: Model) -> list[Batch]:
     For encoders and encoder-decoders the rows follow as one batch, padded on the left: where that moves positions (BERT,
     BART), torch gives other numbers than for the row alone. A decoder's positions are those of the row alone.
     """
-    if model.task == "module":
+    if not model.task.takes_text:
         return [model.example_rows(len(LENGTHS))]
     rows = _rows(model, later=True)
-    return rows if model.task == "causal-lm" else [*rows, _padded(rows, "left")]
+    return rows if model.task.continues_prompts else [*rows, _padded(rows, "left")]
 
 
 def _rows(model: Model, *, later: bool) -> list[Batch]:
     """Each row by itself. later: with the tokens of steps on the cache."""
     vocabulary = vocabulary_size(model)
-    if model.task == "seq2seq-lm":
+    if model.task.reads_source:
         decoded = sum(DECODER_STEPS) if later else DECODER_STEPS[0]
         return [
             {
@@ -76,7 +76,7 @@ def _rows(model: Model, *, later: bool) -> list[Batch]:
     batches = []
     for row, length in enumerate(LENGTHS):
         ids = _tokens(length, row, vocabulary)
-        if model.task == "causal-lm" and later:
+        if model.task.continues_prompts and later:
             ids = torch.cat((ids, torch.tensor([[NEXT_TOKENS[row] % vocabulary]])), 1)
         others = {name: torch.zeros_like(ids) for name in model.input_names}
         batches.append(others | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -90,7 +90,7 @@ def _tokens(length: int, seed: int, vocabulary: int) -> Tensor:
 
 def padded_batch(model: Model, side: Side = "right") -> Batch:
     """The rows of `probes` as one batch; without the tokens of later steps."""
-    return probes(model)[0] if model.task == "module" else _padded(_rows(model, later=False), side)
+    return probes(model)[0] if not model.task.takes_text else _padded(_rows(model, later=False), side)
 
 
 def _padded(rows: Sequence[Batch], side: Side) -> Batch:

@@ -20,7 +20,6 @@ from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, TARGETS, graph_files
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.task import GENERATING
 from qconvert.ir.template import DOMAIN
 from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
@@ -60,7 +59,7 @@ def export(job: Job, written: WriteResult, stage: Stage) -> None:
                 keep_last_position(graph.graph, model.output_head)
             builder = GraphBuilder(graph.graph, stored)
             if target == "cpu":
-                decodes = model.task in GENERATING
+                decodes = model.task.generates
                 _lower_for_cpu(graph.graph, CpuLowering(builder, outlier_columns, group_of, decodes=decodes), model, job.plan)
             else:
                 dtype = getattr(torch, recipe.cuda_dtype)
@@ -69,7 +68,7 @@ def export(job: Job, written: WriteResult, stage: Stage) -> None:
             _finish(graph)
             with disk_errors(stage.folder / file):
                 onnx_ir.save(graph, stage.folder / file)
-            if model.task == "causal-lm" and target == asked[0]:
+            if model.task.continues_prompts and target == asked[0]:
                 write_genai_config(model, graph.graph, target, stage)
 
 
@@ -88,7 +87,7 @@ def _lower_for_cpu(graph: onnx_ir.Graph, lowering: CpuLowering, model: Model, pl
         else:
             substitute(graph, node, *lower_float(graph, node, shapes))
     pack_query_key_value(graph, builder)
-    if model.task == "causal-lm":
+    if model.task.continues_prompts:
         pack_shared_inputs(graph, builder, together.values())
     choose_by_processor(graph, builder)
     _bind(graph, builder, model)

@@ -31,8 +31,7 @@ def is_model_file(name: str) -> bool:
 
 def graph_files(task: Task, target: str = "cpu") -> dict[str, str]:
     """Part of a model -> the file of its graph: "model", or "encoder" and "decoder" in the order in which they run."""
-    parts = ("encoder", "decoder") if task == "seq2seq-lm" else ("model",)
-    return {part: f"{part}.onnx" if target == "cpu" else f"{part}.{target}.onnx" for part in parts}
+    return {part: f"{part}.onnx" if target == "cpu" else f"{part}.{target}.onnx" for part in task.parts}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qconvert.errors import QConvertError
 from qconvert.ir.report import Fidelity, Latency, Report
-from qconvert.ir.task import GENERATING, Task
+from qconvert.ir.task import TASKS, Task
 
 FILE = "compare.json"
 PLOT = "compare.png"
@@ -54,7 +54,7 @@ class Entry:
         """What was lost against the float model, 0 at best: KL in nats of what writes text, 1 - cosine of all else."""
         if self.report is None or self.fidelity is None:
             return None
-        if self.report.task in GENERATING:
+        if TASKS[self.report.task].generates:
             return self.fidelity.kl
         # Rounding leaves a cosine of equal vectors above 1.
         return None if self.fidelity.cosine is None else max(0.0, 1 - self.fidelity.cosine)
@@ -87,7 +87,7 @@ class Comparison:
         return {
             "schema": 1,
             "model": self.model,
-            "task": self.task,
+            "task": self.task.name,
             "recipes": [_document(entry, entry.name in self.front) for entry in self.entries],
         }
 

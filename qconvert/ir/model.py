@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.ir.batch import Batch, row_count
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class Model:
     """A loaded model: what it computes (module), what it holds (source), and what travels with it (files).
 
     name: for people, e.g. the folder's name.
-    task: "causal-lm" (token ids -> logits, with a KV cache), "seq2seq-lm" (source and decoder's token ids -> logits, with a
-        KV cache), "encoder" (token ids -> last_hidden_state, and what its heads give) or "module".
+    task: one of qconvert.ir.task.TASKS; its name does: "causal-lm" (token ids -> logits, with a KV cache), "seq2seq-lm"
+        (source and decoder's token ids -> logits, with a KV cache), "encoder" (token ids -> last_hidden_state, and what its
+        heads give) or "module".
     module: the skeleton in eval mode: parameters on the meta device, buffers real and in float32.
     source: stored tensors under the module's own state-dict names.
     blocks: names of the repeated blocks in forward order, e.g. "model.layers.0"; () for a model that runs whole. An
@@ -88,6 +89,10 @@ class Model:
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     input_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        # Loaders of plugins give the name; one that is unknown is left for the contract to refuse (loader_contract.py).
+        object.__setattr__(self, "task", TASKS.get(str(self.task), self.task))
 
     def stored_name(self, parameter: str) -> str:
         """The name under which the source holds a parameter of the module."""

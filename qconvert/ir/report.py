@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qconvert.ir.plan import Assignment, KeptFloat
-from qconvert.ir.task import Task
+from qconvert.ir.task import TaskName
 
 Status = Literal["passed", "failed", "not-run"]
 # What every entry of report.json's "parity" has, with or without a value.
@@ -174,7 +174,7 @@ class Report(_Part):
     for, prompt and answer together; None for other tasks, and where the model's config does not say."""
 
     passed: bool | None
-    task: Task
+    task: TaskName
     quantizer: str
     scheme: str
     samples: SampleCounts

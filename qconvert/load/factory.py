@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qconvert.errors import InputError, in_one_line, is_out_of_memory
 from qconvert.ir.model import Model, TensorInfo
+from qconvert.ir.task import MODULE
 from qconvert.plugin.host.process_settings import settings_kept
 from qconvert.storage.digest import tensor_bytes
 
@@ -57,7 +58,7 @@ def load_factory(source: str) -> Model:
     tensors = MemorySource(module, source)
     return Model(
         name=type(module).__name__,
-        task="module",
+        task=MODULE,
         module=_skeleton(source, module),
         source=tensors,
         tied=tensors.tied,

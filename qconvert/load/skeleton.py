@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from qconvert.errors import InputError, in_one_line
-from qconvert.ir.task import GENERATING, Task
+from qconvert.ir.task import CAUSAL_LM, ENCODER, SEQ2SEQ_LM, Task
 
 # Keys that make transformers import code of the checkpoint, or fetch attention and other kernels and run them.
 CODE_KEYS = re.compile(
@@ -107,18 +107,18 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
     if experts := _experts(module):
         raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
     task = _task(model_class)
-    if task == "encoder" and (rotary := _rotary_embedding(module)):
+    if task is ENCODER and (rotary := _rotary_embedding(module)):
         reason = f"a model without a language model's head that rotates queries and keys ({rotary})"
         raise _not_converted(model_class.__name__, reason)
-    if task == "seq2seq-lm" and not all(_stack(module, half) for half in _halves(module)):
+    if task.reads_source and not all(_stack(module, half) for half in _halves(module)):
         raise _not_converted(model_class.__name__, "an encoder-decoder without repeated blocks on both sides")
     return module.eval(), task
 
 
 def _task(model_class: type[PreTrainedModel]) -> Task:
     if model_class.__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
-        return "seq2seq-lm"
-    return "causal-lm" if model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "encoder"
+        return SEQ2SEQ_LM
+    return CAUSAL_LM if model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else ENCODER
 
 
 def refuse_empty_layers(config: Mapping[str, Any], tensors: int) -> None:
@@ -181,7 +181,7 @@ def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel
 
 
 def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
-    if "decoder_input_ids" in inspect.signature(model_class.forward).parameters and _task(model_class) != "seq2seq-lm":
+    if "decoder_input_ids" in inspect.signature(model_class.forward).parameters and not _task(model_class).reads_source:
         return "an encoder-decoder (sequence to sequence) model without a language model's head"
     if model_class.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         return "a model of multiple choice, where a row is several texts"
@@ -205,7 +205,7 @@ def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
     if model_class.input_modalities in ("text", ["text"], ("text",)):
         return True
     taken = inspect.signature(model_class.forward).parameters
-    return _task(model_class) == "causal-lm" and not any(map(OTHER_MEDIA.search, taken))
+    return _task(model_class) is CAUSAL_LM and not any(map(OTHER_MEDIA.search, taken))
 
 
 def _experts(module: nn.Module) -> str | None:
@@ -235,7 +235,7 @@ def repeated_blocks(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
     () where they are not passed once per hidden layer (ALBERT runs one layer many times).
     """
-    if task == "seq2seq-lm":  # whose config may count the layers of the one half only
+    if task.reads_source:  # whose config may count the layers of the one half only
         return tuple(name for half in _halves(module) for name in _stack(module, half))
     blocks = _stack(module, "")
     return blocks if len(blocks) == getattr(module.config, "num_hidden_layers", len(blocks)) else ()
@@ -265,10 +265,10 @@ def _stack(module: PreTrainedModel, within: str) -> tuple[str, ...]:
 def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
     """Tensor inputs of the forward: token types only where the model tells more than one type apart."""
     names = ("input_ids", "attention_mask")
-    if task == "seq2seq-lm":
+    if task.reads_source:
         return (*names, "decoder_input_ids")
     takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
-    if task == "encoder" and takes_types and getattr(module.config, "type_vocab_size", 0) > 1:
+    if task is ENCODER and takes_types and getattr(module.config, "type_vocab_size", 0) > 1:
         return (*names, "token_type_ids")
     return names
 
@@ -278,7 +278,7 @@ def output_head(module: PreTrainedModel, task: Task) -> str | None:
 
     Where an encoder has a head, its pooler gives no output but what the head reads.
     """
-    if task in GENERATING:
+    if task.generates:
         head = module.get_output_embeddings()
         return next(str(name) for name, part in module.named_modules() if part is head)
     poolers = (name for name, part in module.named_modules() if name.split(".")[0] == "pooler" and isinstance(part, nn.Linear))

@@ -23,6 +23,7 @@ from qconvert.execution.probes import (
 from qconvert.ir.batch import row_count
 from qconvert.ir.graph_names import CROSS
 from qconvert.ir.model import Model
+from qconvert.ir.task import CAUSAL_LM, ENCODER, SEQ2SEQ_LM
 from qconvert.ort.session import Values, empty
 
 # The reference's outputs for each of the probes; (what a session gives, what it should give).
@@ -76,9 +77,9 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
     Padding itself is not compared.
     """
     references = [[output.numpy() for output in outputs] for outputs in expected]
-    if model.task == "module":
+    if not model.task.takes_text:
         return list(zip(session.run(None, feed(session, padded_batch(model))), references[0], strict=True))
-    compare = {"causal-lm": _decoder_pairs, "seq2seq-lm": _stepwise, "encoder": _encoder_pairs}[model.task]
+    compare = {CAUSAL_LM: _decoder_pairs, SEQ2SEQ_LM: _stepwise, ENCODER: _encoder_pairs}[model.task]
     return [pair for side in SIDES for pair in compare(model, session, side, references)]
 
 

@@ -13,7 +13,7 @@ from qconvert.errors import InputError, UsageError
 from qconvert.ir.comparison import FILE
 from qconvert.ir.data_source import BUILTIN, data_file
 from qconvert.ir.scheme import no_kernel, no_zero_points
-from qconvert.ir.task import Task
+from qconvert.ir.task import CAUSAL_LM, MODULE, Task
 from qconvert.load import package
 from qconvert.load.folder import CONFIG, no_folder
 from qconvert.plugin.host import calls
@@ -117,14 +117,14 @@ def _place(model: str) -> Path | None:
 def _task(model: str) -> Task | None:
     """What kind of model a source is, where that is plain without loading it."""
     if model.startswith(FACTORY):
-        return "module"
+        return MODULE
     place = _place(model)
     try:
         names = json.loads((place / CONFIG).read_text(encoding="utf-8"))["architectures"] if place else []
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # the loader says what is wrong with it
         return None
     plain = isinstance(names, list) and len(names) == 1 and str(names[0]).endswith(GENERATING_CLASSES)
-    return "causal-lm" if plain else None
+    return CAUSAL_LM if plain else None
 
 
 def _data(recipe: Recipe, plugins: PluginManager) -> Iterator[str]:

@@ -32,12 +32,12 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
     ran = any(part.status == "passed" for part in found.fidelity)
     return Report(
         passed=False if missed else True if ran else None,
-        task=model.task,
+        task=model.task.name,
         quantizer=recipe.quantizer,
         scheme=str(plan.scheme),
         samples=SampleCounts(**samples.counts),
         size=size,
-        context_length=position_limit(model) if model.task == "causal-lm" else None,
+        context_length=position_limit(model) if model.task.continues_prompts else None,
         processor=found.processor,
         parity=found.parity,
         fidelity=found.fidelity,

@@ -69,7 +69,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 
 def check(model: Model, recipe: Recipe) -> None:
     """What a model has to be for a recipe, known before it is traced. Raises UsageError QC-PLAN-011, QC-GATE-002."""
-    if recipe.logits == "last" and model.task != "causal-lm":
+    if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
             "QC-PLAN-011",
             f"{model.name} has no logits of a last position: it is no decoder-only language model",

@@ -44,22 +44,13 @@ class Gate(Part):
             ) from error
 
 
-# What verification does not measure of each kind of model.
-UNMEASURED: dict[Task, tuple[Metric, ...]] = {
-    "causal-lm": ("cosine",),
-    "seq2seq-lm": ("cosine",),
-    "encoder": ("kl", "top1", "perplexity"),
-    "module": ("kl", "perplexity"),
-}
-
-
 def refuse_gates(gates: Sequence[Gate], task: Task | None) -> None:
     """Raises UsageError QC-GATE-002 for gates on a metric that a task does not have. task: None where it is not known yet."""
-    lacking = [str(gate) for gate in gates if task is not None and gate.metric in UNMEASURED[task]]
+    lacking = [str(gate) for gate in gates if task is not None and gate.metric in task.unmeasured]
     if task is not None and lacking:
-        measured = [metric for metric in get_args(Metric) if metric not in UNMEASURED[task]]
+        measured = [metric for metric in get_args(Metric) if metric not in task.unmeasured]
         raise UsageError(
             "QC-GATE-002",
-            f"{', '.join(lacking)}: that is not measured of a model whose task is {task}",
+            f"{', '.join(lacking)}: that is not measured of a model whose task is {task.name}",
             hint=f"take one of {', '.join(measured)}",
         )

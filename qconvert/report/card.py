@@ -12,12 +12,12 @@ from qconvert.errors import printable
 from qconvert.graph import cuda_kernels
 from qconvert.ir.artifact import graph_files
 from qconvert.ir.report import Report
-from qconvert.ir.task import GENERATING, Task
+from qconvert.ir.task import TASKS, TaskName
 from qconvert.recipe import Recipe
 from qconvert.recipe.fields import DataSpec
 from qconvert.report import wording
 
-RUN: dict[Task, str] = {
+RUN: dict[TaskName, str] = {
     "causal-lm": """\
 import numpy as np
 import onnxruntime as ort
@@ -83,7 +83,7 @@ ENCODER_RUN_ON_CUDA = (
 )
 # onnx.TensorProto's numbers of the types
 ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
-LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+LOAD: dict[TaskName, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
@@ -117,18 +117,19 @@ def _verdict(report: Report) -> Iterator[str]:
 
 def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     yield "## Run it with ONNX Runtime"
+    task = TASKS[report.task]
     package = "onnxruntime" if "cpu" in recipe.targets else "onnxruntime-gpu"
-    yield f"In this folder, with `pip install {package}{'' if report.task == 'module' else ' transformers'}`:"
+    yield f"In this folder, with `pip install {package}{' transformers' if task.takes_text else ''}`:"
     yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
     if report.context_length is not None:
         limit = f"at most {report.context_length} tokens, as many as the model has positions"
         yield f"A prompt and its answer together are {limit}. ONNX Runtime may refuse more."
     if len(recipe.targets) > 1:
-        caches = f"; caches are {recipe.cuda_dtype} there" if report.task in GENERATING else ""
-        files = " and ".join(f"`{file}`" for file in graph_files(report.task, "cuda").values())
+        caches = f"; caches are {recipe.cuda_dtype} there" if task.generates else ""
+        files = " and ".join(f"`{file}`" for file in graph_files(task, "cuda").values())
         yield f"For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take {files}{caches}."
     yield from _recommended(report)
-    if report.task == "module":
+    if not task.takes_text:
         return
     yield "## Load it with transformers"
     if recipe.layout == "onnx":

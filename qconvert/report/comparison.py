@@ -10,7 +10,6 @@ from rich.text import Text
 
 from qconvert.errors import printable
 from qconvert.ir.comparison import Comparison, Entry
-from qconvert.ir.task import GENERATING
 from qconvert.report import wording
 from qconvert.report.table import STYLES, verdict_style
 
@@ -20,7 +19,7 @@ TEXTS = ("", *WORDS, "result")
 
 def table(comparison: Comparison) -> RenderableType:
     """One row per recipe, a star for those on the Pareto front; then what failed, and what to do next."""
-    decoder = comparison.task in GENERATING
+    decoder = comparison.task.generates
     titles = (*TEXTS, "size", "bits", *(("KL", "prefill", "decode") if decoder else ("cosine", "p50 ms")), "seconds")
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in titles:

@@ -18,7 +18,6 @@ from matplotlib.transforms import Bbox
 
 from qconvert.errors import printable
 from qconvert.ir.comparison import Comparison, Entry
-from qconvert.ir.task import GENERATING
 from qconvert.report import wording
 
 Points = Mapping[str, tuple[float, float]]
@@ -77,7 +76,7 @@ def _draw(axes: Axes, comparison: Comparison, entries: Sequence[Entry]) -> None:
     axes.set_title(title, parse_math=False)
     axes.set_xlabel(f"weights, {unit}")
     axes.ticklabel_format(axis="x", useOffset=False)
-    axes.set_ylabel("KL(float || artifact), nats" if comparison.task in GENERATING else "1 - cosine to float")
+    axes.set_ylabel("KL(float || artifact), nats" if comparison.task.generates else "1 - cosine to float")
     losses = [loss for _, loss in points.values()]
     axes.margins(x=0.15, y=0.15)
     if min(losses) > 0:
@@ -114,7 +113,7 @@ def _dots(axes: Axes, comparison: Comparison, entries: Sequence[Entry], points: 
         zorder=3,
     )
     if speeds:
-        label = "decode, tokens/s" if comparison.task in GENERATING else "runs/s"
+        label = "decode, tokens/s" if comparison.task.generates else "runs/s"
         axes.figure.colorbar(dots, ax=axes, label=label, ticks=MaxNLocator(6))
 
 

@@ -86,7 +86,7 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
     raise InputError(
         "QC-EXPORT-001",
         f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(reasons)}",
-        hint=f"check that {MODULE if model.task == 'module' else TEXT}; QCONVERT_DEBUG=1 shows the traces",
+        hint=f"check that {MODULE if not model.task.takes_text else TEXT}; QCONVERT_DEBUG=1 shows the traces",
     )
 
 

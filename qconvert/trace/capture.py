@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.ir.model import Model
+from qconvert.ir.task import CAUSAL_LM, ENCODER, MODULE, SEQ2SEQ_LM, Task
 from qconvert.ir.template import DOMAIN
 from qconvert.supervision.startup import uncollected
-from qconvert.trace import encoder_decoder
+from qconvert.trace import attention, encoder_decoder
 from qconvert.trace import opaque as opaque_nodes
-from qconvert.trace.attention import DECODER, ENCODER, ENCODER_DECODER
 from qconvert.trace.signature import Form, Signature, signature
 
 OPSET = 23
 
-FORMS: dict[str, tuple[Form, ...]] = {
-    "causal-lm": (Form(fused=True, rotary=True), Form(fused=True)),
-    "seq2seq-lm": (Form(fused=True),),
-    "encoder": (Form(fused=True), Form(fused=False)),
-    "module": (Form(fused=False),),
+FORMS: dict[Task, tuple[Form, ...]] = {
+    CAUSAL_LM: (Form(fused=True, rotary=True), Form(fused=True)),
+    SEQ2SEQ_LM: (Form(fused=True),),
+    ENCODER: (Form(fused=True), Form(fused=False)),
+    MODULE: (Form(fused=False),),
 }
 # Per task the name of the attention that emits ONNX Runtime's op.
-FUSED = {"causal-lm": DECODER, "seq2seq-lm": ENCODER_DECODER, "encoder": ENCODER}
+FUSED = {CAUSAL_LM: attention.DECODER, SEQ2SEQ_LM: attention.ENCODER_DECODER, ENCODER: attention.ENCODER}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> 
             config: Any = getattr(part, "config", None)
             if config is not None:
                 config._attn_implementation = FUSED[model.task]
-    if model.task != "seq2seq-lm":
+    if not model.task.reads_source:
         return {"model": _export(signature(model, module, blocks, form, outputs), names)}
     decoder_blocks = [block for block in blocks if block in model.stacks[-1]]
     encoder = _export(encoder_decoder.encoder(module, decoder_blocks, form), names)

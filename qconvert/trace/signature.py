@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qconvert.execution.outputs import encoder_outputs, tensors_in
 from qconvert.ir.model import Model
+from qconvert.ir.task import CAUSAL_LM, ENCODER, MODULE
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
 from qconvert.trace.padding import TokensFirst
 
@@ -54,7 +55,7 @@ class Signature:
 
 def signature(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     """Of the one graph of a model. module: the shortened skeleton with `blocks` only; outputs: names of what it gives."""
-    make = {"causal-lm": _causal_lm, "encoder": _encoder, "module": _module}[model.task]
+    make = {CAUSAL_LM: _causal_lm, ENCODER: _encoder, MODULE: _module}[model.task]
     return make(model, module, blocks, form, outputs)
 
 

@@ -13,7 +13,7 @@ from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity
-from qconvert.ir.task import GENERATING, Task
+from qconvert.ir.task import ENCODER, Task
 from qconvert.ort.compare import feed
 from qconvert.verify.finite import first_not_finite, require_finite_float
 
@@ -28,7 +28,7 @@ def measure_fidelity(
 
     An artifact whose outputs are not finite has failed. Raises InputError QC-FLOAT-001 where the float model's are not.
     """
-    by_token = task in GENERATING
+    by_token = task.generates
     done = 0
     meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
     for batch in batches:
@@ -100,7 +100,7 @@ class _VectorMeter:
 
     def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
         found, expected = (x.reshape(len(x), -1) if x.ndim == 1 else x for x in (found.float(), expected.float()))
-        mask = batch["attention_mask"].unsqueeze(-1) if self.task == "encoder" else None
+        mask = batch["attention_mask"].unsqueeze(-1) if self.task is ENCODER else None
         if mask is not None:  # padding may be NaN
             found, expected = (x.where(mask.bool(), 0) for x in (found, expected))
         difference = (found - expected).abs()

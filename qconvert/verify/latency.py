@@ -21,7 +21,7 @@ from qconvert.execution.probes import position_limit, vocabulary_size
 from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency, Trial
-from qconvert.ir.task import GENERATING
+from qconvert.ir.task import ENCODER
 from qconvert.ort.compare import feed, next_inputs
 from qconvert.ort.session import SessionSettings
 from qconvert.verify.cores import CoreTimes, others_share
@@ -50,7 +50,7 @@ def measure_latency(
     """
     before = CoreTimes.now()
     inputs, prompt, new_tokens = workload(model, batches)
-    decoder = model.task in GENERATING
+    decoder = model.task.generates
     settings, trials = _fastest(artifact, inputs, new_tokens if decoder else 0, _candidates(target))
     # Float gets these settings and the default: it is as fast as the better of the two.
     floats = dict.fromkeys((settings, _candidates(target)[0])) if baseline is not None else ()
@@ -123,14 +123,14 @@ def workload(model: Model, batches: Sequence[Batch]) -> tuple[Batch, int, int]:
     limit = position_limit(model) or PROMPT + NEW_TOKENS
     new_tokens = min(NEW_TOKENS, limit // 4)
     prompt, length = min(PROMPT, limit - new_tokens), min(ENCODER_LENGTH, limit)
-    if model.task == "causal-lm":
+    if model.task.continues_prompts:
         ids = (torch.arange(prompt)[None] * 7919 + 5) % vocabulary_size(model)
         inputs: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    elif model.task == "encoder":
+    elif model.task is ENCODER:
         ids = (torch.arange(ENCODER_BATCH * length).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
         inputs = {name: torch.zeros_like(ids) for name in model.input_names}
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    elif model.task == "seq2seq-lm":
+    elif model.task.reads_source:
         ids = (torch.arange(prompt)[None] * 7919 + 5) % vocabulary_size(model)
         start = torch.tensor([[model.decoder_start]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": start}

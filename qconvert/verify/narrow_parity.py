@@ -11,7 +11,7 @@ import torch
 from qconvert.errors import UsageError
 from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.report import Parity
-from qconvert.ir.task import GENERATING, Task
+from qconvert.ir.task import Task
 from qconvert.ort.compare import largest_difference
 from qconvert.verify.attempt import attempt
 
@@ -49,7 +49,7 @@ def _judged(target: str, task: Task, pairs: Pairs, in_float16: bool) -> Parity:
             raise overflow(target, "what its parity is checked on")
         return Parity(target=target, status="failed", reason=NOT_COMPARABLE)
     cosine = min(_cosine(found, reference) for found, reference in pairs)
-    kl = _mean_kl(pairs) if task in GENERATING else None
+    kl = _mean_kl(pairs) if task.generates else None
     reasons = [
         f"{name} {value:.2g}, the limit is {limit:g}"
         for name, value, limit, kept in (

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import get_args
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, TARGETS, WEIGHTS, graph_files
 from qconvert.ir.model import Model
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
 
@@ -25,7 +24,7 @@ OWN_FILES = {
     "config.json",
     f"{WEIGHTS}.index.json",
     *(GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS),
-    *(name for task in get_args(Task) for target in TARGETS for name in graph_files(task, target).values()),
+    *(name for task in TASKS.values() for target in TARGETS for name in graph_files(task, target).values()),
 }
 
 

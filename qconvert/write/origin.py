@@ -94,7 +94,7 @@ def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
 
 def graph_digests(model: Model, template: Template) -> dict[str, str]:
     """Of what a factory's module computes, whose code may lie in many files: part -> digest; {} for models of a library."""
-    if model.task != "module":
+    if model.task.takes_text:
         return {}
     return {f"graph:{part}": hashlib.sha256(_bare(graph, model)).hexdigest() for part, graph in template.graphs.items()}
 

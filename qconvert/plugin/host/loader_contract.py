@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from qconvert.errors import PluginError, QConvertError
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS, Task
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES, reason
 from qconvert.plugin.host.distribution import Distribution
@@ -64,8 +64,8 @@ def model_problems(model: object) -> Iterator[str]:
     if not isinstance(model, Model):
         yield f"it returned {type(model).__name__}, not a Model"
         return
-    if model.task not in get_args(Task):
-        yield f"its task {model.task!r} is none of {', '.join(get_args(Task))}"
+    if not isinstance(model.task, Task):
+        yield f"its task {model.task!r} is none of {', '.join(TASKS)}"
     if model.module.training:
         yield "its module is in training mode; call module.eval()"
     modules = {name for name, _ in model.module.named_modules()}
