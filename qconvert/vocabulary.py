@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-Target = Literal["cpu", "cuda"]
+TargetName = Literal["cpu", "cuda"]
 CudaDtype = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
 Logits = Literal["all", "last"]

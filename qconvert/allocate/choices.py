@@ -19,7 +19,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.recipe import Recipe
 from qconvert.storage import compressed_tensors
-from qconvert.targets import cpu
+from qconvert.targets import cpu, targets_of
 
 # Weights only, with fast kernels on every target, and a layout whose bytes the kernels read as they are.
 SCHEMES = tuple(map(QuantScheme.parse, ("int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8-g128", "int8-g32")))
@@ -62,7 +62,8 @@ def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Mod
     together: dict[tuple[object, int], list[str]] = {}
     for name, layer in free.items():
         together.setdefault((group_of.get(name, name), layer.out_features), []).append(name)
-    allowed = SCHEMES if recipe.layout == "transformers" or "cuda" in recipe.targets else (*SCHEMES, *ASYMMETRIC)
+    zero_points = all(target.takes_zero_points for target in targets_of(recipe.targets)) and recipe.layout == "onnx"
+    allowed = (*SCHEMES, *ASYMMETRIC) if zero_points else SCHEMES
     found = []
     for names in together.values():
         width = free[names[0]].in_features

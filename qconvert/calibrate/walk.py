@@ -31,8 +31,8 @@ Written = Callable[[], ReadParameter]
 
 
 def calibrate(participants: Sequence[Participant], written: Written | None = None) -> Iterator[Block]:
-    """The units of a model in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a time,
-    each with all that one of the participants needs of it.
+    """The units of a model in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a
+    time, each with all that one of the participants needs of it.
 
     Units without a planned layer are left out. With quantizers that have no observers and choose no input scales, and nothing
     to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from qconvert.errors import UsageError
-from qconvert.vocabulary import PLUGIN_SECONDS, Layout, Preset, Target
+from qconvert.vocabulary import PLUGIN_SECONDS, Layout, Preset, TargetName
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-TARGETS = click.Choice(get_args(Target))
+TARGETS = click.Choice(get_args(TargetName))
 
 _FILE = (click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),)
 _PLACES = (

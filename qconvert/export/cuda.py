@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx_ir
 import torch
 
-from qconvert.export.graph import ONNX_TYPES
+from qconvert.export.context import ExportContext
+from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lower_cuda import CudaLowering
 from qconvert.export.pack import pack_query_key_value
 from qconvert.graph.cuda_kernels import check_kernels
 from qconvert.graph.float_graph import lower_float, parameter, substitute
 from qconvert.graph.half_precision import narrow
 from qconvert.ir.model import Model
-from qconvert.ir.plan import Plan
 from qconvert.ir.template import DOMAIN
 
 # Constants beyond this many bytes go into the sidecar.
@@ -21,12 +21,15 @@ INLINE_BYTES = 256
 TORCH_TYPES = {onnx_type: torch_type for torch_type, onnx_type in ONNX_TYPES.items()}
 
 
-def lower_for_cuda(graph: onnx_ir.Graph, lowering: CudaLowering, model: Model, plan: Plan) -> None:
+def lower_for_cuda(graph: onnx_ir.Graph, context: ExportContext) -> None:
     """Make the template's `graph` one that the CUDA provider runs, in place.
 
-    Raises UsageError QC-CUDA-001 to QC-CUDA-003 for what the provider has no kernel for, or `dtype` no number; ResourceError.
+    Raises UsageError QC-CUDA-001 to QC-CUDA-003 for what the provider has no kernel for, or the type of activations no number;
+    ResourceError.
     """
-    builder, shapes = lowering.builder, model.parameter_shapes
+    model, plan = context.job.model, context.job.plan
+    builder = GraphBuilder(graph, context.stored)
+    lowering, shapes = CudaLowering(builder, context), model.parameter_shapes
     for node in [node for node in graph if node.domain == DOMAIN]:
         layer = plan.layer_of(node.attributes["module"].as_string())
         if layer is None:

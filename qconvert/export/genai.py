@@ -11,19 +11,20 @@ from typing import Any
 
 import onnx_ir
 
-from qconvert.ir.artifact import GENAI_CONFIG, graph_files
+from qconvert.ir.artifact import GENAI_CONFIG
 from qconvert.ir.model import Model
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
+from qconvert.targets import graph_files
+from qconvert.targets.target import Target
 
 # The name of onnxruntime-genai for any decoder that is one graph with a KV cache, whatever its architecture.
 MODEL_TYPE = "decoder"
-PROVIDER_OPTIONS: dict[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {}}]}
 CACHE = ("past_key_values.%d.key", "past_key_values.%d.value")
 SEARCH_OPTIONS = ("do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
 
 
-def write_genai_config(model: Model, graph: onnx_ir.Graph, target: str, stage: Stage) -> None:
+def write_genai_config(model: Model, graph: onnx_ir.Graph, target: Target, stage: Stage) -> None:
     """Write genai_config.json for a decoder whose blocks have caches of one shape, to run on `target`.
 
     graph: the one for that target. Raises ResourceError (disk).
@@ -35,7 +36,7 @@ def write_genai_config(model: Model, graph: onnx_ir.Graph, target: str, stage: S
     config = _genai_config(model.module.config, model.generation_config, graph, cache)
     config["model"]["decoder"] = {
         "filename": graph_files(model.task, target)["model"],
-        "session_options": {"provider_options": PROVIDER_OPTIONS[target]},
+        "session_options": {"provider_options": list(target.provider_options)},
         **config["model"]["decoder"],
     }
     text = json.dumps(config, indent=2) + "\n"

@@ -11,19 +11,18 @@ conv2d            the weight is dequantized when the model is loaded: small on d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Value
 
+from qconvert.export.context import ExportContext
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.template import made_by
-from qconvert.targets import cpu
+from qconvert.targets.cpu import CPU
 
 
 class CpuLowering(Lowering):
@@ -32,15 +31,8 @@ class CpuLowering(Lowering):
     decodes: whether the graph is mostly run on one token at a time.
     """
 
-    def __init__(
-        self,
-        builder: GraphBuilder,
-        outlier_columns: dict[str, tuple[int, ...]],
-        group_of: Mapping[str, int],
-        *,
-        decodes: bool,
-    ) -> None:
-        super().__init__(builder, outlier_columns, group_of)
+    def __init__(self, builder: GraphBuilder, context: ExportContext, *, decodes: bool) -> None:
+        super().__init__(builder, context)
         self._decodes = decodes
         self._rows: dict[Value, tuple[Value, Value]] = {}
         self._row_zero_points: dict[tuple[object, int], Value] = {}
@@ -62,9 +54,9 @@ class CpuLowering(Lowering):
 
     def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
         builder, name, bits = self.builder, plan.name, plan.scheme.bits
-        size = cpu.block_size(plan)
+        size = CPU.block_size(plan)
         blocks = -(-plan.in_features // size)
-        packed = f"{name}.kernel_weight" if cpu.is_padded(plan) else f"{name}.weight_packed"
+        packed = f"{name}.kernel_weight" if CPU.is_padded(plan) else f"{name}.weight_packed"
         weight = builder.external(packed, (plan.out_features, blocks, size * bits // 8), DataType.UINT8)
         inputs = [x, weight, *self._block_qparams(plan), None, bias]
         while inputs[-1] is None:
@@ -93,7 +85,7 @@ class CpuLowering(Lowering):
     def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
         if plan.scheme.activation_bits:
             return self._gathered_codes(plan, indices)
-        return self._gather_block_quantized(plan, indices, cpu.block_size(plan), *self._block_qparams(plan))
+        return self._gather_block_quantized(plan, indices, CPU.block_size(plan), *self._block_qparams(plan))
 
     def _gathered_codes(self, plan: LayerPlan, indices: Value) -> Value:
         """Rows of the signed codes [out, in], times their scales [out, 1]."""

@@ -13,8 +13,6 @@ they need goes into the sidecar: scales per block, padded copies, float tensors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx_ir
 import torch
@@ -22,35 +20,29 @@ from onnx_ir import DataType, TensorType, Value
 from torch import Tensor
 
 from qconvert.errors import UsageError
+from qconvert.export.context import ExportContext
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.graph.half_precision import WIDER, narrowed, type_name
 from qconvert.ir import packing
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_layer, read_tensor
-from qconvert.storage.stage import Stage
-from qconvert.targets import cuda
+from qconvert.targets.cuda import CUDA
 
 # A scale with fewer bits than this adds more to the error than rounding to 8-bit codes does.
 SCALE_BITS = 7
 
 
 class CudaLowering(Lowering):
-    """Lowers to activations of `dtype`, and writes what that needs into the sidecar of `stage`.
+    """Lowers to activations of the recipe's type, and writes what that needs into the sidecar.
 
     Raises UsageError QC-CUDA-002 for a tensor, QC-CUDA-003 for scales beyond the range of `dtype`, ResourceError (disk).
     """
 
-    def __init__(
-        self,
-        builder: GraphBuilder,
-        outlier_columns: dict[str, tuple[int, ...]],
-        group_of: Mapping[str, int],
-        stage: Stage,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(builder, outlier_columns, group_of)
-        self.stage, self.dtype = stage, dtype
+    def __init__(self, builder: GraphBuilder, context: ExportContext) -> None:
+        super().__init__(builder, context)
+        self.stage = context.stage
+        self.dtype: torch.dtype = getattr(torch, context.job.recipe.cuda_dtype)
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
         x = node.inputs[0]
@@ -88,14 +80,14 @@ class CudaLowering(Lowering):
             K=plan.in_features,
             N=plan.out_features,
             bits=plan.scheme.bits,
-            block_size=cuda.block_size(plan),
+            block_size=CUDA.block_size(plan),
         )
 
     def _weight(self, plan: LayerPlan) -> Value:
         """Unsigned codes [out, blocks, block bytes] uint8."""
-        builder, size, bits = self.builder, cuda.block_size(plan), plan.scheme.bits
+        builder, size, bits = self.builder, CUDA.block_size(plan), plan.scheme.bits
         shape = (plan.out_features, -(-plan.in_features // size), size * bits // 8)
-        if cuda.is_padded(plan):
+        if CUDA.is_padded(plan):
             name = f"{plan.name}.cuda_weight"
             if name not in builder.stored:
                 q = read_layer(self.stage.folder, plan, builder.stored).q
@@ -118,7 +110,7 @@ class CudaLowering(Lowering):
         stored = builder.stored[f"{plan.name}.weight_scale"]
         scale = read_tensor(self.stage.folder, stored)
         narrow = self._narrowed_scale(plan, scale)
-        blocks = -(-plan.in_features // cuda.block_size(plan))
+        blocks = -(-plan.in_features // CUDA.block_size(plan))
         if stored.dtype == self.dtype and scale.shape[1] == blocks:
             return builder.external(f"{plan.name}.weight_scale")
         self._append(name, narrow.repeat_interleave(blocks // scale.shape[1], 1))
@@ -131,7 +123,7 @@ class CudaLowering(Lowering):
             codes = builder.op("Cast", [rows], f"{name}/Codes", to=ONNX_TYPES[self.dtype])
             scales = builder.op("Gather", [self.stored_float(f"{name}.weight_scale"), indices], f"{name}/GatherScales", axis=0)
             return builder.op("Mul", [codes, scales], f"{name}/Dequantize")
-        return self._gather_block_quantized(plan, indices, cuda.block_size(plan), self._scale(plan))
+        return self._gather_block_quantized(plan, indices, CUDA.block_size(plan), self._scale(plan))
 
     def constant(self, name: str, tensor: Tensor) -> Value:
         """A constant of the graph, kept in the sidecar."""

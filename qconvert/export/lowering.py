@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Value
 
+from qconvert.export.context import ExportContext
 from qconvert.export.graph import GraphBuilder
 from qconvert.ir.plan import LayerPlan
 
@@ -18,13 +18,12 @@ MICROSOFT = "com.microsoft"
 class Lowering(ABC):
     """Lowers one layer after the other; what layers with a common input share is made once.
 
-    outlier_columns: layer -> its outlier columns, for the layers that have some. group_of: layer -> the number of the
-    InputGroup that it was quantized in.
+    builder: of the graph at hand.
     """
 
-    def __init__(self, builder: GraphBuilder, outlier_columns: dict[str, tuple[int, ...]], group_of: Mapping[str, int]) -> None:
-        self.builder, self.group_of = builder, group_of
-        self.outlier_columns = outlier_columns
+    def __init__(self, builder: GraphBuilder, context: ExportContext) -> None:
+        self.builder, self.context = builder, context
+        self.outlier_columns, self.group_of = context.outlier_columns, context.group_of
         self._inputs: dict[tuple[Value, object], Value] = {}
 
     @abstractmethod

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
-
-from qconvert.ir.task import Task
-from qconvert.vocabulary import Target
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +11,6 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 SIDECAR = "qconvert.bin"
 GRAPH = "model.onnx"
-TARGETS: tuple[str, ...] = get_args(Target)
 GENAI_CONFIG = "genai_config.json"
 MANIFEST = "qconvert.json"
 REPORT = "report.json"
@@ -27,11 +23,6 @@ def is_model_file(name: str) -> bool:
     """Whether one of the manifest's inputs is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
     kind, colon, _ = name.partition(":")
     return not colon or kind not in INPUT_KINDS
-
-
-def graph_files(task: Task, target: str = "cpu") -> dict[str, str]:
-    """Part of a model -> the file of its graph: "model", or "encoder" and "decoder" in the order in which they run."""
-    return {part: f"{part}.onnx" if target == "cpu" else f"{part}.{target}.onnx" for part in task.parts}
 
 
 @dataclass(frozen=True, slots=True)

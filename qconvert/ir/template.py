@@ -36,7 +36,7 @@ def made_by(value: onnx_ir.Value) -> str | None:
 class Template:
     """A traced model.
 
-    graphs: part (see ir.artifact.graph_files) -> onnx_ir model. `qconvert::Linear`, `Conv` and `Embedding` nodes carry the
+    graphs: part (see targets.graph_files) -> onnx_ir model. `qconvert::Linear`, `Conv` and `Embedding` nodes carry the
         attribute "module"; `BlockInput` and `BlockOutput` nodes mark where a block begins and ends. Float parameters are
         initializers under their own names without data.
     representatives: block -> the traced block of its kind. A block that was traced itself maps to itself.

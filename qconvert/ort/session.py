@@ -15,9 +15,11 @@ import onnxruntime
 from torch import Tensor
 
 from qconvert.ir.graph_names import CROSS, WHOLE_NAMES, is_cache
+from qconvert.targets import TARGETS
+from qconvert.targets.cpu import CPU
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+PROVIDERS: dict[str, str] = {name: target.provider for name, target in TARGETS.items()}
+DEVICES = {target.provider: target.device for target in TARGETS.values()}
 
 
 Values = dict[str, np.ndarray[Any, Any]]
@@ -41,7 +43,7 @@ def why_unavailable(target: str) -> str | None:
     )
 
 
-def node_session(node: onnx_ir.Node, target: str = "cpu") -> Any:
+def node_session(node: onnx_ir.Node, target: str = CPU.name) -> Any:
     """A session over one node; its inputs are the graph's."""
     for output in node.outputs:
         output.name = output.name or "y"
@@ -80,7 +82,7 @@ def session_options(settings: SessionSettings = DEFAULT) -> Any:
     return options
 
 
-def file_session(path: Path, target: str = "cpu", settings: SessionSettings = DEFAULT, profile: Path | None = None) -> Any:
+def file_session(path: Path, target: str = CPU.name, settings: SessionSettings = DEFAULT, profile: Path | None = None) -> Any:
     """A session over a model file and the external data beside it; on a device, one that leaves caches there.
 
     profile: where `end_profiling()` is to write what ran where.
@@ -93,7 +95,7 @@ def file_session(path: Path, target: str = "cpu", settings: SessionSettings = DE
 
 
 def _on(target: str, session: Any) -> Any:
-    return session if target == "cpu" else DeviceSession(session, DEVICES[PROVIDERS[target]])
+    return session if TARGETS[target] is CPU else DeviceSession(session, DEVICES[PROVIDERS[target]])
 
 
 class DeviceSession:
@@ -135,7 +137,7 @@ def memory_session(
     settings: SessionSettings = DEFAULT,
     folder: Path | None = None,
     prepack: bool = True,
-    target: str = "cpu",
+    target: str = CPU.name,
 ) -> Any:
     """A session over a graph in memory.
 
@@ -207,5 +209,5 @@ def run_named(session: Any, inputs: Values) -> Values:
 
 
 def joined(sessions: Mapping[str, Any]) -> Any:
-    """The session of a whole model from those of its parts (see ir.artifact.graph_files)."""
+    """The session of a whole model from those of its parts (see targets.graph_files)."""
     return sessions["model"] if "model" in sessions else EncoderDecoderSession(**sessions)

@@ -22,6 +22,7 @@ from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate, refuse_gates
 from qconvert.storage.output import check_output, recover
 from qconvert.storage.published import FACTORY, published_recipe
+from qconvert.targets import targets_of
 
 # How classes of models that write text are called; what others are is for the loader to say.
 GENERATING_CLASSES = ("ForCausalLM", "LMHeadModel")
@@ -41,7 +42,7 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
     if scheme is not None and not recipe.rules:  # else no layer may have it in the end
         if not scheme.has_kernel:
             raise no_kernel(scheme)
-        if not scheme.symmetric and "cuda" in recipe.targets:
+        if not scheme.symmetric and not all(target.takes_zero_points for target in targets_of(recipe.targets)):
             raise no_zero_points(scheme, "the recipe's scheme")
     refuse_gates(recipe.gates, _task(recipe.model))
     return plugins

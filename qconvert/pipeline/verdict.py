@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
 from qconvert.execution.probes import position_limit
-from qconvert.ir.artifact import MANIFEST, TARGETS, graph_files
+from qconvert.ir.artifact import MANIFEST
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
@@ -17,6 +17,7 @@ from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate
 from qconvert.report import wording
 from qconvert.storage.reader import read_written
+from qconvert.targets import TARGETS, graph_files
 
 
 def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
@@ -52,7 +53,7 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
 def _size(model: Model, plan: Plan, written: WriteResult, folder: Path) -> Size:
     weights_bytes = sum(tensor.nbytes for tensor in written.tensors.values())
     quantized = sum(layer.out_features * layer.in_features for layer in plan.layers.values())
-    graphs = [folder / name for target in TARGETS for name in graph_files(model.task, target).values()]
+    graphs = [folder / name for target in TARGETS.values() for name in graph_files(model.task, target).values()]
     return Size(
         source_bytes=model.source_bytes,
         weights_bytes=weights_bytes,

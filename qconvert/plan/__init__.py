@@ -16,8 +16,8 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import KeptFloat, LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template
-from qconvert.plan.cuda import check_cuda, cuda_bytes
 from qconvert.plan.fit import Fitting
+from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
@@ -49,8 +49,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
             hint="check the rules, and that the model has linear or Conv2d layers",
         )
     _check_layout(fitting.layout_refuses(layers.values()))
-    if "cuda" in recipe.targets:
-        check_cuda(model, template, layers, recipe.cuda_dtype, recipe.logits)
+    check_targets(model, template, layers, recipe)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
     return Plan(
@@ -62,7 +61,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         peak_bytes=_peak_bytes(model, layers),
         shared={head: embedding for head, embedding in shared.items() if head not in apart},
         targets=recipe.targets,
-        cuda_bytes=cuda_bytes(model, layers, recipe.cuda_dtype) if "cuda" in recipe.targets else 0,
+        cuda_bytes=cuda_bytes(model, layers, recipe),
         unread=_unread(model, template),
     )
 

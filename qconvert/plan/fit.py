@@ -15,7 +15,8 @@ from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 from qconvert.storage import compressed_tensors
-from qconvert.targets import cpu, cuda
+from qconvert.targets import targets_of
+from qconvert.targets.cpu import CPU
 
 Layers = dict[str, LayerPlan]
 
@@ -73,10 +74,11 @@ class Fitting:
         width, scheme, packed = layer.in_features, layer.scheme, compressed_tensors.is_packed(layer)
         wanted = [("QC-PLAN-004", scheme.group_size(width), f"the group of {scheme}", "take a smaller group or -channel, or ")]
         if layer.kind == "embedding" and packed:
-            wanted.append(("QC-PLAN-009", cpu.block_size(layer), "the block of the kernel for quantized embeddings", ""))
-        if layer.kind == "embedding" and "cuda" in self.recipe.targets and (packed or layer.name in self.shared.values()):
-            block = "the block of the CUDA provider's kernel for quantized embeddings"
-            wanted.append(("QC-PLAN-010", cuda.block_size(layer), block, "leave out --target cuda, or "))
+            wanted.append(("QC-PLAN-009", CPU.block_size(layer), "the block of the kernel for quantized embeddings", ""))
+        others = [target for target in targets_of(self.recipe.targets) if target is not CPU]
+        for target in others if layer.kind == "embedding" and (packed or layer.name in self.shared.values()) else ():
+            block = f"the block of the {target.name.upper()} provider's kernel for quantized embeddings"
+            wanted.append(("QC-PLAN-010", target.block_size(layer), block, f"leave out --target {target.name}, or "))
         for code, divisor, what, hint in wanted:
             if width % divisor:
                 reason = f"its width of {width} is no multiple of {divisor}, {what}"

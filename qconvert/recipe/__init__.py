@@ -13,7 +13,7 @@ from qconvert.ir.report import Size
 from qconvert.ir.scheme import QuantScheme
 from qconvert.recipe.fields import BudgetField, DataSpec, Part, Rule, SchemeField, Tuning, without_repeats
 from qconvert.recipe.gates import Gate
-from qconvert.vocabulary import AUTO, AUTO_QUANTIZER, PLUGIN_SECONDS, PRESETS, CudaDtype, Layout, Logits, Preset, Target
+from qconvert.vocabulary import AUTO, AUTO_QUANTIZER, PLUGIN_SECONDS, PRESETS, CudaDtype, Layout, Logits, Preset, TargetName
 
 
 class Recipe(Part):
@@ -38,7 +38,7 @@ class Recipe(Part):
     calibration: DataSpec = Field(DataSpec(), description="data on which quantizers observe the inputs of layers")
     evaluation: DataSpec = Field(DataSpec(), description="data on which the artifact is compared with the float model")
     seed: int = Field(0, ge=0, description="which samples are drawn from the data")
-    targets: Annotated[tuple[Target, ...], AfterValidator(without_repeats)] = Field(
+    targets: Annotated[tuple[TargetName, ...], AfterValidator(without_repeats)] = Field(
         ("cpu",), min_length=1, description="where the artifact is to run"
     )
     cuda_dtype: CudaDtype = Field(

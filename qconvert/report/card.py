@@ -10,12 +10,14 @@ from pathlib import Path
 
 from qconvert.errors import printable
 from qconvert.graph import cuda_kernels
-from qconvert.ir.artifact import graph_files
 from qconvert.ir.report import Report
 from qconvert.ir.task import TASKS, TaskName
 from qconvert.recipe import Recipe
 from qconvert.recipe.fields import DataSpec
 from qconvert.report import wording
+from qconvert.targets import graph_files, targets_of
+from qconvert.targets.cpu import CPU
+from qconvert.targets.cuda import CUDA
 
 RUN: dict[TaskName, str] = {
     "causal-lm": """\
@@ -118,16 +120,17 @@ def _verdict(report: Report) -> Iterator[str]:
 def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     yield "## Run it with ONNX Runtime"
     task = TASKS[report.task]
-    package = "onnxruntime" if "cpu" in recipe.targets else "onnxruntime-gpu"
-    yield f"In this folder, with `pip install {package}{' transformers' if task.takes_text else ''}`:"
-    yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
+    targets = targets_of(recipe.targets)
+    first, *others = targets
+    yield f"In this folder, with `pip install {first.package}{' transformers' if task.takes_text else ''}`:"
+    yield f"```python\n{_on_cuda(RUN[report.task], recipe) if first.half_precision else RUN[report.task]}\n```"
     if report.context_length is not None:
         limit = f"at most {report.context_length} tokens, as many as the model has positions"
         yield f"A prompt and its answer together are {limit}. ONNX Runtime may refuse more."
-    if len(recipe.targets) > 1:
+    for target in others:
         caches = f"; caches are {recipe.cuda_dtype} there" if task.generates else ""
-        files = " and ".join(f"`{file}`" for file in graph_files(task, "cuda").values())
-        yield f"For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take {files}{caches}."
+        files = " and ".join(f"`{file}`" for file in graph_files(task, target).values())
+        yield f"For the {target.provider} (`pip install {target.package}`) take {files}{caches}."
     yield from _recommended(report)
     if not task.takes_text:
         return
@@ -159,8 +162,8 @@ def _on_cuda(code: str, recipe: Recipe) -> str:
     """The same program for the other graph. Its caches are made by ONNX Runtime, because numpy has no bfloat16."""
     number = ONNX_NUMBERS[recipe.cuda_dtype]
     return (
-        re.sub(r"(model|encoder|decoder)\.onnx", r"\1.cuda.onnx", code)
-        .replace("CPUExecutionProvider", "CUDAExecutionProvider")
+        re.sub(r"(model|encoder|decoder)\.onnx", rf"\1.{CUDA.variant}.onnx", code)
+        .replace(CPU.provider, CUDA.provider)
         .replace(EMPTY_CACHE, f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {recipe.cuda_dtype}\nlogits")
         .replace(ENCODER_RUN, ENCODER_RUN_ON_CUDA)
     )
@@ -202,7 +205,8 @@ def _evidence(report: Report) -> str:
 def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     notes = []
     schemes = {layer.scheme for layer in report.layers}
-    on_cpu = "cpu" in recipe.targets
+    targets = targets_of(recipe.targets)
+    on_cpu = CPU in targets
     if on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
@@ -212,7 +216,7 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
         notes.append(
             "Layers whose scheme ends in -a8 quantize their activations to int8 at run time on the CPU, with one scale per row."
         )
-    if "cuda" in recipe.targets:
+    if CUDA in targets:
         notes.append(
             f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was "
             f"checked against the kernels of ONNX Runtime {cuda_kernels.version()}."

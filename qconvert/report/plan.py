@@ -13,7 +13,8 @@ from rich.text import Text
 from qconvert.errors import printable
 from qconvert.graph import cuda_kernels
 from qconvert.report import wording
-from qconvert.targets import cuda
+from qconvert.targets import targets_of
+from qconvert.targets.cuda import CUDA
 
 if TYPE_CHECKING:
     from qconvert.ir.plan import LayerPlan, Plan
@@ -61,9 +62,10 @@ def table(plan: Plan) -> RenderableType:
 
 def _cuda(plan: Plan) -> list[str]:
     """What the table of CUDA kernels says of the layers."""
-    if "cuda" not in plan.targets:
+    described = [target.describe for target in targets_of(plan.targets) if target.describe is not None]
+    if not described:
         return []
-    counted = Counter(cuda.describe(layer) for layer in plan.layers.values())
+    counted = Counter(describe(layer) for describe in described for layer in plan.layers.values())
     return [
         *(
             f"on CUDA, by the kernels of ONNX Runtime {cuda_kernels.version()}: {count} x {what}"
@@ -81,7 +83,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "calibrated": plan.calibrated,
         "weights_bytes": plan.weights_bytes,
         "peak_bytes": plan.peak_bytes,
-        **({"cuda_bytes": plan.cuda_bytes} if "cuda" in plan.targets else {}),
+        **({"cuda_bytes": plan.cuda_bytes} if CUDA in targets_of(plan.targets) else {}),
         **({"assignment": plan.assignment.document()} if plan.assignment else {}),
         "layers": [
             {
@@ -91,7 +93,7 @@ def document(plan: Plan) -> dict[str, Any]:
                 "scheme": str(layer.scheme),
                 "bytes": layer.nbytes,
                 **({"reason": layer.reason} if layer.reason else {}),
-                **({"cuda": cuda.describe(layer)} if "cuda" in plan.targets else {}),
+                **{target.name: target.describe(layer) for target in targets_of(plan.targets) if target.describe is not None},
             }
             for layer in plan.layers.values()
         ],

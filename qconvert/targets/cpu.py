@@ -16,18 +16,28 @@ from qconvert.ir.affine import stored_scale
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import GROUP_SIZES, PerGroup
+from qconvert.targets.target import Target
 
 
-def block_size(plan: LayerPlan) -> int:
+def _block_size(plan: LayerPlan) -> int:
     """MatMulNBits' block: the group, else the largest kernel block that divides the width, else the smallest."""
     if isinstance(plan.scheme.granularity, PerGroup):
         return plan.scheme.granularity.group_size
     return next((size for size in reversed(GROUP_SIZES) if plan.in_features % size == 0), GROUP_SIZES[0])
 
 
-def is_padded(plan: LayerPlan) -> bool:
-    """Whether the shared bytes do not fit MatMulNBits' blocks, so that it needs a padded copy."""
-    return plan.in_features % block_size(plan) != 0
+CPU = Target(
+    "cpu",
+    provider="CPUExecutionProvider",
+    device="cpu",
+    package="onnxruntime",
+    variant="",
+    half_precision=False,
+    takes_zero_points=True,
+    block_size=_block_size,
+    describe=None,
+    provider_options=(),
+)
 
 
 def stored_outliers(weight: Tensor) -> Tensor:
@@ -62,9 +72,9 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
             extra["outlier_weight"] = stored_outliers(tensor.outliers.weight.T)
             extra["outlier_mask"] = mask
         return extra
-    size, bits = block_size(plan), plan.scheme.bits
+    size, bits = CPU.block_size(plan), plan.scheme.bits
     blocks = -(-plan.in_features // size)
-    if is_padded(plan):
+    if CPU.is_padded(plan):
         padded = torch.nn.functional.pad(tensor.q, (0, blocks * size - plan.in_features))
         extra["kernel_weight"] = packing.pack_codes(padded, bits).reshape(plan.out_features, blocks, -1)
     per_block = blocks // tensor.scale.shape[1]

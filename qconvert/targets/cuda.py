@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import PerGroup
+from qconvert.targets.target import Target
 
 # Of MatMulNBits' CUDA kernels, those for few rows take blocks of 16 to 128, those for many rows, on weights that are packed
 # when the model is loaded, only 32 (contrib_ops/cuda/quantization/matmul_4bits.cu and what the 1.31.1 wheel says of itself).
 BLOCK = 32
 
 
-def block_size(plan: LayerPlan) -> int:
+def _block_size(plan: LayerPlan) -> int:
     """MatMulNBits' block for a layer: 32, over which larger groups repeat their scale; groups of 16 have kernels too."""
     group = plan.scheme.granularity.group_size if isinstance(plan.scheme.granularity, PerGroup) else BLOCK
     return min(group, BLOCK)
 
 
-def is_padded(plan: LayerPlan) -> bool:
-    """Whether the shared bytes do not fit the blocks, so that a padded copy is needed."""
-    return plan.in_features % block_size(plan) != 0
-
-
-def describe(plan: LayerPlan) -> str:
+def _describe(plan: LayerPlan) -> str:
     """What a layer becomes on CUDA, in a few words."""
     if plan.kind == "conv2d":
         return "Conv, its weight dequantized when the model is loaded (small on disk, not fast)"
     if plan.kind == "embedding" and plan.scheme.activation_bits:
         return "rows gathered as int8 and scaled"
     op = "GatherBlockQuantized" if plan.kind == "embedding" else "MatMulNBits"
-    copied = ", a padded copy of the weight" if is_padded(plan) else ""
+    copied = ", a padded copy of the weight" if CUDA.is_padded(plan) else ""
     float_activations = ", float activations" if plan.scheme.activation_bits else ""
-    return f"{op} of {plan.scheme.bits} bits in blocks of {block_size(plan)}{copied}{float_activations}"
+    return f"{op} of {plan.scheme.bits} bits in blocks of {CUDA.block_size(plan)}{copied}{float_activations}"
+
+
+CUDA = Target(
+    "cuda",
+    provider="CUDAExecutionProvider",
+    device="cuda",
+    package="onnxruntime-gpu",
+    variant="cuda",
+    half_precision=True,
+    takes_zero_points=False,
+    block_size=_block_size,
+    describe=_describe,
+    provider_options=({"cuda": {}},),
+)

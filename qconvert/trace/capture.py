@@ -47,7 +47,7 @@ class Captured:
 
 
 def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> dict[str, Captured]:
-    """Trace the skeleton with only `blocks` kept: part (see ir.artifact.graph_files) -> graph.
+    """Trace the skeleton with only `blocks` kept: part (see targets.graph_files) -> graph.
 
     outputs: names of what the model gives (see execution.outputs.named_outputs).
     Raises whatever the exporter raises; the caller decides whether another form is tried.

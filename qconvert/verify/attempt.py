@@ -1,4 +1,4 @@
-"""Checks that can't be made: whether that is the artifact's fault."""
+"""From a difference, or from a check that could not be made, to the verdict of a parity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from qconvert.errors import QConvertError, is_out_of_memory
 from qconvert.ir.report import Parity
+from qconvert.verify.narrow_parity import NOT_COMPARABLE
+from qconvert.verify.parity import TOLERANCE
 
 logger = logging.getLogger("qconvert")
 
@@ -25,3 +27,18 @@ def attempt(target: str, check: Callable[[], Parity]) -> Parity:
             raise
         logger.debug("parity on %s could not be measured", target, exc_info=True)
         return Parity(target=target, status="failed", reason=f"it can't be run: {type(failure).__name__}: {failure}")
+
+
+def parity(target: str, measure: Callable[[], float]) -> Parity:
+    """A measured difference, or what went wrong: an artifact that can't be run has failed."""
+    return attempt(target, lambda: judged(target, measure()))
+
+
+def judged(target: str, error: float, what: str = "outputs") -> Parity:
+    """The verdict on the largest relative difference of `what`."""
+    if error <= TOLERANCE:
+        return Parity(target=target, status="passed", max_relative_error=error)
+    if error == float("inf"):
+        return Parity(target=target, status="failed", reason=NOT_COMPARABLE)
+    reason = f"{what} differ by {error:.1e} of the largest, the limit is {TOLERANCE:.0e}"
+    return Parity(target=target, status="failed", max_relative_error=error, reason=reason)

@@ -24,6 +24,8 @@ from qconvert.ir.report import Latency, Trial
 from qconvert.ir.task import ENCODER
 from qconvert.ort.compare import feed, next_inputs
 from qconvert.ort.session import SessionSettings
+from qconvert.targets import TARGETS
+from qconvert.targets.cpu import CPU
 from qconvert.verify.cores import CoreTimes, others_share
 
 PROMPT, NEW_TOKENS = 128, 32
@@ -94,7 +96,7 @@ def _processor_times(
 def _candidates(target: str) -> list[SessionSettings]:
     """The settings that are worth a try: all cores or half of them (the real ones, where two threads share one)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if target != "cpu" or cores == 1:
+    if TARGETS[target] is not CPU or cores == 1:
         return [SessionSettings(cores)]
     return [SessionSettings(cores), SessionSettings(cores, spinning=False), SessionSettings(cores // 2)]
 

@@ -27,7 +27,7 @@ from qconvert.execution.block_runner import BlockRunner
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
 from qconvert.ir import activations
-from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, graph_files
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
 from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
@@ -36,6 +36,7 @@ from qconvert.ir.template import made_by
 from qconvert.ort import compare
 from qconvert.ort.session import joined, memory_session, run_named
 from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.targets import graph_files
 from qconvert.verify.finite import require_finite_float
 
 TOLERANCE = 1e-4

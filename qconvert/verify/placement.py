@@ -32,7 +32,7 @@ class Placement:
 
 
 def measure_placement(files: Mapping[str, Path], target: str, batch: Batch) -> Placement:
-    """Run the graphs once with a profile, in sessions of their own. files: part (see ir.artifact.graph_files) -> file."""
+    """Run the graphs once with a profile, in sessions of their own. files: part (see targets.graph_files) -> file."""
     with tempfile.TemporaryDirectory() as folder:
         parts = {part: file_session(file, target, profile=Path(folder) / part) for part, file in files.items()}
         session = joined(parts)

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, TARGETS, WEIGHTS, graph_files
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS
 from qconvert.ir.model import Model
 from qconvert.ir.task import TASKS
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
+from qconvert.targets import TARGETS, graph_files
 
 log = logging.getLogger("qconvert")
 
@@ -24,7 +25,7 @@ OWN_FILES = {
     "config.json",
     f"{WEIGHTS}.index.json",
     *(GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS),
-    *(name for task in TASKS.values() for target in TARGETS for name in graph_files(task, target).values()),
+    *(name for task in TASKS.values() for target in TARGETS.values() for name in graph_files(task, target).values()),
 }
 
 

@@ -1,0 +1,68 @@
+"""What targets have to say before anything is quantized: whether there are kernels, and what a graph adds to the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from onnx_ir import DataType
+
+from qconvert.graph import cuda_kernels
+from qconvert.graph.float_graph import float_graph
+from qconvert.graph.half_precision import narrow
+from qconvert.graph.last_position import keep_last_position
+from qconvert.ir.model import Model
+from qconvert.ir.plan import LayerPlan
+from qconvert.ir.scheme import no_zero_points
+from qconvert.ir.template import Template
+from qconvert.recipe import Recipe
+from qconvert.targets import targets_of
+from qconvert.targets.cuda import CUDA
+
+
+def check_targets(model: Model, template: Template, layers: Mapping[str, LayerPlan], recipe: Recipe) -> None:
+    """What the kernels of the recipe's targets have to say.
+
+    Raises UsageError QC-PLAN-007 for zero points that a target does not take; QC-CUDA-001 if something between the layers has no
+    kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the type
+    of activations can't hold.
+    """
+    targets = targets_of(recipe.targets)
+    for layer in layers.values():
+        if not layer.scheme.symmetric and not all(target.takes_zero_points for target in targets):
+            raise no_zero_points(layer.scheme, layer.name)
+    if any(target.half_precision for target in targets):
+        _check_kernels(model, template, recipe)
+
+
+def _check_kernels(model: Model, template: Template, recipe: Recipe) -> None:
+    for part in template.graphs.values():
+        made = part.clone()
+        if recipe.logits == "last" and model.output_head is not None:
+            keep_last_position(made.graph, model.output_head)
+        graph = float_graph(made, model.parameter_shapes).graph
+        narrow(graph, DataType[recipe.cuda_dtype.upper()])
+        cuda_kernels.check_kernels(graph)
+
+
+def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
+    """Bytes that the graph for CUDA adds to the sidecar, but for small constants; 0 where it is no target."""
+    if CUDA not in targets_of(recipe.targets):
+        return 0
+    narrow_type: torch.dtype = getattr(torch, recipe.cuda_dtype)
+    replaced = {model.stored_name(f"{name}.weight") for name in layers}
+    total = sum(
+        info.nbytes // info.dtype.itemsize * narrow_type.itemsize
+        for name, info in model.source.tensors.items()
+        if name not in replaced and info.dtype.is_floating_point and info.dtype != narrow_type
+    )
+    for layer in layers.values():
+        if layer.kind == "conv2d":
+            continue
+        blocks = -(-layer.in_features // CUDA.block_size(layer))
+        scale = layer.disk_tensors["weight_scale"]
+        if scale.dtype != narrow_type or scale.shape[1] != blocks:
+            total += layer.out_features * blocks * narrow_type.itemsize
+        if CUDA.is_padded(layer):
+            total += layer.out_features * blocks * CUDA.block_size(layer) * layer.scheme.bits // 8
+    return total

@@ -1,0 +1,44 @@
+"""Target: what is known of an execution provider of ONNX Runtime without asking it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qconvert.ir.plan import LayerPlan
+from qconvert.vocabulary import TargetName
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One provider. How a layer is lowered for it is said in qconvert/export.
+
+    name: what users type. provider: ONNX Runtime's name. device: where it keeps values, as ONNX Runtime names it.
+    package: the distribution of ONNX Runtime that has it.
+    variant: what tells its graphs' names from those of others: "model.VARIANT.onnx"; "" for "model.onnx".
+    half_precision: whether activations and caches are float16 or bfloat16, as the recipe says; else they are float32.
+    takes_zero_points: whether its kernels for packed weights do.
+    block_size: of a packed layer, the block in which its kernel takes scales.
+    describe: what a layer becomes there, in a few words; None where that goes without saying.
+    provider_options: of onnxruntime-genai.
+    """
+
+    name: TargetName
+    provider: str
+    device: str
+    package: str
+    variant: str
+    half_precision: bool
+    takes_zero_points: bool
+    block_size: Callable[[LayerPlan], int]
+    describe: Callable[[LayerPlan], str] | None
+    provider_options: tuple[dict[str, Any], ...]
+
+    def graph_file(self, part: str) -> str:
+        """The file of the graph of a part of a model (see Task.parts)."""
+        return f"{part}.{self.variant}.onnx" if self.variant else f"{part}.onnx"
+
+    def is_padded(self, layer: LayerPlan) -> bool:
+        """Whether the shared bytes do not fit the kernel's blocks, so that it needs a padded copy."""
+        return layer.in_features % self.block_size(layer) != 0

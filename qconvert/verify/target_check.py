@@ -1,0 +1,140 @@
+"""One target of an artifact: run there, and compared with torch and with the float graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from torch import Tensor
+
+from qconvert.graph.float_graph import float_graph
+from qconvert.graph.last_position import keep_last_position, keeps_last_position
+from qconvert.ir.batch import row_count
+from qconvert.ir.model import Model
+from qconvert.ir.progress import Progress
+from qconvert.ir.report import Fidelity, Latency, Parity
+from qconvert.job import Job
+from qconvert.ort import compare
+from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
+from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.targets import graph_files
+from qconvert.targets.target import Target
+from qconvert.verify.attempt import attempt, judged
+from qconvert.verify.fidelity import measure_fidelity
+from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
+from qconvert.verify.latency import measure_latency, workload
+from qconvert.verify.narrow_parity import narrow_parity, overflow
+from qconvert.verify.parity import graph_parity, worst_cluster
+from qconvert.verify.placement import Placement, measure_placement
+
+# Of two sessions that alternate, so that neither's idle threads take cores from the other.
+SHARING = SessionSettings(spinning=False)
+WRONG = "its parity failed: what it computes is wrong"
+# Torch's outputs on the dequantized weights, for each of the probes.
+Outputs = Sequence[tuple[Tensor, ...]]
+
+
+class TargetCheck:
+    """What is measured of an artifact on one target.
+
+    paths: part -> the file of its graph.
+    not_run: why it can't be run, None where it can.
+    """
+
+    def __init__(self, target: Target, job: Job, artifact: ArtifactReader) -> None:
+        self.target, self.job, self.artifact = target, job, artifact
+        self.paths = {part: artifact.folder / file for part, file in graph_files(job.model.task, target).items()}
+        self.not_run = _why_not_run(self.paths, target)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder holds its graphs."""
+        return all(path.exists() for path in self.paths.values())
+
+    def parity(self, dequantized: Outputs) -> Parity:
+        """The graphs against torch on the artifact's own weights."""
+        name = self.target.name
+        if not self.target.half_precision:
+            return attempt(name, lambda: judged(name, *self._largest_difference(dequantized)))
+        return narrow_parity(name, self.job.model.task, partial(self._pairs, dequantized), in_float16=self._in_float16)
+
+    def fidelity(self, baseline: Any, progress: Progress) -> Fidelity:
+        """The graphs against the float model, on the evaluation samples. Raises UsageError QC-CUDA-004."""
+        name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
+        session = joined({part: session_at_all_positions(path, name, SHARING) for part, path in self.paths.items()})
+        progress.stage(f"fidelity on {name}", sum(map(row_count, samples)))
+        found = measure_fidelity(session, baseline, samples, model.task, name, progress)
+        if found.status == "failed" and self.target.half_precision and self._in_float16:
+            raise overflow(name, "the evaluation data")
+        return found
+
+    def latency(self, progress: Progress) -> Latency:
+        """How fast the graphs are, and what they ran with."""
+        name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
+        progress.stage(f"latency on {name}", None)
+
+        def open_artifact(settings: SessionSettings) -> Any:
+            return joined({part: file_session(path, name, settings) for part, path in self.paths.items()})
+
+        graphs = [onnx_ir.load(path).graph for path in self.paths.values()]
+        open_float = partial(float_session, self.job, last_position=any(map(keeps_last_position, graphs)))
+        if self.target.half_precision:
+            # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
+            measured = measure_latency(model, open_artifact, None, samples, name)
+            return _placed(measured, measure_placement(self.paths, name, workload(model, samples)[0]))
+        measured = measure_latency(model, open_artifact, open_float, samples, name)
+        products = (node for graph in graphs for node in graph if node.op_type == "MatMulNBits")
+        level = max((node.attributes["accuracy_level"].as_int() for node in products), default=None)
+        return measured.model_copy(update={"accuracy_level": level})
+
+    @property
+    def _in_float16(self) -> bool:
+        return self.job.recipe.cuda_dtype == "float16"
+
+    def _largest_difference(self, dequantized: Outputs) -> tuple[float, str]:
+        """(largest relative difference, what differs by that)."""
+        pairs = [pair for path in self.paths.values() for pair in self._last_position(path)]
+        errors = [(compare.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
+        whole = graph_parity(self.artifact, dequantized), "outputs, with float activations,"
+        return max(whole, worst_cluster(self.artifact), *errors)
+
+    def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:
+        """(what the graphs give, what they should): torch's outputs, and their own at the last positions."""
+        session = joined({part: session_at_all_positions(path, self.target.name) for part, path in self.paths.items()})
+        own = [pair for path in self.paths.values() for pair in self._last_position(path)]
+        return compare.compared(self.job.model, session, dequantized) + own
+
+    def _last_position(self, path: Path) -> list[tuple[np.ndarray[Any, Any], ...]]:
+        return last_position_pairs(self.job.model, path, self.target.name)
+
+
+def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False) -> Any:
+    """A session over the float graphs of a model, fed from its source.
+
+    last_position: whether the head is spared the rest of a prompt, as it is in the artifact.
+    """
+    model: Model = job.model
+    graphs = {part: graph.clone() for part, graph in job.template.graphs.items()}
+    if last_position and model.output_head is not None:
+        keep_last_position(graphs["model"].graph, model.output_head)
+    floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
+    return joined({part: memory_session(graph, model.read, settings) for part, graph in floats.items()})
+
+
+def _placed(measured: Latency, found: Placement) -> Latency:
+    """The latency with what ran where; a node that computes with floats has to run on the device."""
+    update: dict[str, Any] = {"device_nodes": found.nodes, "cpu_nodes": found.cpu_nodes, "copies": found.copies}
+    if found.misplaced:
+        update |= {"status": "failed", "reason": f"these nodes ran on the CPU: {', '.join(found.misplaced)}"}
+    return measured.model_copy(update=update)
+
+
+def _why_not_run(paths: Mapping[str, Path], target: Target) -> str | None:
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing:
+        return f"the folder holds no {missing[0].name}: convert with --target {target.name}"
+    return why_unavailable(target.name)
