@@ -56,7 +56,7 @@ class SINQQuantizer(Quantizer):
             raise ValueError("iterations must be at least 0, bound at least 1 and at most 10000")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        if scheme.activation_bits:
+        if scheme.activations:
             return "SINQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "SINQ needs a scale per channel or group; take -channel or -gN"

@@ -53,7 +53,7 @@ def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Mod
     Raises UsageError QC-BUDGET-004 where there is none, QC-BUDGET-005 for layers that transformers loads only where all
     have one scheme.
     """
-    free = {name: layer for name, layer in plan.layers.items() if layer.kind != "embedding" and recipe.rule_for(name) is None}
+    free = {name: layer for name, layer in plan.layers.items() if not layer.form.is_embedding and recipe.rule_for(name) is None}
     if not free:
         raise UsageError(
             "QC-BUDGET-004", "the rules leave no layer whose scheme a budget could decide", hint="take fewer rules"

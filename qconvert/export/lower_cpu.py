@@ -20,6 +20,7 @@ from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.template import made_by
 from qconvert.targets.cpu import CPU
@@ -41,13 +42,18 @@ class CpuLowering(Lowering):
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
         x = node.inputs[0]
         assert x is not None
-        if plan.kind == "conv2d":
-            return self._conv2d(plan, node, x, bias)
-        if node.op_type == "Embedding":
-            return self._embedding(plan, x)
-        if plan.scheme.activation_bits:
-            return self._row_form(plan, node.attributes["module"].as_string(), x, bias)
-        return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
+        module = node.attributes["module"].as_string()
+        match self.context.job.plan.form_of(module):
+            case LayerForm.CONVOLUTION:
+                return self._conv2d(plan, node, x, bias)
+            case LayerForm.PACKED_EMBEDDING:
+                return self._gather_block_quantized(plan, x, CPU.block_size(plan), *self._block_qparams(plan))
+            case LayerForm.INT8_EMBEDDING:
+                return self._gathered_codes(plan, x)
+            case LayerForm.INT8_ROWS:
+                return self._row_form(plan, module, x, bias)
+            case _:
+                return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
 
     def stored_float(self, name: str) -> Value:
         return self.builder.float32(self.builder.external(name))
@@ -81,11 +87,6 @@ class CpuLowering(Lowering):
             zero_point = None if plan.scheme.symmetric else builder.external(f"{name}.kernel_zero_point")
             self._qparams[name] = builder.float32(builder.external(scale_name)), zero_point
         return self._qparams[name]
-
-    def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
-        if plan.scheme.activation_bits:
-            return self._gathered_codes(plan, indices)
-        return self._gather_block_quantized(plan, indices, CPU.block_size(plan), *self._block_qparams(plan))
 
     def _gathered_codes(self, plan: LayerPlan, indices: Value) -> Value:
         """Rows of the signed codes [out, in], times their scales [out, 1]."""

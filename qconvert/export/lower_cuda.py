@@ -24,7 +24,7 @@ from qconvert.export.context import ExportContext
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.graph.half_precision import WIDER, narrowed, type_name
-from qconvert.ir import packing
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_layer, read_tensor
 from qconvert.targets.cuda import CUDA
@@ -47,11 +47,14 @@ class CudaLowering(Lowering):
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
         x = node.inputs[0]
         assert x is not None
-        if plan.kind == "conv2d":
+        form = self.context.job.plan.form_of(node.attributes["module"].as_string())
+        if form is LayerForm.CONVOLUTION:
             self._narrowed_scale(plan, read_tensor(self.stage.folder, self.builder.stored[f"{plan.name}.weight_scale"]))
             return self._conv2d(plan, node, x, bias)
-        if node.op_type == "Embedding":
-            return self._embedding(plan, x)
+        if form is LayerForm.INT8_EMBEDDING:
+            return self._gathered_codes(plan, x)
+        if form is LayerForm.PACKED_EMBEDDING:
+            return self._gather_block_quantized(plan, x, CUDA.block_size(plan), self._scale(plan))
         columns = self.outlier_columns.get(plan.name, ())
         x = self._scaled_input(plan, x)
         output = self._matmul_nbits(plan, self._without(x, columns, plan))
@@ -92,9 +95,9 @@ class CudaLowering(Lowering):
             if name not in builder.stored:
                 q = read_layer(self.stage.folder, plan, builder.stored).q
                 padded = torch.nn.functional.pad(q, (0, -plan.in_features % size))
-                self._append(name, packing.pack_codes(padded, bits).reshape(shape))
+                self._append(name, plan.scheme.format.pack(padded).reshape(shape))
             return builder.external(name)
-        if not plan.scheme.activation_bits:
+        if plan.form.is_packed:
             return builder.external(f"{plan.name}.weight_packed", shape, DataType.UINT8)
         signed = builder.external(f"{plan.name}.weight", shape, DataType.UINT8, view="/bytes")
         highest_bit = builder.constant("qconvert/highest_bit", np.array(128, np.uint8))
@@ -116,14 +119,12 @@ class CudaLowering(Lowering):
         self._append(name, narrow.repeat_interleave(blocks // scale.shape[1], 1))
         return builder.external(name)
 
-    def _embedding(self, plan: LayerPlan, indices: Value) -> Value:
+    def _gathered_codes(self, plan: LayerPlan, indices: Value) -> Value:
         builder, name = self.builder, plan.name
-        if plan.scheme.activation_bits:
-            rows = builder.op("Gather", [builder.external(f"{name}.weight"), indices], f"{name}/GatherCodes", axis=0)
-            codes = builder.op("Cast", [rows], f"{name}/Codes", to=ONNX_TYPES[self.dtype])
-            scales = builder.op("Gather", [self.stored_float(f"{name}.weight_scale"), indices], f"{name}/GatherScales", axis=0)
-            return builder.op("Mul", [codes, scales], f"{name}/Dequantize")
-        return self._gather_block_quantized(plan, indices, CUDA.block_size(plan), self._scale(plan))
+        rows = builder.op("Gather", [builder.external(f"{name}.weight"), indices], f"{name}/GatherCodes", axis=0)
+        codes = builder.op("Cast", [rows], f"{name}/Codes", to=ONNX_TYPES[self.dtype])
+        scales = builder.op("Gather", [self.stored_float(f"{name}.weight_scale"), indices], f"{name}/GatherScales", axis=0)
+        return builder.op("Mul", [codes, scales], f"{name}/Dequantize")
 
     def constant(self, name: str, tensor: Tensor) -> Value:
         """A constant of the graph, kept in the sidecar."""

@@ -54,7 +54,7 @@ def extremes(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, ...]:
     smallest and the largest weight."""
     groups = grouped(weight, scheme)
     if scheme.symmetric:
-        if scheme.bits == 4:
+        if scheme.format.signed_maximum:
             return (_signed_maximum(groups),)
         return (groups.abs().amax(-1),)
     # Zero is always representable: padding, ReLU zeros and masked inputs must map back to exactly 0.
@@ -76,7 +76,7 @@ def qparams_of(found: tuple[Tensor, ...], scheme: QuantScheme, clip: Tensor | fl
     """`choose_qparams` from the `extremes` of a weight."""
     low, high = scheme.code_range
     if scheme.symmetric:
-        scale = found[0] / (low if scheme.bits == 4 else high)
+        scale = found[0] / (low if scheme.format.signed_maximum else high)
         return round_scale(scale * clip, scheme), None
     smallest, largest = (extreme * clip for extreme in found)
     # In float64: the range of finite weights may overflow float32.
@@ -99,7 +99,7 @@ def round_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
     scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     bits = scheme.scale_bits
     if scheme.scale_dtype == torch.float16 and fits_float16(scale):
-        bits = min(bits, 11 if scheme.bits == 8 else 8 if scheme.symmetric else 7)
+        bits = min(bits, scheme.format.scale_bits if scheme.symmetric else scheme.format.asymmetric_scale_bits)
     mantissa, exponent = torch.frexp(scale)
     return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
 

@@ -15,20 +15,30 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
     """Signed codes [rows, columns] int8 -> bytes [rows, ceil(columns * bits / 8)] uint8.
 
     int4: byte j holds u[2j] | u[2j+1] << 4; an odd last nibble is padded with 0.
+
+    Raises ValueError for a number of bits that no layout packs.
     """
     unsigned: Tensor = q.contiguous().view(torch.uint8) + 2 ** (bits - 1)  # modulo 256, as two's complement wants it
-    if bits == 8:
-        return unsigned
-    if unsigned.shape[1] % 2:
-        unsigned = torch.nn.functional.pad(unsigned, (0, 1))
-    packed: Tensor = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    return packed
+    match bits:
+        case 8:
+            return unsigned
+        case 4:
+            if unsigned.shape[1] % 2:
+                unsigned = torch.nn.functional.pad(unsigned, (0, 1))
+            packed: Tensor = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+            return packed
+    raise ValueError(f"codes of {bits} bits are not packed by any layout")
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_codes`: bytes [rows, ceil(columns * bits / 8)] -> signed codes [rows, columns] int8."""
-    if bits == 4:
-        packed = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+    match bits:
+        case 4:
+            packed = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+        case 8:
+            pass
+        case _:
+            raise ValueError(f"codes of {bits} bits are not packed by any layout")
     codes: Tensor = (packed - 2 ** (bits - 1)).view(torch.int8)
     return codes
 

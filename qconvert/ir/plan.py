@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qconvert.ir.layer import LayerKind
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
 from qconvert.ir.scheme import QuantScheme
 
@@ -31,12 +32,17 @@ class LayerPlan:
     reason: str | None = None
 
     @property
+    def form(self) -> LayerForm:
+        """What it becomes."""
+        return LayerForm.of(self.kind, self.scheme)
+
+    @property
     def disk_tensors(self) -> dict[str, TensorInfo]:
         """Suffix -> what model.safetensors holds for it, in compressed-tensors' layout."""
         scheme, out, width = self.scheme, self.out_features, self.in_features
         groups = width // scheme.group_size(width)
         scale = TensorInfo(scheme.scale_dtype, (out, groups))
-        if scheme.activation_bits and self.kind != "conv2d":
+        if not self.form.is_packed:
             tensors = {"weight": TensorInfo(torch.int8, (out, width)), "weight_scale": scale}
             if not scheme.symmetric:
                 tensors["weight_zero_point"] = TensorInfo(torch.int8, (out, groups))
@@ -114,3 +120,10 @@ class Plan:
     def layer_of(self, name: str) -> LayerPlan | None:
         """The planned layer that the module `name` computes with, None where it stays float."""
         return self.layers.get(self.shared.get(name, name))
+
+    def form_of(self, name: str) -> LayerForm:
+        """What the module `name` becomes."""
+        layer = self.layer_of(name)
+        if layer is None:
+            return LayerForm.FLOAT
+        return layer.form if layer.name == name else layer.form.as_product

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qconvert.errors import UsageError
+from qconvert.ir.number_format import FORMATS, INT8, NumberFormat
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,34 @@ Granularity = PerTensor | PerChannel | PerGroup
 # The block sizes that ONNX Runtime's MatMulNBits has kernels for.
 GROUP_SIZES = (16, 32, 64, 128, 256)
 
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """How the input of a layer is quantized.
+
+    dynamic: whether its scales are computed at run time; else they come from calibration.
+    granularity: "token" for one scale per row, "tensor" for one for all.
+    """
+
+    bits: int = 8
+    dynamic: bool = True
+    granularity: Literal["token", "tensor"] = "token"
+
+    def __str__(self) -> str:
+        return f"a{self.bits}"
+
+
+# The field's word for it: dynamic per-token int8.
+DYNAMIC_INT8 = Activations()
+
+# What compressed-tensors and vLLM call some schemes.
+ALIASES = {
+    "W4A16": "int4-g128",
+    "W4A16_ASYM": "int4-g128-asym",
+    "W8A16": "int8-channel",
+    "W8A8": "int8-channel-a8",
+}
+
 _SCHEME = re.compile(r"int(?P<bits>4|8)(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?(?P<a8>-a8)?")
 
 
@@ -43,7 +72,7 @@ class QuantScheme:
 
     bits: 4 or 8, of the weight.
     symmetric: no zero point.
-    activation_bits: 8 for int8 activations (dynamic, one scale per row), None for float activations.
+    activations: how a layer's input is quantized, None for float activations.
     scale_bits: significant bits of a scale at most: loaders hold scales in the dtype of the model (Model.scale_bits). No
         part of the text, because the plan sets it, and not compared.
     """
@@ -51,7 +80,7 @@ class QuantScheme:
     bits: int
     symmetric: bool
     granularity: Granularity
-    activation_bits: int | None = None
+    activations: Activations | None = None
     scale_bits: int = field(default=24, compare=False)
 
     @staticmethod
@@ -60,21 +89,21 @@ class QuantScheme:
 
         Raises UsageError QC-SCHEME-001 for a text that is no scheme.
         """
-        match = _SCHEME.fullmatch(text)
+        match = _SCHEME.fullmatch(ALIASES.get(text.upper(), text))
         if match is None or (match["group"] and int(match["group"]) not in GROUP_SIZES):
             raise UsageError(
                 "QC-SCHEME-001",
                 f"'{text}' is not a scheme",
                 hint="write int4 or int8, then -tensor, -channel or -gN "
                 f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8: for example int4-g32-asym, "
-                "int8-channel-a8",
+                "int8-channel-a8; W4A16 and W8A8 are understood, too",
             )
         granularity: Granularity = PerChannel()
         if match["granularity"] == "tensor":
             granularity = PerTensor()
         elif match["group"]:
             granularity = PerGroup(int(match["group"]))
-        return QuantScheme(int(match["bits"]), not match["asym"], granularity, 8 if match["a8"] else None)
+        return QuantScheme(int(match["bits"]), not match["asym"], granularity, DYNAMIC_INT8 if match["a8"] else None)
 
     def __str__(self) -> str:
         match self.granularity:
@@ -85,19 +114,23 @@ class QuantScheme:
             case PerGroup(group_size):
                 granularity = f"g{group_size}"
         asym = "" if self.symmetric else "-asym"
-        return f"int{self.bits}-{granularity}{asym}{f'-a{self.activation_bits}' if self.activation_bits else ''}"
+        return f"int{self.bits}-{granularity}{asym}{f'-{self.activations}' if self.activations else ''}"
+
+    @property
+    def format(self) -> NumberFormat:
+        """How its codes are made and packed."""
+        return FORMATS[self.bits]
 
     @property
     def has_kernel(self) -> bool:
         """Whether anything runs it fast: int8 activations need int8 weights, with a scale per tensor or channel."""
-        return not self.activation_bits or (self.bits == 8 and not isinstance(self.granularity, PerGroup))
+        return not self.activations or (self.format is INT8 and not isinstance(self.granularity, PerGroup))
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code. Symmetric int8 leaves out -128 so that the range is balanced;
         symmetric int4 uses all 16 codes, because its scale follows the signed maximum (ir/affine.py)."""
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return (-high, high) if self.symmetric and self.bits == 8 else (low, high)
+        return self.format.code_range(symmetric=self.symmetric)
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -110,7 +143,7 @@ class QuantScheme:
         import torch  # here: recipes and --help need no torch
 
         grouped = isinstance(self.granularity, PerGroup)
-        return torch.float16 if self.bits == 4 or (grouped and self.symmetric) else torch.float32
+        return torch.float16 if self.format.exact_in_float16 or (grouped and self.symmetric) else torch.float32
 
     def group_size(self, in_features: int) -> int:
         """How many consecutive inputs of one output channel share a scale."""

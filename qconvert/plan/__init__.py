@@ -124,8 +124,8 @@ def _sort_modules(
             reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
         else:
             # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
-            activation_bits = None if kind == "conv2d" else scheme.activation_bits
-            own = dataclasses.replace(scheme, activation_bits=activation_bits, scale_bits=model.scale_bits)
+            activations = None if kind == "conv2d" else scheme.activations
+            own = dataclasses.replace(scheme, activations=activations, scale_bits=model.scale_bits)
             layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
             continue
         kept.append(KeptFloat(name=name, reason=reason))
@@ -160,8 +160,8 @@ def _check_schemes(default: QuantScheme, layers: Iterable[LayerPlan], recipe: Re
     """Every scheme that is asked for; a quantizer with observers has no say in embeddings (qconvert.quantize)."""
     asked = {default, *(rule.scheme for rule in recipe.rules if rule.scheme)}
     if quantizer.observers:
-        asked -= {layer.scheme for layer in layers if layer.kind == "embedding"} - {
-            layer.scheme for layer in layers if layer.kind != "embedding"
+        asked -= {layer.scheme for layer in layers if layer.form.is_embedding} - {
+            layer.scheme for layer in layers if not layer.form.is_embedding
         }
     for scheme in sorted(asked, key=str):
         _check_scheme(scheme, quantizer)

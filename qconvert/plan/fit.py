@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qconvert.errors import UsageError
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import KeptFloat, LayerPlan
 from qconvert.ir.scheme import GROUP_SIZES, Granularity, PerChannel, PerGroup
@@ -71,12 +72,13 @@ class Fitting:
 
     def _misfit(self, layer: LayerPlan) -> _Misfit | None:
         """The first of what the layer's width has to be a multiple of, and is not."""
-        width, scheme, packed = layer.in_features, layer.scheme, compressed_tensors.is_packed(layer)
+        width, scheme, form = layer.in_features, layer.scheme, layer.form
         wanted = [("QC-PLAN-004", scheme.group_size(width), f"the group of {scheme}", "take a smaller group or -channel, or ")]
-        if layer.kind == "embedding" and packed:
+        if form is LayerForm.PACKED_EMBEDDING:
             wanted.append(("QC-PLAN-009", CPU.block_size(layer), "the block of the kernel for quantized embeddings", ""))
         others = [target for target in targets_of(self.recipe.targets) if target is not CPU]
-        for target in others if layer.kind == "embedding" and (packed or layer.name in self.shared.values()) else ():
+        gathered = form is LayerForm.PACKED_EMBEDDING or (form.is_embedding and layer.name in self.shared.values())
+        for target in others if gathered else ():
             block = f"the block of the {target.name.upper()} provider's kernel for quantized embeddings"
             wanted.append(("QC-PLAN-010", target.block_size(layer), block, f"leave out --target {target.name}, or "))
         for code, divisor, what, hint in wanted:
@@ -92,7 +94,7 @@ class Fitting:
 
     def _takes(self, layer: LayerPlan) -> bool:
         """Whether the quantizer makes this layer; one with observers has no say in embeddings (qconvert.quantize)."""
-        no_say = layer.kind == "embedding" and bool(self.quantizer.observers)
+        no_say = layer.form.is_embedding and bool(self.quantizer.observers)
         return no_say or contract.refuses(self.quantizer, layer.scheme) is None
 
     def _in_one_group(self, fitted: Layers) -> Layers:

@@ -11,6 +11,7 @@ from qconvert.graph import cuda_kernels
 from qconvert.graph.float_graph import float_graph
 from qconvert.graph.half_precision import narrow
 from qconvert.graph.last_position import keep_last_position
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import no_zero_points
@@ -23,8 +24,8 @@ from qconvert.targets.cuda import CUDA
 def check_targets(model: Model, template: Template, layers: Mapping[str, LayerPlan], recipe: Recipe) -> None:
     """What the kernels of the recipe's targets have to say.
 
-    Raises UsageError QC-PLAN-007 for zero points that a target does not take; QC-CUDA-001 if something between the layers has no
-    kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the type
+    Raises UsageError QC-PLAN-007 for zero points that a target does not take; QC-CUDA-001 if something between the layers has
+    no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the type
     of activations can't hold.
     """
     targets = targets_of(recipe.targets)
@@ -57,7 +58,7 @@ def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) ->
         if name not in replaced and info.dtype.is_floating_point and info.dtype != narrow_type
     )
     for layer in layers.values():
-        if layer.kind == "conv2d":
+        if layer.form is LayerForm.CONVOLUTION:
             continue
         blocks = -(-layer.in_features // CUDA.block_size(layer))
         scale = layer.disk_tensors["weight_scale"]

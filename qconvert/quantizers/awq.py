@@ -46,7 +46,7 @@ class AWQQuantizer(Quantizer):
             raise ValueError("grid must be at least 1, min_clip above 0 and at most 1")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        if scheme.activation_bits:
+        if scheme.activations:
             return "AWQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "AWQ needs a scale per channel or group; take -channel or -gN"

@@ -50,7 +50,7 @@ class GPTQQuantizer(Quantizer):
             raise ValueError("grid must be at least 1, damp above 0, min_clip above 0 and at most 1")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        if scheme.activation_bits:
+        if scheme.activations:
             return "GPTQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "GPTQ needs a scale per channel or group; take -channel or -gN"

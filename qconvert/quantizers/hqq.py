@@ -59,7 +59,7 @@ class HQQQuantizer(Quantizer):
             raise ValueError("beta must be above 0, growth at least 1")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        if scheme.activation_bits:
+        if scheme.activations:
             return "HQQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "HQQ fits a scale per channel or group; take -channel or -gN"

@@ -54,7 +54,7 @@ class LLMInt8Quantizer(Quantizer):
         return self.max_outliers > 0
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        if scheme.bits == 8 and scheme.symmetric and scheme.activation_bits == 8:
+        if scheme.bits == 8 and scheme.symmetric and scheme.activations:
             return None
         return "LLM.int8() is int8 with int8 activations, symmetric; take int8-channel-a8 or int8-tensor-a8"
 

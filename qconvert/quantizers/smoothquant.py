@@ -94,7 +94,7 @@ class SmoothQuantQuantizer(Quantizer):
         tensor = round_to_nearest(layer.weight, scheme)
         if layer.stats is None:
             return tensor
-        with_columns = layer.kind != "conv2d" and scheme.activation_bits
+        with_columns = layer.kind != "conv2d" and scheme.activations
         columns = columns_that_pay(layer.stats, self.max_outliers if with_columns else 0)
         if self.damp is not None:
             gram = layer.stats.values[Gram.name].clone()
@@ -139,5 +139,5 @@ def _output_error(
     for layer, scheme, output in zip(group.layers, schemes, wanted, strict=True):
         scaled = layer.weight if scale is None else layer.weight * scale
         weight = affine.rounded(scaled, scheme)
-        total += float(((seen if scheme.activation_bits else smoothed) @ weight.T).sub_(output).square_().sum())
+        total += float(((seen if scheme.activations else smoothed) @ weight.T).sub_(output).square_().sum())
     return total if math.isfinite(total) else math.inf  # products of huge weights may overflow

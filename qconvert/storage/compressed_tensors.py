@@ -23,15 +23,10 @@ from qconvert.ir.scheme import PerGroup, PerTensor
 SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
 
 
-def is_packed(plan: LayerPlan) -> bool:
-    """Whether the layer is pack-quantized; else it is int-quantized."""
-    return "weight_packed" in plan.disk_tensors
-
-
 def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """Suffix -> tensor of model.safetensors, as `plan.disk_tensors` says; a scale beyond float16 is float32."""
     out, bits = plan.out_features, plan.scheme.bits
-    packed = is_packed(plan)
+    packed = plan.form.is_packed
     tensors = {
         "weight_packed" if packed else "weight": packing.pack_int32(tensor.q, bits) if packed else tensor.q,
         "weight_scale": affine.stored_scale(tensor.scale, plan.scheme).expand(out, -1),
@@ -63,16 +58,28 @@ def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:
     outliers: some layer of the model keeps float columns, so the int8 matrices are meant for float activations.
     """
     scheme = plan.scheme
-    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": scheme.format.layout_type,
+        "symmetric": scheme.symmetric,
+        "dynamic": False,
+    }
     if isinstance(scheme.granularity, PerGroup):
         weights |= {"strategy": "group", "group_size": scheme.granularity.group_size}
     else:
         weights |= {"strategy": "channel"}
     activations = None
-    if scheme.activation_bits and not outliers:
-        activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if scheme.activations and not outliers:
+        how = scheme.activations
+        activations = {
+            "num_bits": how.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": how.granularity,
+            "dynamic": how.dynamic,
+        }
     return {
-        "format": "pack-quantized" if is_packed(plan) else "int-quantized",
+        "format": "pack-quantized" if plan.form.is_packed else "int-quantized",
         "input_activations": activations,
         "output_activations": None,
         "weights": weights,
@@ -82,7 +89,7 @@ def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:
 def dequantizes_exactly(plan: LayerPlan) -> bool:
     """Whether nothing is lost with `"dequantize": true`: transformers then multiplies in the dtype of the scales, and float16
     holds codes of 4 bits times scales that `affine.round_scale` has rounded, but not codes of 8 bits."""
-    return plan.scheme.bits == 4 or plan.scheme.scale_dtype == torch.float32
+    return plan.scheme.format.exact_in_float16 or plan.scheme.scale_dtype == torch.float32
 
 
 def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
@@ -92,9 +99,9 @@ def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
     int-quantized weights without quantized activations fail at the first forward, and a packed embedding can't be looked
     up in. A packed layer has no `weight` that a model could look at. All load with `dequantize`.
     """
-    if is_packed(plan):
-        return plan.kind == "embedding" or plan.weight_read or not plan.scheme.symmetric
-    return plan.kind == "embedding" or outliers
+    if plan.form.is_packed:
+        return plan.form.is_embedding or plan.weight_read or not plan.scheme.symmetric
+    return plan.form.is_embedding or outliers
 
 
 def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False) -> str | None:
@@ -135,7 +142,7 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
 
 def _trait(needy: LayerPlan) -> str:
     """What makes a layer one that must be dequantized."""
-    if needy.kind == "embedding":
+    if needy.form.is_embedding:
         return "is an embedding"
     if not needy.scheme.symmetric:
         return "has zero points"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconvert.ir import packing
 from qconvert.ir.affine import stored_scale
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import GROUP_SIZES, PerGroup
@@ -59,30 +59,43 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     extra: dict[str, Tensor] = {}
     if tensor.input_scale is not None:
         extra["input_factor"] = 1 / tensor.input_scale
-    if plan.kind == "conv2d":
-        if tensor.zero_point is not None:
-            unsigned = tensor.zero_point.to(torch.int16) + 2 ** (plan.scheme.bits - 1)
-            extra["kernel_zero_point"] = unsigned.to(torch.uint8).expand(plan.out_features, -1)
-        return extra
-    if plan.scheme.activation_bits:
-        if tensor.outliers is not None:
-            mask = torch.ones(plan.in_features, dtype=torch.uint8)
-            mask[tensor.outliers.columns] = 0
-            extra["outlier_columns"] = tensor.outliers.columns
-            extra["outlier_weight"] = stored_outliers(tensor.outliers.weight.T)
-            extra["outlier_mask"] = mask
-        return extra
-    size, bits = CPU.block_size(plan), plan.scheme.bits
+    match plan.form:
+        case LayerForm.CONVOLUTION:
+            extra |= _unpacked_zero_points(plan, tensor)
+        case LayerForm.INT8_ROWS | LayerForm.INT8_EMBEDDING:
+            extra |= _outliers(plan, tensor)
+        case LayerForm.PACKED_WEIGHTS | LayerForm.PACKED_EMBEDDING:
+            extra |= _blocks(plan, tensor)
+    return extra
+
+
+def _unpacked_zero_points(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    if tensor.zero_point is None:
+        return {}
+    unsigned = tensor.zero_point.to(torch.int16) + plan.scheme.format.offset
+    return {"kernel_zero_point": unsigned.to(torch.uint8).expand(plan.out_features, -1)}
+
+
+def _outliers(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    if tensor.outliers is None:
+        return {}
+    mask = torch.ones(plan.in_features, dtype=torch.uint8)
+    mask[tensor.outliers.columns] = 0
+    weight = stored_outliers(tensor.outliers.weight.T)
+    return {"outlier_columns": tensor.outliers.columns, "outlier_weight": weight, "outlier_mask": mask}
+
+
+def _blocks(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """Codes, scales and zero points in the kernel's blocks, where the shared file does not hold them so."""
+    extra: dict[str, Tensor] = {}
+    size, out, pack = CPU.block_size(plan), plan.out_features, plan.scheme.format.pack
     blocks = -(-plan.in_features // size)
     if CPU.is_padded(plan):
         padded = torch.nn.functional.pad(tensor.q, (0, blocks * size - plan.in_features))
-        extra["kernel_weight"] = packing.pack_codes(padded, bits).reshape(plan.out_features, blocks, -1)
+        extra["kernel_weight"] = pack(padded).reshape(out, blocks, -1)
     per_block = blocks // tensor.scale.shape[1]
-    if tensor.scale.shape != (plan.out_features, blocks):
-        extra["kernel_scale"] = (
-            stored_scale(tensor.scale, plan.scheme).repeat_interleave(per_block, 1).expand(plan.out_features, -1)
-        )
+    if tensor.scale.shape != (out, blocks):
+        extra["kernel_scale"] = stored_scale(tensor.scale, plan.scheme).repeat_interleave(per_block, 1).expand(out, -1)
     if tensor.zero_point is not None:
-        repeated = tensor.zero_point.repeat_interleave(per_block, 1).expand(plan.out_features, -1)
-        extra["kernel_zero_point"] = packing.pack_codes(repeated, bits)
+        extra["kernel_zero_point"] = pack(tensor.zero_point.repeat_interleave(per_block, 1).expand(out, -1))
     return extra

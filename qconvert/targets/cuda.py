@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import PerGroup
 from qconvert.targets.target import Target
@@ -19,13 +20,13 @@ def _block_size(plan: LayerPlan) -> int:
 
 def _describe(plan: LayerPlan) -> str:
     """What a layer becomes on CUDA, in a few words."""
-    if plan.kind == "conv2d":
+    if plan.form is LayerForm.CONVOLUTION:
         return "Conv, its weight dequantized when the model is loaded (small on disk, not fast)"
-    if plan.kind == "embedding" and plan.scheme.activation_bits:
+    if plan.form is LayerForm.INT8_EMBEDDING:
         return "rows gathered as int8 and scaled"
-    op = "GatherBlockQuantized" if plan.kind == "embedding" else "MatMulNBits"
+    op = "GatherBlockQuantized" if plan.form.is_embedding else "MatMulNBits"
     copied = ", a padded copy of the weight" if CUDA.is_padded(plan) else ""
-    float_activations = ", float activations" if plan.scheme.activation_bits else ""
+    float_activations = ", float activations" if plan.scheme.activations else ""
     return f"{op} of {plan.scheme.bits} bits in blocks of {CUDA.block_size(plan)}{copied}{float_activations}"
 
 

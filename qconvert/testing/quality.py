@@ -92,7 +92,7 @@ def _require_less(fine: tuple[Outcome, ...], coarse: tuple[Outcome, ...]) -> Non
 def _output_error(outcome: Outcome) -> float:
     """Squared error of the output on the sample's rows."""
     rows, tensor = typical().rows, outcome.tensor
-    found = emulate_row_form(rows, tensor, None) if tensor.scheme.activation_bits else rows.double() @ _dequantized(tensor).T
+    found = emulate_row_form(rows, tensor, None) if tensor.scheme.activations else rows.double() @ _dequantized(tensor).T
     return float((found - rows.double() @ outcome.weight.double().T).square().sum())
 
 

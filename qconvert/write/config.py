@@ -39,7 +39,7 @@ def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None
         config["quantization_config"] = (
             quantization_config(model, plan, outliers=outliers) if layout == "transformers" else _refusal()
         )
-    if any(f"{name}.weight" in model.tied and layer.kind != "embedding" for name, layer in plan.layers.items()):
+    if any(f"{name}.weight" in model.tied and not layer.form.is_embedding for name, layer in plan.layers.items()):
         # A quantized head has its own weight; transformers would overwrite it with the embedding.
         config["tie_word_embeddings"] = False
     path = stage.folder / "config.json"
@@ -56,7 +56,7 @@ def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str
     reason = transformers_refuses(layers, outliers=outliers)
     if reason is not None:
         raise UsageError("QC-WRITE-002", reason, hint="use one scheme for all layers, or --layout onnx")
-    embedded = any(layer.kind == "embedding" for layer in layers)
+    embedded = any(layer.form.is_embedding for layer in layers)
     classes = (nn.Linear, nn.Embedding) if embedded else (nn.Linear,)
     modules = [name for name, module in model.module.named_modules() if isinstance(module, classes)]
     target = _Targets(modules, getattr(model.module, "base_model_prefix", ""))

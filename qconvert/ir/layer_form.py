@@ -1,0 +1,58 @@
+"""LayerForm: what a layer becomes on disk and in graphs."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from qconvert.ir.layer import LayerKind
+from qconvert.ir.scheme import QuantScheme
+
+
+class LayerForm(Enum):
+    """The closed set of forms. Who writes, exports, plans or verifies a layer matches on these.
+
+    PACKED_WEIGHTS: packed codes, float activations (MatMulNBits).
+    INT8_ROWS: signed bytes; every row of the input is quantized with a step of its own.
+    PACKED_EMBEDDING, INT8_EMBEDDING: the same bytes, whose rows are gathered.
+    CONVOLUTION: packed codes, dequantized when the model is loaded: small on disk, float at run time.
+    FLOAT: as it is in the source.
+    """
+
+    PACKED_WEIGHTS = "packed weights"
+    INT8_ROWS = "int8 rows"
+    PACKED_EMBEDDING = "packed embedding"
+    INT8_EMBEDDING = "int8 embedding"
+    CONVOLUTION = "convolution"
+    FLOAT = "float"
+
+    @staticmethod
+    def of(kind: LayerKind, scheme: QuantScheme) -> LayerForm:
+        """The form of a layer that is quantized."""
+        match kind:
+            case "conv2d":
+                return LayerForm.CONVOLUTION
+            case "embedding":
+                return LayerForm.INT8_EMBEDDING if scheme.activations else LayerForm.PACKED_EMBEDDING
+            case "linear" | "conv1d":
+                return LayerForm.INT8_ROWS if scheme.activations else LayerForm.PACKED_WEIGHTS
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes are packed into words (pack-quantized); else they are signed bytes (int-quantized)."""
+        return self in (LayerForm.PACKED_WEIGHTS, LayerForm.PACKED_EMBEDDING, LayerForm.CONVOLUTION)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether rows are gathered."""
+        return self in (LayerForm.PACKED_EMBEDDING, LayerForm.INT8_EMBEDDING)
+
+    @property
+    def as_product(self) -> LayerForm:
+        """What an output head becomes that shares the bytes of an embedding; any other form is its own."""
+        match self:
+            case LayerForm.PACKED_EMBEDDING:
+                return LayerForm.PACKED_WEIGHTS
+            case LayerForm.INT8_EMBEDDING:
+                return LayerForm.INT8_ROWS
+            case _:
+                return self

@@ -1,0 +1,63 @@
+"""NumberFormat: how one weight is coded, and how its codes lie in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NumberFormat:
+    """Signed integers of a number of bits, with a scale and perhaps a zero point.
+
+    name: as schemes have it. layout_type: as compressed-tensors has it, beside the bits.
+    signed_maximum: whether symmetric scales follow the signed maximum, so that the lowest code is used; else codes are
+        balanced, and the lowest one is left out.
+    scale_bits, asymmetric_scale_bits: significant bits of a scale in float16. With those of int4, (q - zero_point) * scale, 3
+        bits and a sign by 8 or 4 bits by 7, is exact even in float16 arithmetic; 8-bit codes leave no room for that.
+    """
+
+    name: str
+    bits: int
+    signed_maximum: bool
+    scale_bits: int
+    asymmetric_scale_bits: int
+    layout_type: str = "int"
+
+    def code_range(self, *, symmetric: bool) -> tuple[int, int]:
+        """Smallest and largest code."""
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (-high, high) if symmetric and not self.signed_maximum else (low, high)
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code to make it unsigned, as it is packed."""
+        return int(2 ** (self.bits - 1))
+
+    @property
+    def exact_in_float16(self) -> bool:
+        """Whether (q - zero_point) * scale loses nothing in float16 arithmetic."""
+        return self.bits + self.scale_bits <= FLOAT16_BITS + 1
+
+    def pack(self, q: Tensor) -> Tensor:
+        """Signed codes [rows, columns] int8 -> bytes [rows, ceil(columns * bits / 8)] uint8, low nibble first."""
+        from qconvert.ir.packing import pack_codes  # here: recipes and --help need no torch
+
+        return pack_codes(q, self.bits)
+
+    def unpack(self, packed: Tensor, columns: int) -> Tensor:
+        """Inverse of `pack`."""
+        from qconvert.ir.packing import unpack_codes
+
+        return unpack_codes(packed, self.bits, columns)
+
+
+FLOAT16_BITS = 11
+INT4 = NumberFormat("int4", 4, signed_maximum=True, scale_bits=8, asymmetric_scale_bits=7)
+INT8 = NumberFormat("int8", 8, signed_maximum=False, scale_bits=11, asymmetric_scale_bits=11)
+FORMATS: Mapping[int, NumberFormat] = MappingProxyType({each.bits: each for each in (INT4, INT8)})
