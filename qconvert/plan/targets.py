@@ -25,8 +25,8 @@ def check_targets(model: Model, template: Template, layers: Mapping[str, LayerPl
     """What the kernels of the recipe's targets have to say.
 
     Raises UsageError QC-PLAN-007 for zero points that a target does not take; QC-CUDA-001 if something between the layers has
-    no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the type
-    of activations can't hold.
+    no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the
+    type of activations can't hold.
     """
     targets = targets_of(recipe.targets)
     for layer in layers.values():
