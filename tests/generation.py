@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from qconvert.execution.materialize import materialize
-from qconvert.ir.artifact import GRAPH
-from qconvert.targets import graph_files
+from qconvert.ir.artifact import GRAPH, graph_files
 from qconvert.ort.session import file_session
 from qconvert.storage.artifact_reader import ArtifactReader
 

@@ -24,8 +24,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from qconvert.errors import TargetError
 from qconvert.execution.probes import padded_batch
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS
-from qconvert.targets import graph_files
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
 from qconvert.ir.graph_names import is_cache
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder

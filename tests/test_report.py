@@ -14,7 +14,7 @@ from onnx import TensorProto
 from rich.console import Console, RenderableType
 
 from qconvert.graph import cuda_kernels
-from qconvert.targets import graph_files
+from qconvert.ir.artifact import graph_files
 from qconvert.ir.plan import Assignment, KeptFloat, LayerPlan, Plan
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Report, SampleCounts, Size
 from qconvert.ir.scheme import QuantScheme
