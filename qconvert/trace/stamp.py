@@ -157,7 +157,8 @@ class _Cloner:
     def __init__(
         self, graph: onnx_ir.Graph, bodies: Mapping[str, _Body], inputs: list[onnx_ir.Value], outputs: list[onnx_ir.Value]
     ) -> None:
-        first, last = list(bodies.values())[0], list(bodies.values())[-1]
+        traced = list(bodies.values())
+        first, last = traced[0], traced[-1]
         self.graph, self.inputs, self.outputs = graph, inputs, outputs
         self.hidden = first.start.inputs[0] if first.start else None
         self.handed: dict[onnx_ir.Value, onnx_ir.Value] | None = None
