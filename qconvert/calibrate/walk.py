@@ -42,8 +42,10 @@ def calibrate(participants: Sequence[Participant], written: Written | None = Non
     participants: of one model, with the same calibration samples. A layer that is in no input group is a group of its own.
     written: for sequential quantization. A unit must have been written when the next one is asked for.
 
-    What is yielded is on the CPU; layers that no sample has reached have statistics of 0 rows, without values. Raises InputError
-    QC-FLOAT-001 for a planned layer whose input is not finite, PluginError QC-COMPARE-005, and what BlockRunner raises.
+    What is yielded is on the CPU; layers that no sample has reached have statistics of 0 rows, without values.
+
+    Raises InputError QC-FLOAT-001 for a planned layer whose input is not finite, PluginError QC-COMPARE-005, and what
+    BlockRunner raises.
     """
     checked_device(participants[0].job.recipe.device)  # also where nothing will run: a misspelt one is never ignored
     walk = _walk_of(participants)
