@@ -1,4 +1,4 @@
-"""A block can be quantized in another process, and its samples observed in several: neither changes a byte of what comes out."""
+"""A block can be quantized in another process, and its samples observed in several: no byte of what comes out changes."""
 
 from __future__ import annotations
 
