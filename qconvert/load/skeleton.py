@@ -108,12 +108,13 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
         raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
     task = _task(model_class)
     if task == "causal-lm" and _sees_later_tokens(module):
+        reading = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config["model_type"]) or base_class_name(config["model_type"])
         raise InputError(
             "QC-INPUT-014",
             f"{model_class.__name__} has the head of a model that writes text, but its attention sees later tokens: is_decoder "
             "is not set in config.json",
             hint="set is_decoder to true if the model was trained to write text, and else architectures to the class that the "
-            f"weights were trained in, e.g. {MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config['model_type'])!a}",
+            f"weights were trained in, e.g. {reading!a}",
         )
     if task == "encoder" and (rotary := _rotary_embedding(module)):
         reason = f"a model without a language model's head that rotates queries and keys ({rotary})"
