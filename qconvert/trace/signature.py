@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qconvert.ir.agreement import first_position
 from qconvert.ir.model import Model
 from qconvert.ir.outputs import encoder_outputs, tensors_in
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
@@ -79,9 +80,10 @@ def cache_names(prefix: str, indices: list[int]) -> list[str]:
 
 
 class _CausalLM(Wrapper):
-    def __init__(self, module: nn.Module, form: Form, indices: list[int]) -> None:
+    def __init__(self, module: nn.Module, form: Form, indices: list[int], first: int) -> None:
+        """first: the position of a row's first token."""
         super().__init__(module, form)
-        self.indices = indices
+        self.indices, self.first = indices, first
         if form.rotary:
             positions = int(module.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
             cos, sin = rotary_caches(module, positions)
@@ -104,7 +106,7 @@ class _CausalLM(Wrapper):
                 context.rotary = self.cos_cache, self.sin_cache  # type: ignore[assignment]
             kwargs: dict[str, Any] = {}
             if "position_ids" in inspect.signature(self.module.forward).parameters:
-                kwargs["position_ids"] = order.positions
+                kwargs["position_ids"] = order.positions + self.first if self.first else order.positions
             logits = self.call(
                 parameters,
                 input_ids=order.applied(input_ids),
@@ -127,7 +129,7 @@ def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form, o
     }
     past = [(torch.zeros(BATCH, heads, PAST, size), torch.zeros(BATCH, heads, PAST, size)) for _ in indices]
     return Signature(
-        _CausalLM(module, form, indices),
+        _CausalLM(module, form, indices, first_position(model.module)),
         {"inputs": inputs, "past": past},
         {
             "inputs": {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}},
