@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from exporting import publish, quantize_nearest
-from generation import genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
+from generation import NEW, PROMPT, genai_batch, genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
 from torch import Tensor
 from trace_models import ENCODERS, traced
 
@@ -52,6 +53,16 @@ def test_greedy_tokens_are_those_of_torch_on_the_dequantized_weights(name: str, 
 def test_int8_folders_run_as_they_are(scheme: str, folders: Any) -> None:
     artifact = folders("llama", scheme)
     assert genai_tokens(artifact) == onnxruntime_tokens(artifact)
+
+
+def test_rows_of_different_length_are_padded_on_the_right(folders: Any) -> None:
+    """As its tokenizer does in encode_batch: its attention mask leaves out the padding behind a row, and no other."""
+    artifact = folders("llama", "int4-g16")
+    rows = [PROMPT, PROMPT[:4]]
+    alone = [genai_tokens(artifact, row, NEW) for row in rows]
+    padding = json.loads((artifact.folder / GENAI_CONFIG).read_text())["model"]["pad_token_id"]
+    batch = np.array([row + [padding] * (len(PROMPT) - len(row)) for row in rows], np.int32)
+    assert genai_batch(artifact, batch, NEW) == alone
 
 
 def test_the_configuration_names_the_cache_the_context_and_the_ends(folders: Any) -> None:
