@@ -92,7 +92,7 @@ def genai_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW)
     return genai_batch(artifact, np.array([prompt], np.int32), new)[0]
 
 
-def genai_batch(artifact: Artifact, prompts: np.ndarray[Any, Any], new: int) -> list[list[int]]:
+def genai_batch(artifact: Artifact, prompts: np.ndarray[Any, Any], new: int = NEW) -> list[list[int]]:
     """What follows each row of `prompts` [rows, tokens]."""
     genai = pytest.importorskip("onnxruntime_genai")
     rows, length = prompts.shape

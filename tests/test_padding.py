@@ -140,3 +140,8 @@ def test_a_graph_that_leaves_padding_where_it_is_is_not_taken(monkeypatch: pytes
     monkeypatch.setattr(TokensFirst, "applied", lambda self, ids: ids)
     with pytest.raises(InputError, match=r"as one operator: differs from the model by \d"):
         trace(build("llama")[1])
+
+
+def test_the_axis_of_the_rows_has_the_name_by_which_transformers_js_makes_empty_caches() -> None:
+    (graph,) = (model.graph for model in trace(build("llama")[1]).graphs.values())
+    assert {str(value.shape[0]) for value in graph.inputs if value.shape is not None} == {"batch_size"}
