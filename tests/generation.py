@@ -89,15 +89,21 @@ def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def genai_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
+    return genai_batch(artifact, np.array([prompt], np.int32), new)[0]
+
+
+def genai_batch(artifact: Artifact, prompts: np.ndarray[Any, Any], new: int = NEW) -> list[list[int]]:
+    """What follows each row of `prompts` [rows, tokens]."""
     genai = pytest.importorskip("onnxruntime_genai")
+    rows, length = prompts.shape
     model = genai.Model(str(artifact.folder))
     settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=len(prompt) + new, do_sample=False)
+    settings.set_search_options(max_length=length + new, do_sample=False, batch_size=rows)
     generator = genai.Generator(model, settings)
-    generator.append_tokens(np.array(prompt, np.int32))
+    generator.append_tokens(prompts)
     while not generator.is_done():
         generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+    return [[int(token) for token in generator.get_sequence(row)][length:] for row in range(rows)]
 
 
 def torch_answer(

@@ -12,12 +12,14 @@ import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import Tensor, nn
 
 from qconvert import pipeline
 from qconvert.ir.reader import read_index, read_layer
 from qconvert.ir.report import Report
+from qconvert.load.folder import carried_files
 from qconvert.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("quick", "quiet")
@@ -129,6 +131,28 @@ def test_sentence_transformers_takes_a_folder_of_one_scheme(scheme: str, rules: 
     expected = SentenceTransformer(str(tmp_path / "bert"), device="cpu").encode(["A sentence.", "Another one."])
     assert found.shape == expected.shape
     assert float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)) > 0.95
+
+
+def test_sentence_transformers_finds_the_layers_behind_the_model(tmp_path: Path) -> None:
+    """LaBSE, distiluse, GTR and others have a 2_Dense, whose weights are in a folder of their own."""
+    bert = Transformer(str(tiny_bert(tmp_path / "bert")))
+    width = bert.get_embedding_dimension()
+    source = SentenceTransformer(modules=[bert, Pooling(width, pooling_mode="mean"), Dense(width, 16)], device="cpu")
+    source.save(str(tmp_path / "source"))
+    mine = recipe(tmp_path / "source", tmp_path / "out", scheme="int8-channel-a8", verify=False)
+    pipeline.convert(mine)
+    expected = source.encode(["A sentence.", "Another one."])
+    found = SentenceTransformer(str(mine.output), device="cpu").encode(["A sentence.", "Another one."])
+    assert found.shape == expected.shape == (2, 16)
+    assert float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)) > 0.95
+
+
+def test_pickled_layers_behind_the_model_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tiny_bert(tmp_path / "bert")
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"a pickle")
+    carried_files(source)
+    assert "'2_Dense/pytorch_model.bin' is a pickle, and not carried over" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -27,6 +28,9 @@ OTHER_WEIGHTS = (
 # Code is never run and the keys of config.json that name it are dropped, so it does not travel either.
 NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
 NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json", ".py", ".pyc")
+# The weights of what sentence-transformers computes behind the model, such as 2_Dense, in float as they are.
+MODULE_WEIGHTS = re.compile(r"\d+_\w+/model\.safetensors")
+MODULE_PICKLES = re.compile(r"\d+_\w+/pytorch_model\.bin")
 
 _MERGE = "in peft: load both, then .merge_and_unload().save_pretrained(FOLDER)"
 _GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -206,7 +210,8 @@ def refuse_git_lfs_pointer(path: Path) -> None:
 def carried_files(folder: Path) -> dict[str, Path]:
     """Every file that travels with the model (tokenizer, generation config, ...), by its path relative to the folder.
 
-    Sub-folders such as 1_Pooling count, hidden ones do not. Raises InputError QC-INPUT-009 for a link out of the folder.
+    Sub-folders such as 1_Pooling count, hidden ones do not. Of weights only those of modules behind the model travel.
+    Raises InputError QC-INPUT-009 for a link out of the folder.
     """
     return dict(sorted(_walk(folder)))
 
@@ -221,5 +226,10 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 log.warning("the linked folder %s is not carried over", ascii(str((here / name).relative_to(folder))))
         for name in names:
             relative = (here / name).relative_to(folder).as_posix()
-            if relative not in NOT_CARRIED and not name.endswith(NOT_CARRIED_SUFFIXES) and (here / name).is_file():
+            if MODULE_PICKLES.fullmatch(relative) and SINGLE not in names:
+                log.warning(
+                    "%s is a pickle, and not carried over: load and save the model with sentence-transformers", ascii(relative)
+                )
+            left_out = relative in NOT_CARRIED or name.endswith(NOT_CARRIED_SUFFIXES)
+            if (not left_out or MODULE_WEIGHTS.fullmatch(relative)) and (here / name).is_file():
                 yield relative, contained(folder, relative)

@@ -132,8 +132,8 @@ def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form, o
         _CausalLM(module, form, indices, first_position(model.module)),
         {"inputs": inputs, "past": past},
         {
-            "inputs": {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}},
-            "past": [({0: "batch", 2: "past"}, {0: "batch", 2: "past"}) for _ in past],
+            "inputs": {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}},
+            "past": [({0: "batch_size", 2: "past"}, {0: "batch_size", 2: "past"}) for _ in past],
         },
         [*inputs, *cache_names("past_key_values", indices)],
         [*outputs, *cache_names("present", indices)],
@@ -150,7 +150,7 @@ class _Encoder(Wrapper):
 
 def _encoder(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     inputs = {name: torch.ones(BATCH, SEQUENCE, dtype=torch.long) for name in model.input_names}
-    shapes = {"inputs": {name: {0: "batch", 1: "sequence"} for name in inputs}}
+    shapes = {"inputs": {name: {0: "batch_size", 1: "sequence"} for name in inputs}}
     return Signature(_Encoder(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
 
 
@@ -161,5 +161,5 @@ class _Module(Wrapper):
 
 def _module(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     inputs = model.example_rows(BATCH)
-    shapes = {"inputs": {name: None if name in model.shared_inputs else {0: "batch"} for name in inputs}}
+    shapes = {"inputs": {name: None if name in model.shared_inputs else {0: "batch_size"} for name in inputs}}
     return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
