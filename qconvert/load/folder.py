@@ -10,11 +10,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qconvert.errors import InputError
+from qconvert.ir.artifact import is_code
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Pickles, which can run code when they are opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -24,9 +26,8 @@ OTHER_WEIGHTS = (
     *(".xml", ".mlmodel", ".npz", ".pb", ".pdparams"),  # .xml: OpenVINO's graph, useless without its .bin
 )
 # config.json is rewritten with the output, and the source's model card describes the source: we write our own.
-# Code is never run and the keys of config.json that name it are dropped, so it does not travel either.
 NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
-NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json", ".py", ".pyc")
+NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json")
 
 _MERGE = "in peft: load both, then .merge_and_unload().save_pretrained(FOLDER)"
 _GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -140,6 +141,13 @@ def _no_weights(folder: Path) -> InputError:
 def refuse_adapter(folder: Path) -> None:
     """Raises InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
     if not os.path.lexists(folder / ADAPTER):
+        for name in ADAPTER_WEIGHTS:
+            if os.path.lexists(folder / name):
+                raise InputError(
+                    "QC-INPUT-023",
+                    f"{folder} holds the weights of an adapter, {name}, without the {ADAPTER} that says how to apply them",
+                    hint=f"give a folder with adapter and model merged ({_MERGE}); or remove {name} for the model without it",
+                )
         return
     config = read_json(contained(folder, ADAPTER), "QC-INPUT-023")
     base = config.get("base_model_name_or_path")
@@ -221,5 +229,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 log.warning("the linked folder %s is not carried over", ascii(str((here / name).relative_to(folder))))
         for name in names:
             relative = (here / name).relative_to(folder).as_posix()
-            if relative not in NOT_CARRIED and not name.endswith(NOT_CARRIED_SUFFIXES) and (here / name).is_file():
+            stays = relative in NOT_CARRIED or name.endswith(NOT_CARRIED_SUFFIXES) or is_code(relative)
+            if not stays and (here / name).is_file():
                 yield relative, contained(folder, relative)
