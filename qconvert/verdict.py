@@ -8,6 +8,7 @@ from pathlib import Path
 from qconvert.errors import InputError, ParityError, TargetError
 from qconvert.ir.agreement import position_limit
 from qconvert.ir.artifact import MANIFEST, TARGETS, Written, graph_files
+from qconvert.ir.auto_class import auto_class
 from qconvert.ir.layer import row_count
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -40,6 +41,7 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
         ),
         size=size,
         context_length=position_limit(model) if model.task == "causal-lm" else None,
+        transformers_class=auto_class(model) if recipe.layout == "transformers" and model.config is not None else None,
         processor=found.processor,
         parity=found.parity,
         fidelity=found.fidelity,

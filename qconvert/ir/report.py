@@ -190,7 +190,8 @@ class Assignment(_Part):
 class Report(_Part):
     """passed: False where a check failed or a gate was missed, else True, or None where nothing was run. assignment: None where
     the recipe named the schemes. processor: None where nothing was run. context_length: tokens that a decoder has positions
-    for, prompt and answer together; None for other tasks, and where the model's config does not say."""
+    for, prompt and answer together; None for other tasks, and where the model's config does not say. transformers_class: the one
+    to load the whole folder with; None where transformers can't."""
 
     passed: bool | None
     task: Task
@@ -199,6 +200,7 @@ class Report(_Part):
     samples: Samples
     size: Size
     context_length: int | None = None
+    transformers_class: str | None = None
     processor: Processor | None = None
     parity: tuple[Parity, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
@@ -226,8 +228,9 @@ class Report(_Part):
                 {key: value for key, value in entry.items() if value is not None or key in always}
                 for entry in document[section]
             ]
-        if self.context_length is None:
-            del document["context_length"]
+        for name in ("context_length", "transformers_class"):
+            if document[name] is None:
+                del document[name]
         for name, part in (("assignment", self.assignment), ("processor", self.processor)):
             if part is None:
                 del document[name]
