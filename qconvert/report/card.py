@@ -82,7 +82,7 @@ ENCODER_RUN_ON_CUDA = (
 # onnx.TensorProto's numbers of the types
 ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
 # The oldest that run the graphs: docs/processors.md has what was seen of the one, ir/cuda.py the kernels of the other.
-ONNXRUNTIME, ONNXRUNTIME_GPU = "onnxruntime>=1.27", "onnxruntime-gpu>=1.31"
+ONNXRUNTIME, ONNXRUNTIME_GPU = "onnxruntime>=1.28", "onnxruntime-gpu>=1.31"
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
