@@ -94,8 +94,8 @@ def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> No
     if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
         raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")
     if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir()):
-        # A plugin may load files, and know names that are no paths.
-        if not plugins.load_models or (_is_path(recipe.model) and not source.exists()):
+        absent = _is_path(recipe.model) and not source.exists()
+        if absent or not plugins.load_models:  # which may load files, and know names that are no paths
             raise no_folder(source)
     for name in data:
         _find_data(name, plugins)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 import transformers
@@ -190,9 +189,3 @@ def test_a_folder_of_the_onnx_layout_is_refused_by_transformers_as_the_card_says
     assert len(programs(text)) == 1
     with pytest.raises(ValueError, match="load the onnx files instead"):
         transformers.AutoModel.from_pretrained(tmp_path / "out")
-
-
-def test_onnx_runtime_is_the_one_that_the_dev_environment_has_or_newer(tmp_path: Path) -> None:
-    converted(tiny_bert(tmp_path / "source"), tmp_path / "out")
-    (least,) = re.findall(r"`pip install 'onnxruntime>=([\d.]+)' transformers`", (tmp_path / "out" / CARD).read_text())
-    assert tuple(map(int, least.split("."))) <= tuple(map(int, onnxruntime.__version__.split(".")))

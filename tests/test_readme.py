@@ -131,7 +131,7 @@ def test_the_oldest_onnx_runtime_is_the_first_that_the_table_of_versions_has_no_
     assert f"onnxruntime>={oldest}" == card.ONNXRUNTIME
     assert f"onnxruntime=={oldest}.0" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert f"refuses opset {OPSET}" in rows[0]
-    assert card.ONNXRUNTIME_GPU == f"onnxruntime-gpu>={cuda.version().rpartition('.')[0]}"
+    assert f"onnxruntime-gpu>={cuda.version().rpartition('.')[0]}" == card.ONNXRUNTIME_GPU
     assert f"the kernels of ONNX Runtime {cuda.version()}" in README
 
 

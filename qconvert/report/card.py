@@ -213,7 +213,7 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     if on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
-            "stored, but the kernel itself quantizes activations to int8, per row and block."
+            "stored, but the kernel itself quantizes activations to int8."
         )
     if on_cpu and any(scheme.endswith("-a8") for scheme in schemes):
         notes.append(
