@@ -190,7 +190,7 @@ def _measure(folder: Path, recipe: Recipe, progress: Progress, plugins: PluginMa
     check_digests(folder)
     quantizer, model, template = _load(recipe, plugins, progress)
     plan = outline(recipe, quantizer, model, template)
-    samples = read_samples(model, recipe, plan.calibrated, plugins.find_data)
+    samples = read_samples(model, recipe, False, plugins.find_data)  # what it was calibrated on need not be there any more
     loadable = recipe.layout == "transformers" and model.config is not None
     evidence = verify_artifact(
         folder, model, template, plan, samples.evaluation, recipe.targets, progress, with_transformers=loadable

@@ -8,10 +8,13 @@ from pathlib import Path
 from qconvert.errors import InputError, ParityError, TargetError
 from qconvert.ir.agreement import position_limit
 from qconvert.ir.artifact import MANIFEST, TARGETS, Written, graph_files
+from qconvert.ir.auto_class import auto_class
+from qconvert.ir.layer import row_count
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.reader import read_written
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, Size
+from qconvert.ir.report import Samples as SampleCounts
 from qconvert.ir.samples import Samples
 from qconvert.recipe import Gate, Recipe
 from qconvert.report import wording
@@ -32,9 +35,13 @@ def make_report(recipe: Recipe, model: Model, plan: Plan, samples: Samples, fold
         task=model.task,
         quantizer=recipe.quantizer,
         scheme=str(plan.scheme),
-        samples=samples.counts,
+        samples=SampleCounts(
+            calibration=recipe.calibration.samples if plan.calibrated else 0,
+            evaluation=sum(map(row_count, samples.evaluation)),
+        ),
         size=size,
         context_length=position_limit(model) if model.task == "causal-lm" else None,
+        transformers_class=auto_class(model) if recipe.layout == "transformers" and model.config is not None else None,
         processor=found.processor,
         parity=found.parity,
         fidelity=found.fidelity,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,16 @@ PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 def keep_activations_float(artifact: Artifact) -> None:
     """Set accuracy level 1: MatMulNBits then rounds no activations, and computes what torch does."""
     for file in graph_files(artifact.model.task).values():
-        graph = onnx.load(artifact.folder / file, load_external_data=False)
-        for node in graph.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 1
-        onnx.save(graph, artifact.folder / file)
+        keep_activations_of_graph_float(artifact.folder / file)
+
+
+def keep_activations_of_graph_float(path: Path) -> None:
+    graph = onnx.load(path, load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(graph, path)
 
 
 def torch_tokens(artifact: Artifact, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:

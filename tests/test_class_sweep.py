@@ -36,8 +36,9 @@ EXPECTED: dict[str, tuple[str, ...] | str] = {
     r"ForMultipleChoice$": "a row is several texts",
     r"ForQuestionAnswering$": "gives start_logits, end_logits,",
     r"^BertForPreTraining$": "gives prediction_logits, seq_relationship_logits,",
+    r"^AlbertForPreTraining$": "gives prediction_logits, sop_logits,",
     r"^GPT2DoubleHeadsModel$": "gives mc_logits,",
-    r"^(Bert|Roberta|MPNet)Model$": ("last_hidden_state", "pooler_output"),
+    r"^(Albert|Bert|Roberta|MPNet)Model$": ("last_hidden_state", "pooler_output"),
     r"Model$": ("last_hidden_state",),
     r"For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|NextSentencePrediction)$": (
         "last_hidden_state",

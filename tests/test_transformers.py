@@ -17,10 +17,13 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import Tensor, nn
 
 from qconvert import pipeline
+from qconvert.errors import UsageError
+from qconvert.ir import layout
 from qconvert.ir.reader import read_index, read_layer
 from qconvert.ir.report import Report
 from qconvert.load.folder import carried_files
 from qconvert.recipe import Recipe
+from qconvert.write import config
 
 pytestmark = pytest.mark.usefixtures("quick", "quiet")
 
@@ -174,3 +177,36 @@ def test_what_is_unpacked_by_the_first_call_is_nothing_for_sentence_transformers
 def rounds_activations(module: nn.Module) -> bool:
     scheme = getattr(module, "quantization_scheme", None)
     return scheme is not None and scheme.input_activations is not None
+
+
+# --- what would be read wrongly ---
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rules"),
+    [
+        ("int4-g32-asym", {"*.up_proj": "int4-g32"}),
+        ("int4-g32-asym", {"*.up_proj": "int8-channel-a8"}),
+        ("int4-g32", {"lm_head": "int8-channel"}),
+        ("int8-channel-a8", {"lm_head": "int4-g32"}),
+    ],
+    ids=["zero points", "zero points beside int8", "embedding", "embedding in int4"],
+)
+def test_a_second_scheme_that_is_refused_would_be_read_wrongly(
+    scheme: str, rules: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As README and docs/recipe.md say of folders with zero points or a quantized embedding."""
+    mine = recipe(tiny_llama(tmp_path / "llama"), tmp_path / "out", rules, scheme=scheme, verify=False)
+    with pytest.raises(UsageError, match="QC-PLAN-005"):
+        pipeline.plan(mine)
+    monkeypatch.setattr(layout, "transformers_refuses", lambda layers, **_: None)
+    monkeypatch.setattr(config, "transformers_refuses", lambda layers, **_: None)
+    pipeline.convert(mine)
+    expected = dequantized(mine)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(mine.output)
+        loaded(torch.tensor([[5, 6, 7]]))
+        right = [torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in expected.items()]
+    except Exception:  # of whatever kind: it is not read
+        return
+    assert not all(right)

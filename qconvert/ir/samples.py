@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qconvert.ir import report
-from qconvert.ir.layer import Batch, row_count
+from qconvert.ir.layer import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,11 +23,3 @@ class Samples:
     calibration: tuple[Batch, ...]
     evaluation: tuple[Batch, ...]
     files: Mapping[str, Path] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> report.Samples:
-        return report.Samples(calibration=_rows(self.calibration), evaluation=_rows(self.evaluation))
-
-
-def _rows(batches: tuple[Batch, ...]) -> int:
-    return sum(map(row_count, batches))

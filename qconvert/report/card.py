@@ -81,7 +81,8 @@ ENCODER_RUN_ON_CUDA = (
 )
 # onnx.TensorProto's numbers of the types
 ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
-LOAD: dict[Task, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+# The oldest that run the graphs: docs/processors.md has what was seen of the one, ir/cuda.py the kernels of the other.
+ONNXRUNTIME, ONNXRUNTIME_GPU = "onnxruntime>=1.28", "onnxruntime-gpu>=1.31"
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
@@ -115,8 +116,8 @@ def _verdict(report: Report) -> Iterator[str]:
 
 def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     yield "## Run it with ONNX Runtime"
-    package = "onnxruntime" if "cpu" in recipe.targets else "onnxruntime-gpu"
-    yield f"In this folder, with `pip install {package}{'' if report.task == 'module' else ' transformers'}`:"
+    package = ONNXRUNTIME if "cpu" in recipe.targets else ONNXRUNTIME_GPU
+    yield f"In this folder, with `pip install '{package}'{'' if report.task == 'module' else ' transformers'}`:"
     yield f"```python\n{RUN[report.task] if 'cpu' in recipe.targets else _on_cuda(RUN[report.task], recipe)}\n```"
     if report.context_length is not None:
         limit = f"at most {report.context_length} tokens, as many as the model has positions"
@@ -124,19 +125,28 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     if len(recipe.targets) > 1:
         caches = f"; caches are {recipe.cuda_dtype} there" if report.task in GENERATING else ""
         files = " and ".join(f"`{file}`" for file in graph_files(report.task, "cuda").values())
-        yield f"For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take {files}{caches}."
+        yield f"For the CUDAExecutionProvider (`pip install '{ONNXRUNTIME_GPU}'`) take {files}{caches}."
     yield from _recommended(report)
     if report.task == "module":
         return
     yield "## Load it with transformers"
-    if recipe.layout == "onnx":
+    if (name := report.transformers_class) is None:
         yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graphs can read."
         return
-    kind = LOAD[report.task]
     yield "In this folder, with `pip install 'transformers>=5.23' compressed-tensors`:"
-    yield f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+    yield f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(".")\n```'
+    yield _dequantized(report)
+
+
+def _dequantized(report: Report) -> str:
+    """What transformers makes of the weights."""
     without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
-    yield f"There its weights are dequantized{without}: it has float's size and speed."
+    schemes = {layer.scheme.replace("-tensor", "-channel") for layer in report.layers}  # the layout has one form for both
+    late = len(schemes) > 1 or any(scheme.startswith("int8-g") for scheme in schemes)
+    when = ", when the model is first called" if late else ""
+    rounded = len(schemes) > 1 and any(scheme.endswith("-a8") for scheme in schemes)
+    activations = " Layers whose scheme ends in -a8 round their activations there, too." if rounded else ""
+    return f"There its weights are dequantized{when}{without}: it has float's size and speed.{activations}"
 
 
 def _recommended(report: Report) -> Iterator[str]:
@@ -203,7 +213,7 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     if on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
-            "stored, but the kernel itself quantizes activations to int8, per row and block."
+            "stored, but the kernel itself quantizes activations to int8."
         )
     if on_cpu and any(scheme.endswith("-a8") for scheme in schemes):
         notes.append(
