@@ -35,5 +35,5 @@ class Job:
 
     @property
     def keeps_unfolded(self) -> bool:
-        """Whether input scales that no producer takes stay in the graph: the layout has a place for them then."""
+        """Whether smoothing scales that no producer takes stay in the graph: the layout has a place for them then."""
         return self.recipe.layout == "onnx"

@@ -54,7 +54,7 @@ def test_a_block_that_was_pickled_is_quantized_to_the_same_bytes(settings: dict[
     for block in calibrate([Participant(mine)]):
         here = quantize(block, mine)
         there = quantize(pickle.loads(pickle.dumps(block)), theirs)
-        assert here.tensors or not block.name  # input scales were folded
+        assert here.tensors or not block.name  # smoothing scales were folded
         assert (block.samples is not None) == bool(settings and block.name)
         assert [layer.relative_error for layer in here.layers] == [layer.relative_error for layer in there.layers]
         assert written(here) == written(there)

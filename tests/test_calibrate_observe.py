@@ -46,7 +46,7 @@ class Blind(Observing):
 @dataclass(frozen=True)
 class BlindScaling(Blind):
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-        return replace(group, input_scale=torch.full((group.layers[0].weight.shape[1],), 2.0))
+        return replace(group, smoothing_scale=torch.full((group.layers[0].weight.shape[1],), 2.0))
 
 
 class Failing(AbsMax):

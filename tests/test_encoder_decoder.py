@@ -177,7 +177,7 @@ def test_what_is_wrong_in_either_graph_is_found(
     assert graph_parity(artifact, torch_outputs(artifact.model, artifact.read)) > 10 * TOLERANCE
 
 
-def test_input_scales_that_differ_by_block_stay_apart_in_the_graph(sources: Path, tmp_path: Path) -> None:
+def test_smoothing_scales_that_differ_by_block_stay_apart_in_the_graph(sources: Path, tmp_path: Path) -> None:
     """All blocks of the decoder read the encoder's output, and each may want it scaled in its own way."""
     model = load_folder(sources / "t5")
     tensors = {}
@@ -185,7 +185,7 @@ def test_input_scales_that_differ_by_block_stay_apart_in_the_graph(sources: Path
         scale = torch.rand(64, generator=torch.Generator().manual_seed(block)) + 0.5
         for name in (f"decoder.block.{block}.layer.1.EncDecAttention.{part}" for part in ("k", "v")):
             scaled = nearest(matrix(model, name) * scale, QuantScheme.parse("int8-channel"))
-            tensors[name] = replace(scaled, input_scale=scale)
+            tensors[name] = replace(scaled, smoothing_scale=scale)
     artifact = publish(model, trace_once(model), tensors, tmp_path / "out")
     assert parity(artifact) < TOLERANCE / 10
     nodes = onnx.load(tmp_path / "out" / "encoder.onnx", load_external_data=False).graph.node

@@ -179,18 +179,18 @@ def test_outlier_columns_are_float_and_count_once(tmp_path: Path) -> None:
     assert [node.op_type for node in graph_of(artifact.folder).node].count("Gather") == 1  # once for both
 
 
-def test_an_input_scale_that_could_not_be_folded_is_one_mul(tmp_path: Path) -> None:
+def test_an_smoothing_scale_that_could_not_be_folded_is_one_mul(tmp_path: Path) -> None:
     model, template = pair(64)
-    input_scale = 2.0 ** (torch.arange(64) % 5 - 2)
+    smoothing_scale = 2.0 ** (torch.arange(64) % 5 - 2)
     weights = of_whole_numbers(64, "int4-g32")
     tensors = {
-        name: dataclasses.replace(nearest(weight, QuantScheme.parse("int4-g32")), input_scale=input_scale)
+        name: dataclasses.replace(nearest(weight, QuantScheme.parse("int4-g32")), smoothing_scale=smoothing_scale)
         for name, weight in weights.items()
     }
     artifact = publish(model, template, tensors, tmp_path / "out", ("cuda",))
     found = session_of(artifact.folder).run(None, {"x": np.eye(64, dtype=np.float32)})
     for name, output in zip(weights, found, strict=True):
-        assert np.array_equal(output, (weights[name] / input_scale).T.numpy()), name
+        assert np.array_equal(output, (weights[name] / smoothing_scale).T.numpy()), name
     assert [node.op_type for node in graph_of(artifact.folder).node].count("Mul") == 1
 
 

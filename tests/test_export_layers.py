@@ -157,7 +157,7 @@ def test_convolutions_are_torchs_on_dequantized_weights(text: str, tmp_path: Pat
         assert largest_difference(found, conv(x).detach().numpy()) < EXACT, name
 
 
-# --- outliers and input scales ---
+# --- outliers and smoothing scales ---
 
 
 def ops(artifact: ArtifactReader) -> list[str]:
@@ -184,16 +184,16 @@ def test_outlier_columns_are_float_and_neither_stretch_the_rows_nor_count_twice(
 
 
 @pytest.mark.parametrize("text", ["int4-g16", "int8-channel-asym", "int8-channel-a8"])
-def test_an_input_scale_that_could_not_be_folded_is_one_mul_for_all_that_share_it(text: str, tmp_path: Path) -> None:
+def test_an_smoothing_scale_that_could_not_be_folded_is_one_mul_for_all_that_share_it(text: str, tmp_path: Path) -> None:
     scheme = QuantScheme.parse(text)
     model, template = pair(nn.Linear(64, 8), nn.Linear(64, 8), whole_numbers((2, 64), -9, 9))
-    input_scale = 2.0 ** (torch.arange(64) % 5 - 2)
-    x = lossless_rows((5, 64), scheme, seed=9) * input_scale
+    smoothing_scale = 2.0 ** (torch.arange(64) % 5 - 2)
+    x = lossless_rows((5, 64), scheme, seed=9) * smoothing_scale
     tensors, expected = {}, {}
     for seed, name in enumerate(("one", "other")):
         scaled = without_largest(whole_numbers((8, 64), *RANGES[scheme.bits, scheme.symmetric], seed))
-        tensors[name] = dataclasses.replace(nearest(scaled, scheme), input_scale=input_scale)
-        expected[name] = x @ (scaled / input_scale).T + model.read(f"{name}.bias")
+        tensors[name] = dataclasses.replace(nearest(scaled, scheme), smoothing_scale=smoothing_scale)
+        expected[name] = x @ (scaled / smoothing_scale).T + model.read(f"{name}.bias")
     artifact = publish(model, template, tensors, tmp_path / "out")
     for name, found in zip(expected, outputs(artifact, x), strict=True):
         assert largest_difference(found, expected[name].numpy()) < EXACT, name

@@ -104,15 +104,15 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: slice) -> None:
     assert torch.isfinite(tensor.dequantize()).all()
 
 
-def test_the_input_scale_is_awqs_unless_it_is_turned_off() -> None:
+def test_the_smoothing_scale_is_awqs_unless_it_is_turned_off() -> None:
     layer = layer_of(correlated_rows(48) * torch.logspace(-1, 1, 48))
     group, schemes = LinearGroup((layer,), None, layer.stats), (QuantScheme.parse("int4-g16"),)
-    expected = AWQQuantizer().prepare(group, schemes).input_scale
-    found = GPTQQuantizer().prepare(group, schemes).input_scale
+    expected = AWQQuantizer().prepare(group, schemes).smoothing_scale
+    found = GPTQQuantizer().prepare(group, schemes).smoothing_scale
     assert expected is not None
     assert found is not None
     assert torch.equal(found, expected)
-    assert GPTQQuantizer(scale=False).prepare(group, schemes).input_scale is None
+    assert GPTQQuantizer(scale=False).prepare(group, schemes).smoothing_scale is None
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

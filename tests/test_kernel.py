@@ -167,7 +167,7 @@ def test_int8_product_without_the_outliers_plus_their_float_product_is_the_whole
 def test_what_could_not_be_folded_is_a_factor_of_the_input() -> None:
     plan, tensor = quantized(32, "int8-channel")
     scale = torch.linspace(0.5, 2, 32)
-    scaled = QuantizedTensor(tensor.q, tensor.scale, None, tensor.scheme, input_scale=scale)
+    scaled = QuantizedTensor(tensor.q, tensor.scale, None, tensor.scheme, smoothing_scale=scale)
     factor = cpu.sidecar_tensors(plan, scaled)["input_factor"]
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert torch.allclose((x * factor) @ tensor.dequantize().T, x @ scaled.dequantize().T, atol=1e-5)

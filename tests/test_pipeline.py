@@ -201,7 +201,7 @@ def test_layers_that_the_group_does_not_fit_are_listed_with_what_they_got(source
 
 @pytest.mark.usefixtures("quick")
 def test_awq_scales_that_do_not_fold_stay_in_the_graph_of_the_onnx_layout(sources: Path, tmp_path: Path) -> None:
-    """GELU lies between the MLP's linears, so the second one's input scale has nowhere to go."""
+    """GELU lies between the MLP's linears, so the second one's smoothing scale has nowhere to go."""
     report = conversion.convert(recipe(sources / "gpt2", tmp_path / "out", quantizer="awq", layout="onnx"))
     assert report.passed
     names = [node.name for node in onnx.load(tmp_path / "out" / GRAPH, load_external_data=False).graph.node]

@@ -49,7 +49,7 @@ def test_outliers_must_be_declared() -> None:
 def test_an_honest_quantizer_passes_unchanged(scheme: str) -> None:
     tensor = round_to_nearest(layer().weight, QuantScheme.parse(scheme))
     outliers = Outliers(torch.tensor([3, 7]), torch.zeros(4, 2))
-    for honest in (tensor, replace(tensor, outliers=outliers, input_scale=torch.ones(32))):
+    for honest in (tensor, replace(tensor, outliers=outliers, smoothing_scale=torch.ones(32))):
         assert contract.checked(honest, layer(), QuantScheme.parse(scheme), Nearest()) is honest
 
 
@@ -94,8 +94,12 @@ def outliers(columns: list[int], weight: torch.Tensor) -> dict[str, object]:
         ),
         ("int4-asym", lambda t: {"zero_point": t.zero_point * 0 + 8}, "zero_point holds 8..8, outside -8..7"),
         ("int8", lambda t: {"scheme": QuantScheme.parse("int4")}, "asked for int8-channel, it quantized to int4-channel"),
-        ("int8", lambda t: {"input_scale": torch.ones(4)}, "input_scale is torch.float32 [4], expected torch.float32 [32]"),
-        ("int8", lambda t: {"input_scale": torch.zeros(32)}, "input_scale is not finite and positive"),
+        (
+            "int8",
+            lambda t: {"smoothing_scale": torch.ones(4)},
+            "smoothing_scale is torch.float32 [4], expected torch.float32 [32]",
+        ),
+        ("int8", lambda t: {"smoothing_scale": torch.zeros(32)}, "smoothing_scale is not finite and positive"),
         ("int8", lambda t: outliers([7, 3], torch.zeros(4, 2)), "outliers.columns are not sorted and unique: [7, 3]"),
         ("int8", lambda t: outliers([3, 3], torch.zeros(4, 2)), "outliers.columns are not sorted and unique: [3, 3]"),
         ("int8", lambda t: outliers([3, 32], torch.zeros(4, 2)), "outliers.columns holds 3..32, outside 0..31"),
@@ -197,7 +201,7 @@ def test_a_quantizer_that_changes_its_input_is_refused(change: Callable[[Layer],
         assert "changed its input in place" in raised.message
 
 
-def test_prepare_may_set_an_input_scale_and_nothing_else() -> None:
+def test_prepare_may_set_an_smoothing_scale_and_nothing_else() -> None:
     class Scaling(Nearest):
         change: ClassVar[dict[str, Any]]
 
@@ -205,10 +209,10 @@ def test_prepare_may_set_an_input_scale_and_nothing_else() -> None:
             return replace(group, **self.change)
 
     group = LinearGroup((layer(),))
-    Scaling.change = {"input_scale": torch.full((32,), 2.0)}
-    assert contract.prepare(Scaling(), group, SCHEMES).input_scale is Scaling.change["input_scale"]
+    Scaling.change = {"smoothing_scale": torch.full((32,), 2.0)}
+    assert contract.prepare(Scaling(), group, SCHEMES).smoothing_scale is Scaling.change["smoothing_scale"]
     for change, words in (
-        ({"input_scale": -torch.ones(32)}, "input_scale is not finite and positive"),
+        ({"smoothing_scale": -torch.ones(32)}, "smoothing_scale is not finite and positive"),
         ({"layers": (layer(),)}, "returned other layers or weights"),
         ({"layers": ()}, "returned other layers or weights"),
     ):

@@ -1,4 +1,4 @@
-"""The quantize stage: input scales go into the weights around them where that changes nothing, and nowhere else."""
+"""The quantize stage: smoothing scales go into the weights around them where that changes nothing, and nowhere else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ScaleOf = Callable[[LinearGroup], Tensor | None]
 
 @dataclass(frozen=True)
 class Scaling(Quantizer):
-    """Asks for the input scale that `scale_of` gives."""
+    """Asks for the smoothing scale that `scale_of` gives."""
 
     scale_of: ScaleOf = field(default=lambda group: None)
     asked: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ def test_into_a_norm() -> None:
         assert torch.equal(weights(result.block)[name], weights(block)[name] * scale)
     assert result.tensors.keys() == {f"{NORM}.weight"}
     assert torch.equal(result.tensors[f"{NORM}.weight"], block.tensors[f"{NORM}.weight"] / scale)
-    assert result.input_scales == {}
+    assert result.smoothing_scales == {}
 
 
 def test_into_the_rows_of_a_linear_that_is_quantized_too() -> None:
@@ -233,7 +233,7 @@ def test_an_unsound_fold_is_seen_and_left_out_while_the_sound_one_is_made() -> N
     assert torch.equal(weights(result.block)["3"], weights(block)["3"])
     assert torch.equal(weights(result.block)["1"], weights(block)["1"] * torch.linspace(0.5, 2, 8))
     assert result.tensors.keys() == {"0.weight", "0.bias"}
-    assert result.input_scales == {}
+    assert result.smoothing_scales == {}
 
 
 def test_folds_of_which_each_rounds_are_judged_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_copies_of_one_channel_with_different_scales_do_not_fold() -> None:
     job, block = llama_block()
     result = folded(job, block, lambda group: torch.linspace(0.5, 2, 32) if group.layers[0].name == OUT else None)
     assert all(torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
-    assert result.input_scales == {}
+    assert result.smoothing_scales == {}
 
 
 def test_without_a_producer_the_quantizer_is_not_even_asked() -> None:
@@ -269,8 +269,8 @@ def test_without_a_producer_the_quantizer_is_not_even_asked() -> None:
 def test_a_layout_that_has_a_place_for_it_keeps_what_does_not_fold() -> None:
     job, block = biased_block(nn.GELU())
     result = folded(job, block, ramp, layout="onnx")
-    assert result.input_scales.keys() == {"3"}
-    assert torch.equal(result.input_scales["3"], torch.linspace(0.5, 2, 12))
+    assert result.smoothing_scales.keys() == {"3"}
+    assert torch.equal(result.smoothing_scales["3"], torch.linspace(0.5, 2, 12))
     assert torch.equal(weights(result.block)["3"], weights(block)["3"] * torch.linspace(0.5, 2, 12))
     assert result.tensors.keys() == {"0.weight", "0.bias"}
 
@@ -278,8 +278,8 @@ def test_a_layout_that_has_a_place_for_it_keeps_what_does_not_fold() -> None:
 def test_layers_that_share_an_input_keep_one_scale() -> None:
     job, block = block_of(llama()[1], InputGroup(QKV, None))
     result = folded(job, block, only(QKV[0]), layout="onnx")
-    assert result.input_scales.keys() == set(QKV)
-    assert len({id(scale) for scale in result.input_scales.values()}) == 1
+    assert result.smoothing_scales.keys() == set(QKV)
+    assert len({id(scale) for scale in result.smoothing_scales.values()}) == 1
 
 
 def test_the_input_of_a_convolution_is_never_scaled() -> None:
@@ -289,13 +289,13 @@ def test_the_input_of_a_convolution_is_never_scaled() -> None:
     quantizer = Scaling(ramp)
     job = job_of(model, plan_of(model), (), quantizer, [{"input": torch.randn(2, 2, 5, 5)}], layout="onnx")
     result = fold(next(calibrate([Participant(job)])), job)
-    assert (quantizer.asked, result.input_scales) == ([], {})
+    assert (quantizer.asked, result.smoothing_scales) == ([], {})
 
 
 def test_a_quantizer_that_asks_for_nothing_gets_the_block_as_it_is() -> None:
     job, block = llama_block()
     result = folded(job, block, lambda group: None, layout="onnx")
-    assert (result.tensors, result.input_scales) == ({}, {})
+    assert (result.tensors, result.smoothing_scales) == ({}, {})
     assert all(weights(result.block)[name] is weight for name, weight in weights(block).items())
 
 
@@ -472,7 +472,7 @@ def test_what_was_kept_is_on_the_tensor_and_dequantizes_to_the_weight() -> None:
     for block in stream(job_on(model, Scaling(ramp), layout="onnx")):
         for layer in block.layers:
             weight = model.read(f"{layer.name}.weight")
-            assert torch.equal(layer.tensor.input_scale, torch.linspace(0.5, 2, weight.shape[1]))
+            assert torch.equal(layer.tensor.smoothing_scale, torch.linspace(0.5, 2, weight.shape[1]))
             assert (layer.tensor.dequantize() - weight).norm() < 0.02 * weight.norm()
 
 

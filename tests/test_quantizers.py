@@ -160,7 +160,7 @@ def test_three_of_them_round_to_nearest(quantizer: Quantizer) -> None:
         scheme = QuantScheme.parse(text)
         tensor, nearest = quantizer.quantize(layer_of(normal(6, 48)), scheme), round_to_nearest(normal(6, 48), scheme)
         assert torch.equal(tensor.dequantize(), nearest.dequantize())
-        assert (tensor.outliers, tensor.input_scale) == (None, None)
+        assert (tensor.outliers, tensor.smoothing_scale) == (None, None)
 
 
 def test_which_of_them_need_data_and_only_llm_int8_has_outliers_unless_the_options_say_so() -> None:
@@ -437,7 +437,7 @@ def kernel_error(rows: Tensor, weight: Tensor, scale: Tensor | float, scheme: Qu
 
 def smoothed(rows: Tensor, *weights: Tensor, producer: Producer | None = None, scheme: QuantScheme = INT8) -> Tensor | None:
     group = group_of(rows, *weights, producer=producer)
-    return SmoothQuantQuantizer().prepare(group, (scheme,) * len(weights)).input_scale
+    return SmoothQuantQuantizer().prepare(group, (scheme,) * len(weights)).smoothing_scale
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_smoothing_gives_copies_of_one_producer_channel_one_scale() -> None:
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_smoothing_scales_are_finite_and_positive_whatever_the_weights(kind: str) -> None:
     prepared = contract.prepare(SmoothQuantQuantizer(), group_of(crowded_rows(60.0), WEIGHTS[kind]), (INT8,))
-    assert prepared.input_scale is None or len(prepared.input_scale) == 48
+    assert prepared.smoothing_scale is None or len(prepared.smoothing_scale) == 48
 
 
 def test_smoothing_is_the_same_every_time() -> None:
@@ -553,7 +553,7 @@ def group_of(rows: Tensor, *weights: Tensor, producer: Producer | None = None) -
 def test_awq_beats_round_to_nearest_on_the_output(scheme: QuantScheme) -> None:
     rows, weights = skewed_rows(), (normal(16, 48), normal(24, 48, seed=1))
     quantizer = AWQQuantizer()
-    scale = quantizer.prepare(group_of(rows, *weights), (scheme, scheme)).input_scale
+    scale = quantizer.prepare(group_of(rows, *weights), (scheme, scheme)).smoothing_scale
     assert scale is not None
     for weight in weights:
         scaled = quantizer.quantize(layer_of(weight * scale, rows / scale), scheme).dequantize() / scale
@@ -584,13 +584,13 @@ def test_the_scale_is_the_one_of_the_papers_family_with_the_least_output_error(s
     powers = [magnitude**exponent / (share ** (1 - exponent) + 1e-4) for exponent in torch.linspace(0, 1, 11).tolist()]
     scales = [power / (power.max() * power.min()).sqrt() for power in powers]
     errors = [output_error(rows, weight, round_to_nearest(weight * scale, scheme).dequantize() / scale) for scale in scales]
-    found = AWQQuantizer().prepare(group_of(rows, weight), (scheme,)).input_scale
+    found = AWQQuantizer().prepare(group_of(rows, weight), (scheme,)).smoothing_scale
     assert found is not None
     assert torch.allclose(found, scales[errors.index(min(errors))], rtol=1e-4)
 
 
 def test_larger_inputs_get_larger_scales() -> None:
-    scale = AWQQuantizer().prepare(group_of(skewed_rows(), normal(16, 48)), (AWQ_SCHEMES[0],)).input_scale
+    scale = AWQQuantizer().prepare(group_of(skewed_rows(), normal(16, 48)), (AWQ_SCHEMES[0],)).smoothing_scale
     assert scale is not None
     large = torch.arange(48) % 12 == 0
     assert scale[large].min() > 2 * scale[~large].max()
@@ -598,13 +598,14 @@ def test_larger_inputs_get_larger_scales() -> None:
 
 def test_no_scale_where_none_helps() -> None:
     weight = torch.arange(-8, 8).repeat(4, 3).float()  # int4 holds it exactly
-    assert AWQQuantizer().prepare(group_of(skewed_rows(), weight), (QuantScheme.parse("int4-g16"),)).input_scale is None
+    assert AWQQuantizer().prepare(group_of(skewed_rows(), weight), (QuantScheme.parse("int4-g16"),)).smoothing_scale is None
 
 
 def test_inputs_that_are_copies_of_one_producer_channel_get_one_scale() -> None:
     channels = tuple(range(24)) * 2
     producer = Producer("linear", "v_proj", channels)
-    scale = AWQQuantizer().prepare(group_of(skewed_rows(), normal(16, 48), producer=producer), (AWQ_SCHEMES[0],)).input_scale
+    group = group_of(skewed_rows(), normal(16, 48), producer=producer)
+    scale = AWQQuantizer().prepare(group, (AWQ_SCHEMES[0],)).smoothing_scale
     assert scale is not None
     assert torch.equal(scale[:24], scale[24:])
     assert len(scale.unique()) > 1
@@ -614,8 +615,8 @@ def test_the_scale_weighs_each_layer_with_its_own_scheme() -> None:
     """An int8 layer has little to gain, so the int4 one decides on the exponent."""
     rows, first, second = skewed_rows(), normal(16, 48), normal(16, 48, seed=1) * torch.logspace(0, 1, 48).flip(0)
     int4, int8 = QuantScheme.parse("int4-g16"), QuantScheme.parse("int8-g16")
-    mixed = AWQQuantizer().prepare(group_of(rows, first, second), (int4, int8)).input_scale
-    other = AWQQuantizer().prepare(group_of(rows, first, second), (int8, int4)).input_scale
+    mixed = AWQQuantizer().prepare(group_of(rows, first, second), (int4, int8)).smoothing_scale
+    other = AWQQuantizer().prepare(group_of(rows, first, second), (int8, int4)).smoothing_scale
     assert mixed is not None
     assert other is not None
 
@@ -631,13 +632,13 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: slice) -> None:
     rows = skewed_rows()
     rows[:, dead] = 0
     group = contract.prepare(AWQQuantizer(), group_of(rows, normal(16, 48)), (AWQ_SCHEMES[0],))
-    assert (group.input_scale is None) == (dead.stop == 48)
+    assert (group.smoothing_scale is None) == (dead.stop == 48)
     tensor = contract.quantize(AWQQuantizer(), layer_of(normal(16, 48), rows), AWQ_SCHEMES[0])
     assert torch.isfinite(tensor.dequantize()).all()
 
 
 def test_without_statistics_awq_rounds_to_nearest_and_scales_nothing() -> None:
     layer = replace(layer_of(normal(6, 48)), stats=None)
-    assert AWQQuantizer().prepare(LinearGroup((layer,)), (AWQ_SCHEMES[0],)).input_scale is None
+    assert AWQQuantizer().prepare(LinearGroup((layer,)), (AWQ_SCHEMES[0],)).smoothing_scale is None
     quantized = AWQQuantizer().quantize(layer, AWQ_SCHEMES[0]).dequantize()
     assert torch.equal(quantized, round_to_nearest(layer.weight, AWQ_SCHEMES[0]).dequantize())

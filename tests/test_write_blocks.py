@@ -227,7 +227,7 @@ class TestSidecar:
         written = publish(model, plan_of(model, all_linears("int8-channel-a8")), tmp_path / "out")
         assert {layer.outlier_share for layer in written.layers} == {None}
 
-    def test_an_input_scale_reads_back(self, tmp_path: Path) -> None:
+    def test_an_smoothing_scale_reads_back(self, tmp_path: Path) -> None:
         model = net()
         plan = plan_of(model, all_linears("int8-channel"))
         scale = 2.0 ** torch.arange(64).remainder(5)
@@ -236,8 +236,8 @@ class TestSidecar:
             written = write_blocks(blocks, model, plan, stage, layout="onnx")
             stage.publish()
         found = read_layer(tmp_path / "out", plan.layers["blocks.0.a"], written.tensors)
-        assert found.input_scale is not None
-        assert torch.equal(found.input_scale, scale)
+        assert found.smoothing_scale is not None
+        assert torch.equal(found.smoothing_scale, scale)
 
     def test_symmetric_groups_need_none(self, tmp_path: Path) -> None:
         convert(net(), all_linears("int4-g32"), tmp_path / "out")
@@ -246,7 +246,7 @@ class TestSidecar:
 
 def scaled(block: QuantizedBlock, scale: Tensor) -> QuantizedBlock:
     return replace(
-        block, layers=tuple(replace(layer, tensor=replace(layer.tensor, input_scale=scale)) for layer in block.layers)
+        block, layers=tuple(replace(layer, tensor=replace(layer.tensor, smoothing_scale=scale)) for layer in block.layers)
     )
 
 
@@ -400,7 +400,7 @@ class TestContract:
             write_blocks([block for block in quantized_blocks(model, plan) if block.layers], model, plan, stage)
             assert stage.done_blocks() == ("blocks.0", "blocks.1", "")
 
-    def test_an_input_scale_that_no_loader_would_undo(self, tmp_path: Path) -> None:
+    def test_an_smoothing_scale_that_no_loader_would_undo(self, tmp_path: Path) -> None:
         model = net(config={})
         plan = plan_of(model, all_linears("int8"))
         blocks = [scaled(block, torch.full((64,), 2.0)) for block in quantized_blocks(model, plan)]

@@ -1,6 +1,6 @@
 """SINQ: rows and columns of a weight are balanced before it is rounded, so that an outlier spoils neither of them.
 
-    W_ij = r_i B_ij c_j          B is rounded to nearest; 1 / c is the input scale, r goes into the scales of the groups
+    W_ij = r_i B_ij c_j          B is rounded to nearest; 1 / c is the smoothing scale, r goes into the scales of the groups
     imbalance(B) = max std / min std, over all rows and columns of B
     alternate    c_j *= std(column j of B)          r_i *= std(row i of B)
 
@@ -9,7 +9,7 @@ The iterate with the least imbalance is kept. Needs no data.
 What differs from the paper: it balances every matrix by itself; here linears that share an input get one c, as only that can be
 folded into what produces it. Groups have a scale for each row already, and rounding to nearest commutes with a factor of a
 row (up to the rounding of scales), so r is never stored. The authors' code bounds the ratios of every step; here c itself is
-bounded. Where c can't be folded and the layout keeps no input scales, a linear is just rounded to nearest.
+bounded. Where c can't be folded and the layout keeps no smoothing scales, a linear is just rounded to nearest.
 
 Source: L. K. Müller et al., "SINQ: Sinkhorn-Normalized Quantization for Calibration-Free Low-Precision LLM Weights", 2025,
 arXiv 2509.22944.
@@ -42,7 +42,7 @@ class SINQQuantizer(Quantizer):
     """Sinkhorn-normalized quantization, weights only. Needs no data.
 
     iterations: how often columns and rows are normalized; 0 rounds to nearest.
-    bound: input scales stay between 1 / bound and bound.
+    bound: smoothing scales stay between 1 / bound and bound.
     """
 
     iterations: int = 16
@@ -67,7 +67,7 @@ class SINQQuantizer(Quantizer):
         copies = group.producer.channels if group.producer else None
         channels = torch.arange(weight.shape[1]) if copies is None else torch.tensor(copies)
         columns = balancing_columns(weight, channels, self.iterations, self.bound)
-        return group if columns is None else dataclasses.replace(group, input_scale=1 / columns)
+        return group if columns is None else dataclasses.replace(group, smoothing_scale=1 / columns)
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
         return round_to_nearest(layer.weight, scheme)

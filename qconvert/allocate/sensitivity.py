@@ -29,8 +29,8 @@ from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
 from qconvert.job import Job
 from qconvert.plugin.host import contract
-from qconvert.plugin.input_scaling import scaled
 from qconvert.plugin.observer import Gram
+from qconvert.plugin.smoothing import scaled
 
 # Of the samples on which losses are measured. Twice as many found assignments 2 % better (SmolLM2, 4.5 bits).
 ROWS, TOKENS = 4, 64
@@ -100,7 +100,7 @@ def _few(model: Model, batches: Sequence[Batch]) -> Batch:
 class _ReferenceLayers:
     """Layers that share an input, quantized to the reference schemes of their choices.
 
-    Where an input scale does not fold into a producer, the graph keeps a tensor for it.
+    Where a smoothing scale does not fold into a producer, the graph keeps a tensor for it.
     """
 
     def __init__(self, group: LinearGroup, job: Job, choice_of: Mapping[str, Choice]) -> None:
@@ -108,7 +108,7 @@ class _ReferenceLayers:
         names = [layer.name for layer in group.layers]
         schemes = tuple(choice_of[name].reference if name in choice_of else plan.layers[name].scheme for name in names)
         kept = job.keeps_unfolded and group.producer is None and group.layers[0].kind != "conv2d"
-        scale = contract.prepare(quantizer, group, schemes).input_scale if kept or group.producer is not None else None
+        scale = contract.prepare(quantizer, group, schemes).smoothing_scale if kept or group.producer is not None else None
         if scale is not None:
             group = scaled(group, scale, quantizer.observers)
         self.layers = {layer.name: layer for layer in group.layers}

@@ -32,7 +32,7 @@ class Participant:
 
     @property
     def chooses_scales(self) -> bool:
-        """Whether the quantizer may ask for input scales, whose folding is proved on blocks that run."""
+        """Whether the quantizer may ask for smoothing scales, whose folding is proved on blocks that run."""
         return type(self.job.quantizer).prepare is not Quantizer.prepare
 
     def part_of(self, block: Block) -> Block:

@@ -34,8 +34,8 @@ def calibrate(participants: Sequence[Participant], written: Written | None = Non
     """The units of a model in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a
     time, each with all that one of the participants needs of it.
 
-    Units without a planned layer are left out. With quantizers that have no observers and choose no input scales, and nothing
-    to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of
+    Units without a planned layer are left out. With quantizers that have no observers and choose no smoothing scales, and
+    nothing to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of
     the block before: of the float one, or with `written` of the quantized one. Where only the folding of scales is to be
     proved, on a few random tokens.
 
@@ -89,7 +89,7 @@ class _Walk:
 
     members: unit -> the groups that are observed there, of the units that are not done.
     planned: all units that hold planned layers, done or not.
-    tuned: whether blocks carry the samples that they are tuned on. scaled: whether input scales may be chosen.
+    tuned: whether blocks carry the samples that they are tuned on. scaled: whether smoothing scales may be chosen.
     """
 
     model: Model

@@ -123,7 +123,7 @@ class CpuLowering(Lowering):
         producer = output.producer()
         assert producer is not None
         assert unscaled.name is not None
-        # The verifier finds the cluster by these, to run it alone and to replace it; it puts in the input scale itself.
+        # The verifier finds the cluster by these, to run it alone and to replace it; it puts in the smoothing scale itself.
         producer.metadata_props[LAYER_KEY] = module
         producer.metadata_props[INPUT_KEY] = unscaled.name
         return output

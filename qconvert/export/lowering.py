@@ -1,4 +1,4 @@
-"""What lowering is the same for every provider: the order of things, input scales, outliers, convolutions, gathered codes."""
+"""What lowering is the same for every provider: the order of things, smoothing, outliers, convolutions, gathered codes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lowering(ABC):
         """The stored tensor `name` in the float type of the graph's activations."""
 
     def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
-        """x / input_scale where a scale could not be folded; the linears of an InputGroup were given one scale."""
+        """x / smoothing_scale where a scale could not be folded; the linears of an InputGroup were given one scale."""
         name = f"{plan.name}.input_factor"
         if name not in self.builder.stored:
             return x

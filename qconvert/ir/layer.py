@@ -20,7 +20,7 @@ class CalibrationStats:
 
     rows: how many input rows (tokens, pixels) were seen, padding left out.
     values: observer name -> statistic, e.g. {"absmax": [in], "gram": [in, in]}.
-    made_by: ONNX type of the node that gives the input, e.g. "Gelu"; None where it is not known, or the input scaled.
+    made_by: ONNX type of the node that gives the input, e.g. "Gelu"; None where it is not known, or the input is scaled.
     """
 
     rows: int
@@ -68,13 +68,13 @@ class LinearGroup:
 
     producer: None where no scale can be folded.
     stats: statistics of the shared input.
-    input_scale: [in] found by a quantizer's `prepare`; weights are multiplied by it, the input divided.
+    smoothing_scale: [in] found by a quantizer's `prepare`; weights are multiplied by it, the input divided.
     """
 
     layers: tuple[Layer, ...]
     producer: Producer | None = None
     stats: CalibrationStats | None = None
-    input_scale: Tensor | None = None
+    smoothing_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,8 +30,8 @@ class QuantizedTensor:
     q: [out, in] int8, signed and unpacked; *all* columns, outliers included, so that any loader can use it.
     scale: [out, groups] float32 (per tensor [1, 1]), already rounded to what is stored; may be negative.
     zero_point: like scale, int8; None for symmetric schemes.
-    input_scale: [in] float32 or None: q holds `weight * input_scale`, the consumer computes
-        `(x / input_scale) @ dequantize(q)^T`. Only what could not be folded has one.
+    smoothing_scale: [in] float32 or None: q holds `weight * smoothing_scale`, the consumer computes
+        `(x / smoothing_scale) @ dequantize(q)^T`. Only what could not be folded has one.
     outliers: columns that consumers which know of them take from `outliers.weight` instead of q.
     """
 
@@ -39,7 +39,7 @@ class QuantizedTensor:
     scale: Tensor
     zero_point: Tensor | None
     scheme: QuantScheme
-    input_scale: Tensor | None = None
+    smoothing_scale: Tensor | None = None
     outliers: Outliers | None = None
 
     def rows(self, rows: slice) -> QuantizedTensor:
@@ -51,15 +51,15 @@ class QuantizedTensor:
         outliers = self.outliers and Outliers(self.outliers.columns, self.outliers.weight[rows])
         scale = part(self.scale)
         assert scale is not None
-        return QuantizedTensor(self.q[rows], scale, part(self.zero_point), self.scheme, self.input_scale, outliers)
+        return QuantizedTensor(self.q[rows], scale, part(self.zero_point), self.scheme, self.smoothing_scale, outliers)
 
     def dequantize(self) -> Tensor:
-        """float32 [out, in]: what `x @ weight^T` is computed with, outliers and input scale put in."""
+        """float32 [out, in]: what `x @ weight^T` is computed with, outliers and smoothing scale put in."""
         weight = affine.dequantize(self.q, self.scale, self.zero_point, self.scheme)
         if self.outliers is not None:
             weight[:, self.outliers.columns] = self.outliers.weight
-        if self.input_scale is not None:
-            weight = weight / self.input_scale
+        if self.smoothing_scale is not None:
+            weight = weight / self.smoothing_scale
         return weight
 
 

@@ -47,9 +47,9 @@ class Quantizer(ABC):
         return None
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-        """Optionally choose one `input_scale` [in] for linears that share an input; `schemes` are theirs, in order.
+        """Optionally choose one `smoothing_scale` [in] for linears that share an input; `schemes` are theirs, in order.
 
-        Returns the group with `input_scale` set and layer weights as they were. qconvert folds the scale into the
+        Returns the group with `smoothing_scale` set and layer weights as they were. qconvert folds the scale into the
         producer where that is exact, and then calls `quantize` with the scaled weights and statistics.
         """
         return group

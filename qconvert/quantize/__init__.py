@@ -21,7 +21,7 @@ from qconvert.recipe.fields import Tuning
 
 
 def quantize(block: Block, job: Job) -> QuantizedBlock:
-    """Quantize the layers of a block, its input scales folded where they can be, and tune them where the job says so.
+    """Quantize the layers of a block, its smoothing scales folded where they can be, and tune them where the job says so.
 
     Raises UsageError QC-CALIB-001 for layers whose input was never seen, InputError QC-WEIGHT-001 for weights that are not
     finite; PluginError for a quantizer that breaks its contract.
@@ -38,8 +38,8 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
             tensor = round_to_nearest(layer.weight, schemes[layer.name])
         else:
             tensor = contract.quantize(quantizer, layer, schemes[layer.name])
-        if layer.name in folded.input_scales:
-            tensor = dataclasses.replace(tensor, input_scale=folded.input_scales[layer.name])
+        if layer.name in folded.smoothing_scales:
+            tensor = dataclasses.replace(tensor, smoothing_scale=folded.smoothing_scales[layer.name])
         tensors[layer.name] = tensor
     if block.samples is not None and job.recipe.tuning is not None:
         samples = DifferentiableBlock(job.model, block.name, block.samples, job.recipe.device)
@@ -61,7 +61,7 @@ def _tuned(
 
 def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
     """||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
-    scaled = dataclasses.replace(tensor, input_scale=None)
+    scaled = dataclasses.replace(tensor, smoothing_scale=None)
     difference = total = 0.0
     for rows in affine.row_blocks(*layer.weight.shape):
         weight = layer.weight[rows]

@@ -1,8 +1,8 @@
-"""Put input scales into the weights around them, where that changes nothing.
+"""Put smoothing scales into the weights around them, where that changes nothing.
 
 A linear that reads x / s instead of x needs somebody to divide: the norm or linear that produces x does, in its weights,
 and the compressed-tensors layout needs no place for s. Whether the block still computes the same is checked by running
-it. What does not fold is not scaled, or stays an input scale where the layout has a place for it.
+it. What does not fold is not scaled, or stays a smoothing scale where the layout has a place for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qconvert.execution.unit import relative_change
 from qconvert.ir.layer import Block, Producer
 from qconvert.job import Job
 from qconvert.plugin.host import contract
-from qconvert.plugin.input_scaling import divided, scaled
+from qconvert.plugin.smoothing import divided, scaled
 
 logger = logging.getLogger("qconvert")
 
@@ -28,17 +28,17 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """block: with scaled weights and statistics. tensors: float tensors that changed. input_scales: what did not fold."""
+    """block: with scaled weights and statistics. tensors: float tensors that changed. smoothing_scales: what did not fold."""
 
     block: Block
     tensors: Mapping[str, Tensor]
-    input_scales: Mapping[str, Tensor]
+    smoothing_scales: Mapping[str, Tensor]
 
 
 def fold(block: Block, job: Job) -> Folded:
-    """Ask the quantizer for input scales and put them into the block.
+    """Ask the quantizer for smoothing scales and put them into the block.
 
-    Scales that can't be folded stay as input scales where the job keeps them; else the block does without.
+    Scales that can't be folded stay as smoothing scales where the job keeps them; else the block does without.
     """
     quantizer, keep_unfolded = job.quantizer, job.keeps_unfolded
     wanted = {}
@@ -48,12 +48,12 @@ def fold(block: Block, job: Job) -> Folded:
         if group.producer is None and not (keep_unfolded and group.layers[0].kind not in ("conv2d", "embedding")):
             continue
         prepared = contract.prepare(quantizer, group, tuple(job.plan.layers[layer.name].scheme for layer in group.layers))
-        if prepared.input_scale is not None:
-            wanted[index] = prepared.input_scale
+        if prepared.smoothing_scale is not None:
+            wanted[index] = prepared.smoothing_scale
     foldable = _that_change_nothing(block, job, [index for index in wanted if block.groups[index].producer], wanted)
     folded = _apply(block, {index: wanted[index] for index in foldable})
     kept = {index: scale for index, scale in wanted.items() if index not in foldable} if keep_unfolded else {}
-    input_scales = {layer.name: scale for index, scale in kept.items() for layer in block.groups[index].layers}
+    smoothing_scales = {layer.name: scale for index, scale in kept.items() for layer in block.groups[index].layers}
     groups = list(folded.block.groups)
     for index, scale in kept.items():
         groups[index] = scaled(groups[index], scale, quantizer.observers)
@@ -65,7 +65,7 @@ def fold(block: Block, job: Job) -> Folded:
                 for layer in groups[index].layers
             ),
         )
-    return Folded(dataclasses.replace(folded.block, groups=tuple(groups)), folded.tensors, input_scales)
+    return Folded(dataclasses.replace(folded.block, groups=tuple(groups)), folded.tensors, smoothing_scales)
 
 
 def _that_change_nothing(block: Block, job: Job, candidates: Sequence[int], scales: Mapping[int, Tensor]) -> list[int]:
@@ -88,7 +88,7 @@ def _that_change_nothing(block: Block, job: Job, candidates: Sequence[int], scal
             passed.append(index)
         else:
             names = ", ".join(layer.name for layer in block.groups[index].layers)
-            logger.debug("the input scale of %s does not fold: the block's output moves by %.1e", names, error)
+            logger.debug("the smoothing scale of %s does not fold: the block's output moves by %.1e", names, error)
     return passed
 
 

@@ -42,7 +42,7 @@ def tune(
     """`tensors` with tuned codes and scales, or as they were where nothing helped on the batches that are held out.
 
     layers, tensors: by name, those of one block; int8 activations are computed in float here.
-    fixed: tensors of the block that differ from the source, because an input scale was folded into them.
+    fixed: tensors of the block that differ from the source, because a smoothing scale was folded into them.
     """
     variables = {name: _Variables(layers[name].weight, tensor) for name, tensor in tensors.items()}
     count = len(samples.targets)
@@ -101,7 +101,7 @@ class _Variables:
         weight = ((self._codes(scale) - self.zero_point) * scale.unsqueeze(-1)).reshape(self.start.q.shape)
         if self.start.outliers is not None:
             weight = weight.index_copy(1, self.start.outliers.columns, self.start.outliers.weight)
-        return weight if self.start.input_scale is None else weight / self.start.input_scale
+        return weight if self.start.smoothing_scale is None else weight / self.start.smoothing_scale
 
     @torch.no_grad()
     def move(self, rate: float) -> None:

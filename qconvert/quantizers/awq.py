@@ -18,7 +18,7 @@ from qconvert.plugin import hookimpl
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.clip_search import round_clipped
-from qconvert.quantizers.scale_search import best_input_scale
+from qconvert.quantizers.scale_search import best_smoothing_scale
 
 
 @hookimpl
@@ -53,7 +53,7 @@ class AWQQuantizer(Quantizer):
         return None
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-        return dataclasses.replace(group, input_scale=best_input_scale(group, schemes, self.grid))
+        return dataclasses.replace(group, smoothing_scale=best_smoothing_scale(group, schemes, self.grid))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
         if layer.stats is None:

@@ -16,7 +16,7 @@ from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantizers.clip_search import round_clipped
 from qconvert.quantizers.compensation import DAMP, compensated
-from qconvert.quantizers.scale_search import best_input_scale
+from qconvert.quantizers.scale_search import best_smoothing_scale
 
 
 @hookimpl
@@ -30,7 +30,7 @@ class GPTQQuantizer(Quantizer):
 
     act_order: columns with much energy first.
     damp: how much the mean energy is added to every column's.
-    scale: search AWQ's input scales first.
+    scale: search AWQ's smoothing scales first.
     grid: that search tries exponents that are multiples of 1 / grid.
     min_clip: smallest clip ratio that is tried; 1 turns clipping off.
     """
@@ -59,7 +59,7 @@ class GPTQQuantizer(Quantizer):
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
         if not self.scale:
             return group
-        return dataclasses.replace(group, input_scale=best_input_scale(group, schemes, self.grid))
+        return dataclasses.replace(group, smoothing_scale=best_smoothing_scale(group, schemes, self.grid))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
         if layer.stats is None:

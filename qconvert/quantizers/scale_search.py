@@ -25,8 +25,8 @@ from qconvert.ir.scheme import QuantScheme
 ROWS = 256  # output channels that the error is measured on; one exponent for a whole group needs no more
 
 
-def best_input_scale(group: LinearGroup, schemes: Sequence[QuantScheme], grid: int) -> Tensor | None:
-    """The input scale [in] with the least output error of the group's linears, None if none is better than no scale.
+def best_smoothing_scale(group: LinearGroup, schemes: Sequence[QuantScheme], grid: int) -> Tensor | None:
+    """The smoothing scale [in] with the least output error of the group's linears, None if none is better than no scale.
 
     schemes: of the layers, in order. grid: the exponents are multiples of 1 / grid, from 0 to 1.
     """

@@ -88,7 +88,7 @@ class SmoothQuantQuantizer(Quantizer):
             scale = None if exponent is None else _scale(inputs, weights, exponent)[channels]
             return _output_error(group, schemes, rows, wanted, scale), scale
 
-        return dataclasses.replace(group, input_scale=best_of_grid(self.grid, attempt))
+        return dataclasses.replace(group, smoothing_scale=best_of_grid(self.grid, attempt))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
         tensor = round_to_nearest(layer.weight, scheme)

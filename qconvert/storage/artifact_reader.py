@@ -33,7 +33,7 @@ class ArtifactReader:
         return read_layer(self.folder, layer, self.tensors)
 
     def read(self, parameter: str) -> Tensor:
-        """A parameter in the module's shape, dequantized with outliers and input scale put in."""
+        """A parameter in the module's shape, dequantized with outliers and smoothing scale put in."""
         name = self._layer_name(parameter)
         if name is not None:
             return in_own_shape(self.model.module.get_submodule(name), self.layer(name).dequantize())

@@ -40,7 +40,7 @@ def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def decode(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-    """Inverse of `encode`, without input scale and outliers: those are in the sidecar."""
+    """Inverse of `encode`, without smoothing scale and outliers: those are in the sidecar."""
     scheme = plan.scheme
     rows = 1 if isinstance(scheme.granularity, PerTensor) else plan.out_features
     zero_point = tensors.get("weight_zero_point")

@@ -92,7 +92,7 @@ def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
 
 
 def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor]) -> QuantizedTensor:
-    """The quantized tensor of a layer, with outliers and input scale from the sidecar.
+    """The quantized tensor of a layer, with outliers and smoothing scale from the sidecar.
 
     tensors: `read_index` of a finished folder, or what a stage has journalled so far.
     Raises InputError QC-READ-003 if one of its tensors is missing.
@@ -107,9 +107,9 @@ def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor
         return read_tensor(folder, tensors[name])
 
     tensor = compressed_tensors.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors})
-    outliers = input_scale = None
+    outliers = smoothing_scale = None
     if f"{plan.name}.outlier_columns" in tensors:
         outliers = Outliers(read("outlier_columns"), read("outlier_weight").T.float())
     if f"{plan.name}.input_factor" in tensors:
-        input_scale = 1 / read("input_factor")
-    return QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme, input_scale, outliers)
+        smoothing_scale = 1 / read("input_factor")
+    return QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme, smoothing_scale, outliers)

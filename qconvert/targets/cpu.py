@@ -54,11 +54,11 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
     outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] uint8 with
     zeros at the outliers.
-    input_factor [in] float32: what the input is multiplied by, 1 / input_scale.
+    input_factor [in] float32: what the input is multiplied by, 1 / smoothing_scale.
     """
     extra: dict[str, Tensor] = {}
-    if tensor.input_scale is not None:
-        extra["input_factor"] = 1 / tensor.input_scale
+    if tensor.smoothing_scale is not None:
+        extra["input_factor"] = 1 / tensor.smoothing_scale
     match plan.form:
         case LayerForm.CONVOLUTION:
             extra |= _unpacked_zero_points(plan, tensor)

@@ -38,8 +38,8 @@ def check_written_tensors_read_back(quantizer: Quantizer) -> None:
 
     def compare(artifact: ArtifactReader, tensors: dict[str, QuantizedTensor], scheme: QuantScheme) -> None:
         for name, tensor in tensors.items():
-            if tensor.input_scale is not None:  # its reciprocal is stored, for the graph to multiply by
-                tensor = replace(tensor, input_scale=1 / (1 / tensor.input_scale))
+            if tensor.smoothing_scale is not None:  # its reciprocal is stored, for the graph to multiply by
+                tensor = replace(tensor, smoothing_scale=1 / (1 / tensor.smoothing_scale))
             if found := difference(artifact.layer(name), tensor):
                 raise CheckFailure(f"layer {name!r} {list(tensor.q.shape)}, scheme {scheme}: read back, {found}")
 

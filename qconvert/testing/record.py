@@ -94,7 +94,7 @@ def check_outliers_are_declared(quantizer: Quantizer) -> None:
 
 
 def check_prepare_keeps_layers(quantizer: Quantizer) -> None:
-    """`prepare` returns the same layers and weights, input_scale perhaps set: qconvert itself puts the scale in."""
+    """`prepare` returns the same layers and weights, smoothing_scale perhaps set: qconvert itself puts the scale in."""
     for scheme in schemes_of(quantizer):
         group = typical().group(quantizer)
         prepared = quantizer.prepare(group, (scheme,) * len(group.layers))
@@ -108,17 +108,17 @@ def check_prepare_keeps_layers(quantizer: Quantizer) -> None:
                 raise CheckFailure(f"{place(old, scheme)}: prepare returned another layer or weight")
 
 
-def check_input_scale_is_usable(quantizer: Quantizer) -> None:
-    """input_scale is float32 [in], finite and positive: inputs are divided by it."""
+def check_smoothing_scale_is_usable(quantizer: Quantizer) -> None:
+    """smoothing_scale is float32 [in], finite and positive: inputs are divided by it."""
     for scheme in schemes_of(quantizer):
         group = typical().group(quantizer)
-        scale = quantizer.prepare(group, (scheme,) * len(group.layers)).input_scale
+        scale = quantizer.prepare(group, (scheme,) * len(group.layers)).smoothing_scale
         if scale is not None:
             where = place(group.layers[0], scheme)
-            _require(where, "input_scale", scale, torch.float32, (group.layers[0].weight.shape[1],))
+            _require(where, "smoothing_scale", scale, torch.float32, (group.layers[0].weight.shape[1],))
             unusable = (~torch.isfinite(scale) | (scale <= 0)).nonzero()
             if len(unusable):
-                raise CheckFailure(f"{where}: {len(unusable)} input scales are no positive numbers")
+                raise CheckFailure(f"{where}: {len(unusable)} smoothing scales are no positive numbers")
 
 
 def _require(where: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

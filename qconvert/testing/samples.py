@@ -19,9 +19,9 @@ from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host import contract
 from qconvert.plugin.host.discovery import FAILURES, reason
-from qconvert.plugin.input_scaling import scaled
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.smoothing import scaled
 from qconvert.testing.failure import CheckFailure, place
 
 # One of each kind that differs in arithmetic or storage; all of them can be planned.
@@ -76,7 +76,7 @@ class Outcome:
     """What became of one layer.
 
     layer: as `quantize` got it, its weight scaled. rows: [n, in], what it then reads.
-    weight: [out, in] as it was. tensor: with the input scale, if any.
+    weight: [out, in] as it was. tensor: with the smoothing scale, if any.
     """
 
     layer: Layer
@@ -102,7 +102,7 @@ def statistics(observers: tuple[type[Observer], ...], rows: Tensor) -> Calibrati
 
 
 def quantized(quantizer: Quantizer, sample: Sample, scheme: QuantScheme) -> tuple[Outcome, ...]:
-    """The layers of a sample as qconvert quantizes them where an input scale can't be folded: `prepare`, the scale put into
+    """The layers of a sample as qconvert quantizes them where a smoothing scale can't be folded: `prepare`, the scale put into
     weights and statistics, `quantize`; both calls held to their contract.
 
     Raises CheckFailure for what the contract refuses and for what the quantizer raises.
@@ -112,13 +112,13 @@ def quantized(quantizer: Quantizer, sample: Sample, scheme: QuantScheme) -> tupl
     try:
         scale = None
         if sample.kind not in ("conv2d", "embedding"):  # their inputs have no factor per column
-            scale = contract.prepare(quantizer, group, (scheme,) * len(group.layers)).input_scale
+            scale = contract.prepare(quantizer, group, (scheme,) * len(group.layers)).smoothing_scale
         ready = group if scale is None else scaled(group, scale, quantizer.observers)
         outcomes = []
         for layer, weight in zip(ready.layers, sample.weights, strict=True):
             tensor = contract.quantize(quantizer, layer, scheme)
             if scale is not None:
-                tensor = dataclasses.replace(tensor, input_scale=scale)
+                tensor = dataclasses.replace(tensor, smoothing_scale=scale)
             rows = sample.rows if scale is None else sample.rows / scale
             outcomes.append(Outcome(layer, rows, weight, tensor))
     except QConvertError as error:
@@ -150,7 +150,7 @@ def returned(
 
 def difference(one: QuantizedTensor, other: QuantizedTensor) -> str | None:
     """Where two results differ, "q in 3 of 3072 places, first at [0, 7]"; None if they are the same bytes."""
-    for name in ("q", "scale", "zero_point", "input_scale", "outliers.columns", "outliers.weight"):
+    for name in ("q", "scale", "zero_point", "smoothing_scale", "outliers.columns", "outliers.weight"):
         a, b = _field(one, name), _field(other, name)
         if a is None or b is None:
             if a is not b:

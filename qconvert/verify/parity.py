@@ -183,9 +183,9 @@ def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, ma
 
     maker: type of the node that gives x.
     """
-    rows = activations.row_codes(maker if tensor.input_scale is None else None)
-    if tensor.input_scale is not None:
-        x = x * (1 / tensor.input_scale)
+    rows = activations.row_codes(maker if tensor.smoothing_scale is None else None)
+    if tensor.smoothing_scale is not None:
+        x = x * (1 / tensor.smoothing_scale)
     kept = x
     if tensor.outliers is not None:
         kept = x.clone()

@@ -63,7 +63,7 @@ class Writer:
             expected = f"block {waiting[0].name!r}" if waiting else "no more blocks"
             raise _internal(f"got block {block.name!r} where {expected} should come")
         if self.layout == "transformers" and self.model.config is not None:
-            _check_input_scales(block)
+            _check_smoothing_scales(block)
         self._write(waiting.pop(0), block)
 
     def finish(self) -> WriteResult:
@@ -165,14 +165,14 @@ def _is_parameter(model: Model, name: str) -> bool:
     return True
 
 
-def _check_input_scales(block: QuantizedBlock) -> None:
+def _check_smoothing_scales(block: QuantizedBlock) -> None:
     for layer in block.layers:
-        if layer.tensor.input_scale is not None:
+        if layer.tensor.smoothing_scale is not None:
             raise PluginError(
                 "QC-WRITE-001",
-                f"{layer.name!a} came with an input scale that was not folded, which no loader of the transformers "
+                f"{layer.name!a} came with a smoothing scale that was not folded, which no loader of the transformers "
                 "layout would undo",
-                hint="use --layout onnx, or let the quantizer set input scales in `prepare` only",
+                hint="use --layout onnx, or let the quantizer set smoothing scales in `prepare` only",
             )
 
 

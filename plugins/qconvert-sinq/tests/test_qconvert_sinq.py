@@ -37,7 +37,7 @@ def with_outliers(seed: int = 0) -> torch.Tensor:
 
 def prepared(*weights: torch.Tensor, producer: Producer | None = None) -> torch.Tensor | None:
     layers = tuple(Layer(f"layer{index}", "linear", weight) for index, weight in enumerate(weights))
-    return contract.prepare(SINQQuantizer(), LinearGroup(layers, producer), (SCHEME,) * len(layers)).input_scale
+    return contract.prepare(SINQQuantizer(), LinearGroup(layers, producer), (SCHEME,) * len(layers)).smoothing_scale
 
 
 def relative_error(weight: torch.Tensor, scale: torch.Tensor | float) -> float:

@@ -35,7 +35,7 @@ def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
 
 
 def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-    """`quantizer.prepare(group, schemes)`: the same layers, and an input_scale [in] that is finite and positive, or None.
+    """`quantizer.prepare(group, schemes)`: the same layers, and an smoothing_scale [in] that is finite and positive, or None.
 
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
     """
@@ -48,9 +48,9 @@ def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme
         new.name == old.name and new.weight is old.weight for new, old in zip(prepared.layers, group.layers, strict=True)
     )
     if not kept:
-        raise _broken(quantizer, where, "prepare returned other layers or weights; it may only set input_scale")
-    if prepared.input_scale is not None:
-        problem = _input_scale_problem(prepared.input_scale, group.layers[0].weight.shape[1])
+        raise _broken(quantizer, where, "prepare returned other layers or weights; it may only set smoothing_scale")
+    if prepared.smoothing_scale is not None:
+        problem = _smoothing_scale_problem(prepared.smoothing_scale, group.layers[0].weight.shape[1])
         if problem:
             raise _broken(quantizer, where, problem)
     return prepared
@@ -112,8 +112,8 @@ def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantSc
     yield from _outside("q", tensor.q, *scheme.code_range)
     yield from _scale_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
     yield from _zero_point_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
-    if tensor.input_scale is not None:
-        problem = _input_scale_problem(tensor.input_scale, in_features)
+    if tensor.smoothing_scale is not None:
+        problem = _smoothing_scale_problem(tensor.smoothing_scale, in_features)
         if problem:
             yield problem
     if tensor.outliers is not None:
@@ -166,11 +166,11 @@ def _outside(name: str, values: Tensor, low: int, high: int) -> Iterator[str]:
             yield f"{name} holds {smallest}..{largest}, outside {low}..{high}"
 
 
-def _input_scale_problem(scale: Tensor, in_features: int) -> str | None:
-    for problem in _unlike("input_scale", scale, torch.float32, (in_features,)):
+def _smoothing_scale_problem(scale: Tensor, in_features: int) -> str | None:
+    for problem in _unlike("smoothing_scale", scale, torch.float32, (in_features,)):
         return problem
     if not (torch.isfinite(scale) & (scale > 0)).all():
-        return "input_scale is not finite and positive"
+        return "smoothing_scale is not finite and positive"
     return None
 
 
