@@ -35,9 +35,9 @@ def calibrate(participants: Sequence[Participant], written: Written | None = Non
     time, each with all that one of the participants needs of it.
 
     Units without a planned layer are left out. With quantizers that have no observers and choose no smoothing scales, and
-    nothing to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the outputs of
-    the block before: of the float one, or with `written` of the quantized one. Where only the folding of scales is to be
-    proved, on a few random tokens.
+    nothing to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the
+    outputs of the block before: of the float one, or with `written` of the quantized one. Where only the folding of scales is
+    to be proved, on a few random tokens.
 
     participants: of one model, with the same calibration samples. A layer that is in no input group is a group of its own.
     written: for sequential quantization. A unit must have been written when the next one is asked for.
