@@ -57,7 +57,7 @@ def quantize_nearest(model: Model, scheme_of: Callable[[str, Tensor], QuantSchem
     return {name: nearest(matrix(model, name), scheme) for name, scheme in chosen.items() if scheme is not None}
 
 
-def publish(
+def publish(  # noqa: PLR0913 - what tests choose
     model: Model,
     template: Template,
     tensors: Mapping[str, QuantizedTensor],
