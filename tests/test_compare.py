@@ -323,6 +323,7 @@ def test_an_interrupted_comparison_publishes_nothing_and_is_resumed_by_the_same_
     found = compare(mine)
     assert quantized == ["model.layers.1"]
     assert [entry.quantize_seconds for entry in found.entries] == [None, None]  # of this run alone, they would mislead
+    monkeypatch.setattr(conversion, "quantize", real)  # for `alone`
     for name, recipe in mine.items():
         assert contents(tmp_path / "out" / name) == alone(recipe, tmp_path)
     assert left(tmp_path / "out") == sorted([*mine, FILE])
