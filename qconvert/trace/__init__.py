@@ -10,7 +10,7 @@ from torch import Tensor
 from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, Template
-from qconvert.trace.cache import Right, TraceCache
+from qconvert.trace.cache import TraceCache
 from qconvert.trace.capture import FORMS, Captured
 from qconvert.trace.check import TOLERANCE, reference, relative_error
 from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
@@ -62,8 +62,8 @@ def _inside(name: str, block: str) -> bool:
 def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Captured], Sequence[CleanUp]]:
     """The capture in the fastest form that agrees with torch, and the clean-ups after which it still does."""
     cache = TraceCache(model, blocks)
-    if (right := cache.right()) is not None:
-        return cache.capture(right.form, right.outputs), CLEAN_UPS if right.cleaned else ()
+    if (known := cache.right()) is not None:
+        return known[0], CLEAN_UPS if known[1] else ()
     expected = _expected(model, blocks)
     outputs = list(expected[0])
     failures: list[tuple[Form, str]] = []
@@ -74,7 +74,7 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
                 graphs = {part: cleaned_up(traced.graph.clone(), clean_ups) for part, traced in captured.items()}
                 error = relative_error(model, graphs, blocks, expected)
                 if error <= TOLERANCE:
-                    cache.keep(Right(form, bool(clean_ups), outputs))
+                    cache.keep(form, outputs, cleaned=bool(clean_ups))
                     return captured, clean_ups
         except InputError:
             raise

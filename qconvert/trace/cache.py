@@ -15,7 +15,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from functools import cache as once
 from importlib.metadata import version
 from typing import Any
@@ -33,17 +32,9 @@ from qconvert.trace.capture import Captured, as_initializer, capture, constants_
 from qconvert.trace.signature import Form
 
 DISTRIBUTIONS = ("torch", "transformers", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-LIBRARIES = ("torch", "transformers")
+LIBRARIES = {"torch", "transformers"}
+ATTENTIONS = (None, "eager", "sdpa")  # transformers' own; others are looked up among what anybody has registered
 RECORD = "record"  # the part of an entry that is JSON; the others are graphs
-
-
-@dataclass(frozen=True)
-class Right:
-    """How a model is traced: the form, whether with clean-ups, and what the outputs are called."""
-
-    form: Form
-    cleaned: bool
-    outputs: list[str]
 
 
 class TraceCache:
@@ -54,11 +45,19 @@ class TraceCache:
         self.cache = Cache("templates")
         self.key = _key(model, blocks) if self.cache.folder is not None and _is_a_librarys(model) else None
 
+    def right(self) -> tuple[dict[str, Captured], bool] | None:
+        """What was right for these very weights, and whether with clean-ups; None where either is not known."""
+        if self.key is None or (found := self.cache.get(self._key_of_weights())) is None:
+            return None
+        record = json.loads(found[RECORD])
+        captured = self.cache.get(record["captured"])
+        return None if captured is None else (_decoded(captured), record["cleaned"])
+
     def capture(self, form: Form, outputs: list[str]) -> dict[str, Captured]:
         """`capture`, or what it gave before. Raises what it raises, which is not kept: that may be for want of memory."""
         if self.key is None:
             return capture(self.model, self.blocks, form, outputs)
-        key = _digest([self.key, asdict(form), outputs])
+        key = _digest([self.key, form, outputs])
         found = self.cache.get(key)
         if found is not None:
             return _decoded(found)
@@ -66,16 +65,11 @@ class TraceCache:
         self.cache.put(key, _encoded(captured))
         return captured
 
-    def right(self) -> Right | None:
-        """What was right for these very weights, None where that is not known."""
-        if self.key is None or (found := self.cache.get(self._key_of_weights())) is None:
-            return None
-        record = json.loads(found[RECORD])
-        return Right(Form(**record["form"]), record["cleaned"], record["outputs"])
-
-    def keep(self, right: Right) -> None:
+    def keep(self, form: Form, outputs: list[str], *, cleaned: bool) -> None:
+        """A form is right for these weights."""
         if self.key is not None:
-            self.cache.put(self._key_of_weights(), {RECORD: json.dumps(asdict(right)).encode()})
+            record = {"captured": _digest([self.key, form, outputs]), "cleaned": cleaned}
+            self.cache.put(self._key_of_weights(), {RECORD: json.dumps(record).encode()})
 
     def _key_of_weights(self) -> str:
         """Digest of the tensors that the check reads: those of the traced blocks, and outside of all blocks."""
@@ -95,11 +89,10 @@ def _is_a_librarys(model: Model) -> bool:
 
 
 def _is_as_published(module: nn.Module) -> bool:
-    of_library = all(
-        code.__module__.partition(".")[0] in LIBRARIES for code in (type(module), type(module).forward, type(module).__call__)
-    )
+    packages = {code.__module__.partition(".")[0] for code in (type(module), type(module).forward)}
     hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
-    return of_library and not hooks and "forward" not in vars(module)
+    attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return packages <= LIBRARIES and not hooks and "forward" not in vars(module) and attention in ATTENTIONS
 
 
 def _key(model: Model, blocks: list[str]) -> str:
@@ -124,7 +117,9 @@ def _key(model: Model, blocks: list[str]) -> str:
 
 @once
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "machine": platform.machine()} | {name: version(name) for name in DISTRIBUTIONS}
+    return {"python": platform.python_version(), "machine": platform.machine()} | {
+        name: version(name) for name in DISTRIBUTIONS
+    }
 
 
 def _modules(module: nn.Module) -> Iterator[list[Any]]:
@@ -135,7 +130,7 @@ def _modules(module: nn.Module) -> Iterator[list[Any]]:
         config = getattr(part, "config", None)
         yield [name, f"{type(part).__module__}.{type(part).__qualname__}", attributes]
         if config is not None and config is not before:
-            yield [f"{type(config).__module__}.{type(config).__qualname__}", config.to_dict()]
+            yield [f"{type(config).__module__}.{type(config).__qualname__}", {**config.to_dict(), "_name_or_path": None}]
             before = config
 
 
@@ -146,8 +141,8 @@ def _first_names(module: nn.Module) -> dict[str, str]:
 
 
 def _digest(document: Any) -> str:
-    """repr: of what JSON does not know, such as a dtype in a config."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, default=repr).encode()).hexdigest()
+    """Of plain data; repr knows what JSON doesn't, such as the dtype in a config."""
+    return hashlib.sha256(repr(document).encode()).hexdigest()
 
 
 def _encoded(captured: dict[str, Captured]) -> dict[str, bytes]:
