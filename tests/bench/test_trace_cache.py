@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+QCONVERT = [sys.executable, "-m", "qconvert", "run", "--quantizer", "absmax", "--scheme", "int4-g32", "--no-verify", "--force"]
 ROUNDS = 4
 
 
@@ -22,21 +23,11 @@ class Time:
 
 
 def convert(model: Path, output: Path, cache: Path | None) -> Time:
-    command = [
-        sys.executable,
-        "-m",
-        "qconvert",
-        "run",
-        "--quantizer",
-        "absmax",
-        "--scheme",
-        "int4-g32",
-        "--no-verify",
-        "--force",
-    ]
     environment = {**os.environ, "QCONVERT_CACHE": str(cache or "")}
     before, begin = os.times(), time.perf_counter()
-    subprocess.run([*command, "--model", str(model), "--output", str(output)], env=environment, capture_output=True, check=True)
+    subprocess.run(
+        [*QCONVERT, "--model", str(model), "--output", str(output)], env=environment, capture_output=True, check=True
+    )
     wall, after = time.perf_counter() - begin, os.times()
     processor = after.children_user + after.children_system - before.children_user - before.children_system
     return Time(wall, processor)
@@ -44,7 +35,8 @@ def convert(model: Path, output: Path, cache: Path | None) -> Time:
 
 def test_a_second_conversion_of_a_decoder(models: Path, tmp_path: Path) -> None:
     """Alternating; the least of each."""
-    cache, times = tmp_path / "cache", {"without": [], "first": [], "second": []}  # type: ignore[var-annotated]
+    cache = tmp_path / "cache"
+    times: dict[str, list[Time]] = {"without": [], "first": [], "second": []}
     for _ in range(ROUNDS):
         shutil.rmtree(cache, ignore_errors=True)
         for name, folder in (("without", None), ("first", cache), ("second", cache)):
