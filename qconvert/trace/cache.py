@@ -16,6 +16,7 @@ import json
 import platform
 from collections.abc import Iterator
 from functools import cache as once
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -47,7 +48,7 @@ class TraceCache:
 
     def right(self) -> tuple[dict[str, Captured], bool] | None:
         """What was right for these very weights, and whether with clean-ups; None where either is not known."""
-        if self.key is None or (found := self.cache.get(self._key_of_weights())) is None:
+        if self.key is None or (found := self.cache.get(self._key_of_weights)) is None:
             return None
         record = json.loads(found[RECORD])
         captured = self.cache.get(record["captured"])
@@ -69,8 +70,9 @@ class TraceCache:
         """A form is right for these weights."""
         if self.key is not None:
             record = {"captured": _digest([self.key, form, outputs]), "cleaned": cleaned}
-            self.cache.put(self._key_of_weights(), {RECORD: json.dumps(record).encode()})
+            self.cache.put(self._key_of_weights, {RECORD: json.dumps(record).encode()})
 
+    @cached_property
     def _key_of_weights(self) -> str:
         """Digest of the tensors that the check reads: those of the traced blocks, and outside of all blocks."""
         model, digest = self.model, hashlib.sha256()
