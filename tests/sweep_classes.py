@@ -34,10 +34,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qconvert import pipeline
 from qconvert.cli import main
-from qconvert.ir.artifact import graph_files
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
+from qconvert.targets import graph_files
 
 ARCHITECTURES = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 # Heads that write text on top of families that read text: what their attention sees is for the config to say.

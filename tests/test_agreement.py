@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from qconvert.execution import probes
 from qconvert.execution.outputs import graph_outputs
 from qconvert.ir.model import Model
+from qconvert.ir.task import ENCODER, MODULE
 from qconvert.load import load
 from qconvert.ort import compare
 
@@ -43,7 +44,7 @@ class TwoHeads(nn.Module):
 def test_every_output_of_a_module_counts() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     model = Model("two", "module", TwoHeads(), source=None, example_inputs={"x": rows})  # type: ignore[arg-type]
-    expected = [graph_outputs("module", model.module, batch) for batch in probes.probes(model)]
+    expected = [graph_outputs(MODULE, model.module, batch) for batch in probes.probes(model)]
     sound = Session(lambda inputs: [rows.sum(-1), 2 * rows])
     assert compare.relative_error(model, sound, expected) == 0
     wrong = Session(lambda inputs: [rows.sum(-1), 2 * rows + torch.tensor([0.0, 0.0, 1.0])])
@@ -55,11 +56,11 @@ def test_the_logits_of_a_classifier_count(tmp_path: Any) -> None:
     config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     classifier = BertForSequenceClassification(config).eval()
     model = replace(load(str(tiny_bert(tmp_path / "bert")), lambda source: None), module=classifier)
-    expected = [graph_outputs("encoder", classifier, batch) for batch in probes.probes(model)]
+    expected = [graph_outputs(ENCODER, classifier, batch) for batch in probes.probes(model)]
     assert [len(outputs) for outputs in expected] == [2, 2, 2]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
-        hidden, logits = graph_outputs("encoder", classifier, {key: torch.from_numpy(x) for key, x in inputs.items()})
+        hidden, logits = graph_outputs(ENCODER, classifier, {key: torch.from_numpy(x) for key, x in inputs.items()})
         return [hidden, logits + off]
 
     assert compare.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5
@@ -116,10 +117,10 @@ FIRST, LAST = 0, -1  # the column of a batch where padding on the left, or on th
 @pytest.mark.parametrize("column", [FIRST, LAST])
 def test_an_encoder_that_is_wrong_about_padding_on_one_side_is_found(column: int) -> None:
     plain, model = bert()
-    expected = [graph_outputs("encoder", plain, batch) for batch in probes.probes(model)]
+    expected = [graph_outputs(ENCODER, plain, batch) for batch in probes.probes(model)]
 
     def forward(inputs: dict[str, np.ndarray[Any, Any]], off: float) -> list[Tensor]:
-        hidden, *others = graph_outputs("encoder", plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
+        hidden, *others = graph_outputs(ENCODER, plain, {key: torch.from_numpy(x) for key, x in inputs.items()})
         return [hidden + off * torch.from_numpy(inputs["attention_mask"][:, column] == 0)[:, None, None], *others]
 
     assert compare.relative_error(model, Session(lambda inputs: forward(inputs, 0)), expected) < 1e-5

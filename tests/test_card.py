@@ -16,7 +16,7 @@ from torch import nn
 
 from qconvert.ir.artifact import CARD
 from qconvert.ir.report import Latency, Report, Trial
-from qconvert.pipeline import convert
+from qconvert.pipeline.conversion import convert
 from qconvert.recipe import Recipe
 from qconvert.report.card import card
 

@@ -17,7 +17,7 @@ from onnx import TensorProto
 from qconvert.ir.artifact import CARD, GRAPH
 from qconvert.ort.compare import largest_difference
 from qconvert.ort.session import file_session, session_options
-from qconvert.pipeline import convert
+from qconvert.pipeline.conversion import convert
 from qconvert.recipe import Recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
