@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from qconvert.execution.materialize import materialize
-from qconvert.ir.artifact import GRAPH, graph_files
+from qconvert.ir.artifact import GRAPH
 from qconvert.ort.session import file_session
 from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.targets import graph_files
 
 PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 

@@ -14,17 +14,17 @@ from onnx import TensorProto
 from rich.console import Console, RenderableType
 
 from qconvert.graph import cuda_kernels
-from qconvert.ir.artifact import graph_files
 from qconvert.ir.plan import Assignment, KeptFloat, LayerPlan, Plan
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Report, SampleCounts, Size
 from qconvert.ir.scheme import QuantScheme
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS, TaskName
 from qconvert.recipe import Recipe
 from qconvert.report import plan as plan_view
 from qconvert.report import wording
 from qconvert.report.card import card
 from qconvert.report.files import complete_report, write_report
 from qconvert.report.table import table
+from qconvert.targets import graph_files
 
 REPORT = Report(
     passed=False,
@@ -283,13 +283,13 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "encoder", "module"])
-def test_the_card_shows_code_that_python_accepts(task: Task) -> None:
+def test_the_card_shows_code_that_python_accepts(task: TaskName) -> None:
     blocks = code_blocks(card(but(task=task), RECIPE, "m"), "python")
     assert len(blocks) == (1 if task == "module" else 2)
     for block in blocks:
         compile(block, "card", "exec")
     opened = re.findall(r'InferenceSession\("(.*?)"', blocks[0])
-    assert opened == list(graph_files(task).values())
+    assert opened == list(graph_files(TASKS[task]).values())
 
 
 def test_the_card_gives_the_command_that_makes_it_again_and_no_absolute_path() -> None:
