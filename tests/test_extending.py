@@ -1,4 +1,4 @@
-"""docs/extending.md: its diffs, applied to a copy of the package, give a number format, a target, a task and a loader that work."""
+"""docs/extending.md: its diffs, applied to a copy of the package, give a number format, target, task and loader that work."""
 
 from __future__ import annotations
 
