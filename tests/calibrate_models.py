@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,19 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qconvert.ir.layer import LayerKind
+from qconvert.calibrate import Participant, calibrate
+from qconvert.execution.materialize import ReadParameter
+from qconvert.ir.batch import Batch
+from qconvert.ir.layer import Block, LayerKind
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.plan import LayerPlan, Plan
+from qconvert.ir.samples import Samples
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.template import InputGroup, Template
+from qconvert.job import Job
+from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantizers.per_channel import PerChannelQuantizer
+from qconvert.recipe import Recipe
 
 VOCABULARY = 100
 
@@ -157,6 +166,30 @@ def plan_of(model: Model, kept_float: tuple[str, ...] = ()) -> Plan:
             out, width = (shape[1], shape[0]) if kind == "conv1d" else (shape[0], shape[1:].numel())
             layers[name] = LayerPlan(name, kind, out, width, scheme)
     return Plan(scheme, layers, (), True, 0, 0)
+
+
+def job_of(
+    model: Model,
+    plan: Plan,
+    groups: Sequence[InputGroup] = (),
+    quantizer: Quantizer | None = None,
+    batches: Sequence[Batch] = (),
+    **settings: Any,
+) -> Job:
+    """The job of a model that nobody has traced.
+
+    settings: of the recipe.
+    """
+    recipe = Recipe.from_settings({"model": "module:mine", "output": "out", **settings})
+    template = Template({}, {}, tuple(groups))
+    return Job(recipe, recipe, quantizer or PerChannelQuantizer(), model, template, plan, Samples(tuple(batches), ()))
+
+
+def calibrated(
+    *job: Any, done: frozenset[str] = frozenset(), written: Callable[[], ReadParameter] | None = None, **settings: Any
+) -> Iterator[Block]:
+    """The blocks of `job_of(*job, **settings)`, but for those that are done."""
+    return calibrate([Participant(job_of(*job, **settings), done)], written)
 
 
 def _kind(module: nn.Module) -> LayerKind | None:

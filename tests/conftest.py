@@ -9,7 +9,7 @@ import transformers
 
 from qconvert.ir.model import Model
 from qconvert.ir.template import Template
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation, verification
 from qconvert.trace import trace
 
 
@@ -42,9 +42,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification in this process on one thread and a machine that does nothing else, each model traced once.
 
     The last test of test_pipeline runs everything as it is."""
-    monkeypatch.setattr(conversion, "trace", trace_once)
+    monkeypatch.setattr(preparation, "trace", trace_once)
     monkeypatch.setattr(
-        conversion, "verify_in_fresh_process", lambda recipe, folder, _, progress: conversion.measure(folder, recipe, progress)
+        conversion,
+        "verify_in_fresh_process",
+        lambda recipe, folder, _, progress: verification.measure(folder, recipe, progress),
     )
     monkeypatch.setattr("qconvert.verify.latency.REPEATS", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})

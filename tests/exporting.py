@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import torch
+from calibrate_models import job_of
 from torch import Tensor
 from writing import DIGEST
 
@@ -18,7 +20,6 @@ from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
-from qconvert.recipe import Recipe
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.storage.stage import open_stage
@@ -78,11 +79,12 @@ def publish(
         )
         for block in (*model.blocks, "")
     ]
-    recipe = Recipe.from_settings({"model": "module:mine", "output": str(output)})
+    settings = {"layout": "onnx", "targets": targets, "cuda_dtype": str(cuda_dtype).removeprefix("torch.")}
+    job = replace(job_of(model, plan, **settings), template=template)
     with open_stage(output, DIGEST) as stage:
-        written = write(blocks, model, plan, stage, "onnx")
-        export(template, model, plan, written, stage, targets=targets, cuda_dtype=cuda_dtype)
-        write_manifest(stage, recipe, Origin({}, {}, {}), written)
+        written = write(blocks, job, stage)
+        export(job, written, stage)
+        write_manifest(stage, job.recipe, Origin({}, {}, {}), written)
         stage.publish()
     return ArtifactReader(output, model, plan, read_index(output))
 

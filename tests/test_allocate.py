@@ -27,7 +27,7 @@ from qconvert.ir.budget import Budget
 from qconvert.ir.report import Report
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation, verification
 from qconvert.recipe import Recipe
 from qconvert.storage.reader import read_index
 
@@ -343,7 +343,7 @@ def test_the_manifest_holds_what_was_decided_and_the_card_what_was_asked(sources
     card = (tmp_path / "out" / CARD).read_text()
     assert "--quantizer auto --budget 5.2 --rule '*.0.mlp.up_proj=int8-g16'" in card
     assert "predicted KL" in card
-    again = conversion.verify(tmp_path / "out")
+    again = verification.verify(tmp_path / "out")
     assert again.assignment == first.assignment
     assert again.layers == first.layers
     by_name = {layer.name: layer.scheme for layer in first.layers}
@@ -355,7 +355,7 @@ def test_the_manifest_holds_what_was_decided_and_the_card_what_was_asked(sources
 @pytest.mark.usefixtures("quick")
 def test_the_same_run_decides_the_same_and_plan_tells_it_beforehand(sources: Path, tmp_path: Path) -> None:
     asked = recipe(sources / "llama", tmp_path / "out", "4.9", verify=False)
-    planned = conversion.plan(asked)
+    planned = preparation.plan(asked)
     report = conversion.convert(asked)
     assert planned.assignment == report.assignment
     assert {name: str(layer.scheme) for name, layer in planned.layers.items()} == {
@@ -395,7 +395,7 @@ def test_what_can_not_be_decided_is_an_error(
 def test_an_output_that_exists_is_refused_before_anything_is_measured(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "allocate", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(preparation, "allocate", lambda *_: pytest.fail("it measures"))
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError) as raised:
         conversion.convert(recipe(sources / "llama", tmp_path / "out", "5"))
@@ -403,4 +403,4 @@ def test_an_output_that_exists_is_refused_before_anything_is_measured(
 
 
 def test_what_is_undecided_fits_every_width() -> None:
-    assert QuantScheme.parse("int4-channel") == conversion.UNDECIDED
+    assert QuantScheme.parse("int4-channel") == preparation.UNDECIDED

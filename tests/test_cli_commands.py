@@ -60,9 +60,9 @@ class FakePipeline(ModuleType):
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
-    fake = FakePipeline("qconvert.pipeline.conversion")
-    monkeypatch.setitem(sys.modules, "qconvert.pipeline.conversion", fake)
-    monkeypatch.setattr(pipeline_package, "conversion", fake, raising=False)
+    fake = FakePipeline("qconvert.pipeline")
+    for name in ("conversion", "preparation", "verification"):
+        monkeypatch.setitem(sys.modules, f"qconvert.pipeline.{name}", fake)
     for name in ("check", "check_published"):  # nothing that the flags name is there
         monkeypatch.setattr(preflight, name, lambda *_, **__: None)
     monkeypatch.delenv("QCONVERT_DEBUG", raising=False)

@@ -14,17 +14,20 @@ from comparisons import comparison, entry, failed
 from tiny_models import tiny_bert, tiny_llama
 from torch import Tensor
 
-from qconvert.calibrate import Share, calibrate, calibrate_together
+from qconvert.calibrate import Participant, calibrate, read_samples
+from qconvert.calibrate.input_recorder import InputRecorder
 from qconvert.cli.exits import worst
 from qconvert.errors import PluginError, ResourceError, UsageError
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
 from qconvert.ir.comparison import FILE, PLOT
 from qconvert.ir.layer import Block, Layer
-from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.progress import silent
+from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
+from qconvert.job import Job
 from qconvert.pipeline import comparison as comparing
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation
 from qconvert.pipeline.comparison import Attempt, compare
 from qconvert.plugin.host.manager import plugin_manager
 from qconvert.plugin.observer import AbsMax
@@ -111,16 +114,16 @@ def test_the_model_is_opened_calibrated_and_traced_once(
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(conversion, "load")
-    counted(conversion, "trace")
-    counted(conversion, "file_digests")
+    counted(preparation, "load")
+    counted(preparation, "trace")
+    counted(preparation, "file_digests")
     counted(comparing, "read_samples")
     counted(BlockRunner, "start")
-    counted(comparing, "quantize_block")
+    counted(conversion, "quantize")
     compare(recipes(TRIES, verify=False))
     assert {name: calls.count(name) for name in calls} == {
         "load": 1, "trace": 1, "file_digests": 1, "read_samples": 1, "start": 1,
-        "quantize_block": 2 * len(TRIES) + 1,  # two blocks each, and the head that one of them quantizes
+        "quantize": 2 * len(TRIES) + 1,  # two blocks each, and the head that one of them quantizes
     }  # fmt: skip
 
 
@@ -131,23 +134,24 @@ def test_recipes_without_observers_run_no_block(recipes: Recipes, monkeypatch: p
     assert [entry.error for entry in found.entries] == [None, None]
 
 
-def test_what_a_share_gets_is_what_it_would_get_alone(recipes: Recipes) -> None:
+def test_what_a_participant_gets_is_what_it_would_get_alone(recipes: Recipes) -> None:
     plugins = plugin_manager()
     mine = recipes(TRIES)
-    model = conversion.load_model(mine["awq"], plugins, conversion.silent)
-    samples = conversion.read_samples(model, mine["awq"], True)
-    template, _ = conversion.open_model(model, samples, conversion.silent)
-    batches = samples.calibration
-    quantizers = {name: plugins.quantizer(recipe.quantizer, {}) for name, recipe in mine.items()}
-    plans = {name: conversion.make_plan(model, template, recipe, quantizers[name]) for name, recipe in mine.items()}
-    shares = {name: Share(model, plans[name], template.groups, quantizers[name]) for name in mine}
+    model = preparation.load_model(mine["awq"], plugins, silent)
+    samples = read_samples(model, mine["awq"], True)
+    template, _ = preparation.open_model(model, samples, silent)
+    participants = {}
+    for name, recipe in mine.items():
+        quantizer = plugins.quantizer(recipe.quantizer, {})
+        plan = preparation.outline(recipe, quantizer, model, template)
+        participants[name] = Participant(Job(recipe, recipe, quantizer, model, template, plan, samples))
     together: dict[str, list[Block]] = {name: [] for name in mine}
-    for block in calibrate_together(list(shares.values()), batches):
-        for name, share in shares.items():
-            if block.name in share.units:
-                together[name].append(share.of(block))
-    for name in mine:
-        expected = calibrate(model, plans[name], template.groups, quantizers[name], batches)
+    for block in calibrate(list(participants.values())):
+        for name, participant in participants.items():
+            if block.name in participant.units:
+                together[name].append(participant.part_of(block))
+    for name, participant in participants.items():
+        expected = calibrate([participant])
         assert list(map(described, together[name])) == list(map(described, expected)), name
 
 
@@ -162,7 +166,7 @@ def described(block: Block) -> Any:
         return part.name, part.kind, part.weight.tolist(), part.bias is None, stats
 
     groups = [(group.producer, group.stats is None, list(map(layer, group.layers))) for group in block.groups]
-    return block.name, groups, tensors(block.tensors), block.relative_change is None
+    return block.name, groups, tensors(block.tensors), block.lane is None, block.samples
 
 
 class OtherAbsMax(AbsMax):
@@ -273,15 +277,13 @@ def test_a_quantizer_that_writes_to_its_input_harms_no_other(
 def test_a_layer_that_no_sample_reaches_fails_only_the_recipes_that_observe_it(
     recipes: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qconvert.calibrate.observe import _Watch
+    real = InputRecorder._see
 
-    real = _Watch._see
-
-    def blind(self: _Watch, index: int, *args: Any) -> None:
+    def blind(self: InputRecorder, index: int, *args: Any) -> None:
         if not self.groups[index].layers[0].endswith("0.mlp.gate_proj"):
             real(self, index, *args)
 
-    monkeypatch.setattr(_Watch, "_see", blind)
+    monkeypatch.setattr(InputRecorder, "_see", blind)
     tries = {name: TRIES[name] for name in ("awq", "rounded", "mixed")}  # "mixed" leaves that layer in float
     codes = [entry.error and entry.error.code for entry in compare(recipes(tries, verify=False)).entries]
     assert codes == ["QC-CALIB-001", None, None]
@@ -305,15 +307,15 @@ def test_an_interrupted_comparison_publishes_nothing_and_is_resumed_by_the_same_
     recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = recipes({name: TRIES[name] for name in ("awq", "rounded")}, verify=False)
-    real, quantized = comparing.quantize_block, []
+    real, quantized = conversion.quantize, []
 
-    def interrupted(block: Block, *args: Any, **options: Any) -> Any:
+    def interrupted(block: Block, job: Job) -> QuantizedBlock:
         if len(quantized) == 3:  # awq has both blocks, the other one
             raise KeyboardInterrupt
         quantized.append(block.name)
-        return real(block, *args, **options)
+        return real(block, job)
 
-    monkeypatch.setattr(comparing, "quantize_block", interrupted)
+    monkeypatch.setattr(conversion, "quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(mine)
     assert [name for name in left(tmp_path / "out") if not name.startswith(".")] == []
@@ -336,7 +338,7 @@ def test_an_interrupted_comparison_publishes_nothing_and_is_resumed_by_the_same_
 def test_what_is_in_the_way_is_refused_before_the_model_is_loaded(
     there: str, code: str, recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "load", None)
+    monkeypatch.setattr(preparation, "load", None)
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).write_text("")
     with pytest.raises(UsageError) as caught:
@@ -345,7 +347,7 @@ def test_what_is_in_the_way_is_refused_before_the_model_is_loaded(
 
 
 def test_an_unknown_quantizer_is_refused_before_the_model_is_loaded(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "load", None)
+    monkeypatch.setattr(preparation, "load", None)
     with pytest.raises(UsageError, match="no quantizer 'aqw'"):
         compare(recipes({"a": {"quantizer": "per-channel"}, "b": {"quantizer": "aqw"}}))
 

@@ -30,7 +30,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
 from qconvert.ort.compare import feed, largest_difference, next_inputs
 from qconvert.ort.session import EncoderDecoderSession, file_session, why_unavailable
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation, verification
 from qconvert.recipe import Recipe
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
@@ -60,7 +60,7 @@ def published(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """int4 without verification, for what runs the graphs alone."""
     output = tmp_path_factory.mktemp("published") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "trace", trace_once)
+        patch.setattr(preparation, "trace", trace_once)
         conversion.convert(recipe(sources / "t5", output, quantizer="absmax", scheme="int4-g32", verify=False))
     return output
 
@@ -107,11 +107,11 @@ def test_a_folder_becomes_two_graphs_that_agree_with_their_weights(
 @pytest.mark.usefixtures("quick")
 def test_an_output_is_planned_and_verified_again(sources: Path, tmp_path: Path) -> None:
     mine = recipe(sources / "t5", tmp_path / "out", quantizer="per-channel", verify=False)
-    planned = conversion.plan(mine)
+    planned = preparation.plan(mine)
     assert next(iter(planned.layers)) == "encoder.block.0.layer.0.SelfAttention.q"
     assert {entry.name: entry.reason for entry in planned.kept_float}["lm_head"].startswith("shares its weight with shared")
     conversion.convert(mine)
-    assert conversion.verify(tmp_path / "out").passed
+    assert verification.verify(tmp_path / "out").passed
 
 
 # --- what is written ---

@@ -123,14 +123,14 @@ def test_the_decoder_begins_where_the_encoder_has_ended() -> None:
     plain, model = t5()
     runner = BlockRunner(model)
     runner.start(SOURCES[:1])
-    assert torch.equal(runner.hidden[0], plain.shared(SOURCES[0]["input_ids"]))  # type: ignore[operator]
+    assert torch.equal(runner.lanes[0].state, plain.shared(SOURCES[0]["input_ids"]))  # type: ignore[operator]
     for index in range(3):
         runner.run_block(index)
     with torch.no_grad():
         encoded = plain.encoder(input_ids=SOURCES[0]["input_ids"]).last_hidden_state  # type: ignore[operator]
-    assert torch.equal(plain.encoder.final_layer_norm(runner.hidden[0]), encoded)  # type: ignore[operator, union-attr]
+    assert torch.equal(plain.encoder.final_layer_norm(runner.lanes[0].state), encoded)  # type: ignore[operator, union-attr]
     runner.enter(3)
-    assert torch.equal(runner.hidden[0], plain.shared(SOURCES[0]["decoder_input_ids"]))  # type: ignore[operator]
+    assert torch.equal(runner.lanes[0].state, plain.shared(SOURCES[0]["decoder_input_ids"]))  # type: ignore[operator]
 
 
 def test_one_block_is_in_memory_at_a_time_in_both_halves() -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ from qconvert.cli import main
 from qconvert.cli.exits import verdict
 from qconvert.errors import InputError, ParityError, TargetError, UsageError
 from qconvert.ir.artifact import CARD, GRAPH, MANIFEST, REPORT, WEIGHTS
+from qconvert.ir.layer import Block
+from qconvert.ir.quantized import QuantizedBlock
 from qconvert.ir.report import Report
+from qconvert.job import Job
 from qconvert.ort.session import file_session
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation, verification
 from qconvert.plugin.host.manager import BUILTINS, PluginManager
 from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate
@@ -187,7 +190,7 @@ def test_layers_that_the_group_does_not_fit_are_listed_with_what_they_got(source
     assert found["model.layers.0.mlp.up_proj"] == ("int4-g64", reason)
     listed = f"int4-g64: {reason}: model.layers.0.self_attn.q_proj, "
     assert listed in (tmp_path / "out" / CARD).read_text().replace("\\", "")
-    planned = conversion.plan(asked)
+    planned = preparation.plan(asked)
     assert {layer["name"]: layer.get("reason") for layer in document(planned)["layers"]} == {
         name: why for name, (_, why) in found.items()
     }
@@ -241,20 +244,20 @@ def test_the_same_run_gives_the_same_bytes(uninterrupted: dict[str, bytes], sour
 
 KILLED = """
 import os, signal, sys
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation, verification
 from qconvert.recipe import Recipe
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-real = conversion.quantize
+real = conversion.Conversion.take
 
-def first_block_only(*args, **options):
-    yield next(real(*args, **options))
+def first_block_only(self, block):
+    real(self, block)
     kill()
 
 if sys.argv[1] == "quantize":
-    conversion.quantize = first_block_only
+    conversion.Conversion.take = first_block_only
 else:
     conversion.write_report = kill
 conversion.convert(Recipe.model_validate_json(sys.stdin.read()))
@@ -279,10 +282,9 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(
     quantized: list[str] = []
     real = conversion.quantize
 
-    def watched(*args: Any, **options: Any) -> Iterator[Any]:
-        for block in real(*args, **options):
-            quantized.append(block.name)
-            yield block
+    def watched(block: Block, job: Job) -> QuantizedBlock:
+        quantized.append(block.name)
+        return real(block, job)
 
     monkeypatch.setattr(conversion, "quantize", watched)
     conversion.convert(mine)
@@ -300,16 +302,16 @@ def test_a_sequential_and_tuned_run_goes_on_where_it_was_interrupted(
     """The block that is left sees what was written of the first one, whoever wrote it."""
     settings = {"quantizer": "gptq", "scheme": "int4-g16-asym", "sequential": True, "tuning": {"steps": 5}, "verify": False}
     conversion.convert(recipe(sources / "llama", tmp_path / "whole", **settings))
-    real = conversion.quantize
+    real = conversion.Conversion.take
 
-    def first_block_only(*args: Any, **options: Any) -> Iterator[Any]:
-        yield next(real(*args, **options))
+    def first_block_only(self: conversion.Conversion, block: Block) -> None:
+        real(self, block)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "quantize", first_block_only)
+    monkeypatch.setattr(conversion.Conversion, "take", first_block_only)
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
-    monkeypatch.setattr(conversion, "quantize", real)
+    monkeypatch.setattr(conversion.Conversion, "take", real)
     conversion.convert(recipe(sources / "llama", tmp_path / "resumed", **settings))
     whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "resumed")
     assert [name for name in whole if whole[name] != resumed[name]] == []
@@ -338,7 +340,7 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
     assert (report.parity, report.fidelity, report.gates) == ((), (), ())
     assert json.loads((tmp_path / "out" / REPORT).read_text())["passed"] is None
     assert "**Not verified.**" in (tmp_path / "out" / CARD).read_text()
-    later = conversion.verify(tmp_path / "out")
+    later = verification.verify(tmp_path / "out")
     assert [part.status for part in later.parity] == ["passed", "passed", "passed"]
     assert later.samples.evaluation == 4
     assert later.passed
@@ -348,14 +350,14 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
     assert "**Computes what its weights say; no limits set.** See the evidence" in page
     assert str(tmp_path) not in page
 
-    conversion.verify(tmp_path / "out", gates=[Gate.parse("kl<=1e-9")])  # which is not what the folder was made for
+    verification.verify(tmp_path / "out", gates=[Gate.parse("kl<=1e-9")])  # which is not what the folder was made for
     assert json.loads((tmp_path / "out" / REPORT).read_text()) == later.document()
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_gates_that_a_folder_is_first_verified_by_are_in_its_report(sources: Path, tmp_path: Path) -> None:
     conversion.convert(recipe(sources / "bert", tmp_path / "out", verify=False))
-    report = conversion.verify(tmp_path / "out", gates=[Gate.parse("cosine>=0.9999999")])
+    report = verification.verify(tmp_path / "out", gates=[Gate.parse("cosine>=0.9999999")])
     assert verdict(report) == 1
     assert json.loads((tmp_path / "out" / REPORT).read_text()) == report.document()
     page = (tmp_path / "out" / CARD).read_text()
@@ -429,7 +431,7 @@ def test_a_target_that_can_not_be_run_here_is_published_and_exit_code_7(sources:
     assert verdict(report) == 0
     card = (tmp_path / "allowed" / CARD).read_text()
     assert "not run on cuda" in card
-    conversion.verify(tmp_path / "allowed", targets=["cpu"])
+    verification.verify(tmp_path / "allowed", targets=["cpu"])
     assert (tmp_path / "allowed" / CARD).read_text() == card  # it tells of as much, and of cuda
 
 
@@ -511,10 +513,9 @@ def test_where_memory_runs_out_in_verification_the_work_is_kept(
 
     real, again = conversion.quantize, []
 
-    def watched(*args: Any, **options: Any) -> Iterator[Any]:
-        for block in real(*args, **options):
-            again.append(block)
-            yield block
+    def watched(block: Block, job: Job) -> QuantizedBlock:
+        again.append(block)
+        return real(block, job)
 
     monkeypatch.setattr(conversion, "quantize", watched)
     resumed = CliRunner().invoke(main, command)
@@ -552,7 +553,7 @@ def test_a_float_model_that_gives_nan_for_a_token_is_blamed_itself_and_the_work_
     assert "NaN or infinity comes out of the float model for evaluation sample 1" in error["message"]
     assert not (overflowing / "out").exists()
 
-    monkeypatch.setattr("qconvert.quantize.quantize_block", None)  # nothing is left to quantize
+    monkeypatch.setattr("qconvert.pipeline.conversion.quantize", None)  # nothing is left to quantize
     assert CliRunner().invoke(main, [*command, "--no-verify"]).exit_code == 0
     verified = CliRunner().invoke(main, ["verify", str(overflowing / "out"), "--evaluation", str(overflowing / "text.txt")])
     assert verified.exit_code == 0, verified.stderr
@@ -564,7 +565,7 @@ def test_a_float_model_that_gives_nothing_but_nan_is_refused_by_the_plan(overflo
     tensors["embeddings.word_embeddings.weight"][:] = torch.finfo(torch.float32).max
     save_tensors(tensors, overflowing / "bert")
     with pytest.raises(InputError, match="for the inputs that its trace is checked on") as caught:
-        conversion.plan(recipe(overflowing / "bert", overflowing / "out"))
+        preparation.plan(recipe(overflowing / "bert", overflowing / "out"))
     assert caught.value.code == "QC-FLOAT-001"
 
 
@@ -597,7 +598,7 @@ def test_plugins_are_told_once_when_the_output_is_there(sources: Path, tmp_path:
     mine = recipe(sources / "bert", tmp_path / "out")
     report = conversion.convert(mine)
     assert spy.told == [(mine, report, True)]
-    conversion.verify(tmp_path / "out")
+    verification.verify(tmp_path / "out")
     assert len(spy.told) == 1
 
 
@@ -614,14 +615,14 @@ def published(quick: None, sources: Path, tmp_path: Path) -> Path:
 
 
 def test_an_output_is_verified_again_where_it_lies_and_where_it_was_moved_with_its_source(published: Path) -> None:
-    first = conversion.verify(published)
+    first = verification.verify(published)
     assert first.passed
     moved = published.parent / "elsewhere"
     moved.mkdir()
     published.rename(moved / "out")
     for name in ("bert", "text.txt"):
         (published.parent / name).rename(moved / name)
-    again = conversion.verify(moved / "out")
+    again = verification.verify(moved / "out")
     assert again.fidelity == first.fidelity
 
 
@@ -643,20 +644,20 @@ def test_an_output_that_a_killed_run_has_left_under_another_name_is_verified_und
         with pytest.raises(KeyboardInterrupt):
             conversion.convert(recipe(published.parent / "bert", published, quantizer="absmax", force=True, verify=False))
     assert not published.exists()
-    assert conversion.verify(published).passed
+    assert verification.verify(published).passed
     assert contents(published) == before
 
 
 def test_without_its_float_source_its_own_files_are_checked_and_the_rest_is_refused_clearly(published: Path) -> None:
     shutil.rmtree(published.parent / "bert")
     with pytest.raises(InputError, match=r"the files of .*out are what was written, but the float model") as caught:
-        conversion.verify(published)
+        verification.verify(published)
     assert (caught.value.code, caught.value.exit_code) == ("QC-VERIFY-003", 3)
     assert "does not exist" in caught.value.message
     assert MANIFEST in caught.value.hint
     (published / GRAPH).write_bytes(b"")
     with pytest.raises(InputError) as caught:
-        conversion.verify(published)
+        verification.verify(published)
     assert caught.value.code == "QC-VERIFY-001"
 
 
@@ -666,7 +667,7 @@ def test_another_source_in_the_place_of_its_own_is_refused(published: Path) -> N
     with pytest.raises(
         InputError, match=r"'bert' is not what .*out was made from: 'tokenizer_config\.json' is another"
     ) as caught:
-        conversion.verify(published)
+        verification.verify(published)
     assert caught.value.code == "QC-VERIFY-004"
 
 
@@ -676,12 +677,12 @@ def test_damage_that_the_manifest_was_made_to_agree_with_fails_parity(quick: Non
     damaged_graph(out)
     manifest = json.loads((out / MANIFEST).read_text())
     with pytest.raises(InputError) as digest:
-        conversion.verify(out)
+        verification.verify(out)
     assert digest.value.code == "QC-VERIFY-001"
     manifest["outputs"][GRAPH] = hashlib.sha256((out / GRAPH).read_bytes()).hexdigest()
     (out / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ParityError) as parity:
-        conversion.verify(out)
+        verification.verify(out)
     assert parity.value.code == "QC-PARITY-001"
 
 

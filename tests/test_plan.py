@@ -9,17 +9,16 @@ from typing import Any
 import onnx_ir
 import pytest
 import torch
-from calibrate_models import model_of
+from calibrate_models import job_of, model_of
 from safetensors.torch import load_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qconvert.calibrate import calibrate
+from qconvert.calibrate import Participant, calibrate
 from qconvert.errors import UsageError
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.progress import silent
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup, Template
 from qconvert.load import load
@@ -439,8 +438,8 @@ def test_calibration_is_needed_by_quantizers_with_observers(llama: Model) -> Non
 def written_bytes(model: Model, plan: Plan, folder: Path) -> int:
     """The tensors that the stages put into model.safetensors, in bytes."""
     with open_stage(folder / "out", "0123456789abcdef") as stage:
-        blocks = calibrate(model, plan, (), Nearest(), ())
-        write(quantize(blocks, plan, Nearest(), silent, keep_unfolded=True), model, plan, stage, "onnx")
+        job = job_of(model, plan, (), Nearest(), layout="onnx")
+        write((quantize(block, job) for block in calibrate([Participant(job)])), job, stage)
         stage.publish()
     return sum(tensor.nbytes for tensor in load_file(folder / "out" / "model.safetensors").values())
 

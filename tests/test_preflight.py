@@ -17,7 +17,7 @@ from tiny_models import tiny_bert, tiny_llama
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.artifact import MANIFEST
 from qconvert.pipeline import comparison as comparing
-from qconvert.pipeline import conversion, preflight
+from qconvert.pipeline import conversion, preflight, preparation
 from qconvert.plugin.host.manager import CALIBRATED, plugin_manager
 from qconvert.recipe import Recipe
 from qconvert.recipe.comparison import named_recipes
@@ -177,7 +177,7 @@ def test_which_quantizers_need_data_is_as_they_say() -> None:
 def test_what_a_model_can_not_do_is_told_before_it_is_traced(
     settings: dict[str, Any], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "trace", None)
+    monkeypatch.setattr(preparation, "trace", None)
     recipe = Recipe.from_settings({"model": str(tiny_bert(tmp_path / "bert")), "output": str(tmp_path / "out"), **settings})
     with pytest.raises(UsageError) as caught:
         conversion.convert(recipe)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from calibrate_models import gpt2, llama, model_of, plan_of, text_model, tiny_llama, token_batch
+from calibrate_models import gpt2, job_of, llama, model_of, plan_of, text_model, tiny_llama, token_batch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from qconvert.calibrate import calibrate
+from qconvert.calibrate import Participant, calibrate
 from qconvert.errors import InputError
+from qconvert.execution.unit import relative_change
+from qconvert.ir.lane import Lane
 from qconvert.ir.layer import Block, CalibrationStats, Layer, LinearGroup, Producer
 from qconvert.ir.model import Model
-from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
+from qconvert.job import Job
 from qconvert.plugin.observer import GRAM_BLOCK, SAMPLED_ROWS, AbsMax, Gram, Observer, SampledRows
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantize import quantize
@@ -70,13 +74,14 @@ def only(*names: str) -> ScaleOf:
     return lambda group: ramp(group) if group.layers[0].name in names else None
 
 
-def block_of(model: Model, *groups: InputGroup, kept_float: tuple[str, ...] = ()) -> Block:
-    """The first block, calibrated."""
+def block_of(model: Model, *groups: InputGroup, kept_float: tuple[str, ...] = ()) -> tuple[Job, Block]:
+    """The first block, calibrated, and the job."""
     batches = [{"input": torch.randn(5, 8, generator=torch.Generator().manual_seed(0))}] if model.task == "module" else BATCHES
-    return next(calibrate(model, plan_of(model, kept_float), groups, Scaling(), batches))
+    job = job_of(model, plan_of(model, kept_float), groups, Scaling(), batches)
+    return job, next(calibrate([Participant(job)]))
 
 
-def llama_block(**options: Any) -> Block:
+def llama_block(**options: Any) -> tuple[Job, Block]:
     return block_of(
         llama()[1],
         InputGroup(QKV, Producer("norm", NORM)),
@@ -87,9 +92,8 @@ def llama_block(**options: Any) -> Block:
     )
 
 
-def folded(block: Block, scale_of: ScaleOf, keep_unfolded: bool = False) -> Folded:
-    schemes = {layer.name: INT8 for layer in block.layers}
-    return fold(block, Scaling(scale_of), schemes, keep_unfolded)
+def folded(job: Job, block: Block, scale_of: ScaleOf, layout: str = "transformers") -> Folded:
+    return fold(block, replace(job, quantizer=Scaling(scale_of), recipe=job.recipe.model_copy(update={"layout": layout})))
 
 
 def weights(block: Block) -> dict[str, Tensor]:
@@ -104,17 +108,17 @@ def parameters(result: Folded) -> dict[str, Tensor]:
     return {**result.tensors, **layers}
 
 
-def change(block: Block, replaced: Mapping[str, Tensor]) -> float:
-    assert block.relative_change is not None
-    return block.relative_change(replaced)
+def change(job: Job, block: Block, replaced: Mapping[str, Tensor]) -> float:
+    assert block.lane is not None
+    return relative_change(job.model, block.name, block.lane, replaced)
 
 
 # Where a scale goes
 
 
 def test_into_a_norm() -> None:
-    block = llama_block()
-    result = folded(block, only(QKV[0]))
+    job, block = llama_block()
+    result = folded(job, block, only(QKV[0]))
     scale = torch.linspace(0.5, 2, 32)
     for name in QKV:
         assert torch.equal(weights(result.block)[name], weights(block)[name] * scale)
@@ -124,8 +128,8 @@ def test_into_a_norm() -> None:
 
 
 def test_into_the_rows_of_a_linear_that_is_quantized_too() -> None:
-    block = llama_block()
-    result = folded(block, only(DOWN))
+    job, block = llama_block()
+    result = folded(job, block, only(DOWN))
     scale = torch.linspace(0.5, 2, 48)
     assert torch.equal(weights(result.block)[DOWN], weights(block)[DOWN] * scale)
     assert torch.equal(weights(result.block)[UP], weights(block)[UP] / scale.unsqueeze(1))
@@ -133,30 +137,30 @@ def test_into_the_rows_of_a_linear_that_is_quantized_too() -> None:
 
 
 def test_into_the_rows_of_a_linear_that_stays_float() -> None:
-    block = llama_block(kept_float=(V,))
-    result = folded(block, only(OUT))
+    job, block = llama_block(kept_float=(V,))
+    result = folded(job, block, only(OUT))
     scale = torch.linspace(0.5, 2, 32)[:16]  # the 16 channels of v, as the copies have them
     assert torch.equal(result.tensors[f"{V}.weight"], block.tensors[f"{V}.weight"] / scale.unsqueeze(1))
-    assert change(block, parameters(result)) < 1e-5
+    assert change(job, block, parameters(result)) < 1e-5
 
 
 def test_through_grouped_query_attention_into_v() -> None:
-    block = llama_block()
-    result = folded(block, only(OUT))
+    job, block = llama_block()
+    result = folded(job, block, only(OUT))
     scale = torch.linspace(0.5, 2, 32)[:16]
     assert torch.equal(weights(result.block)[V], weights(block)[V] / scale.unsqueeze(1))
     assert torch.equal(weights(result.block)[OUT], weights(block)[OUT] * scale[torch.tensor(COPIES)])
 
 
 def test_everything_at_once_leaves_the_block_as_it_computes() -> None:
-    block = llama_block()
-    result = folded(block, ramp)
+    job, block = llama_block()
+    result = folded(job, block, ramp)
     changed = parameters(result)
     assert all(not torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
     assert len(result.tensors) == 2
-    assert change(block, changed) < 1e-5
+    assert change(job, block, changed) < 1e-5
     for name in changed:  # each of them is needed
-        assert change(block, {key: value for key, value in changed.items() if key != name}) > 1e-3
+        assert change(job, block, {key: value for key, value in changed.items() if key != name}) > 1e-3
 
 
 def biased_net(activation: nn.Module) -> Model:
@@ -168,17 +172,17 @@ def biased_net(activation: nn.Module) -> Model:
     return model_of(net, input_names=("input",))
 
 
-def biased_block(activation: nn.Module, **options: Any) -> Block:
+def biased_block(activation: nn.Module, **options: Any) -> tuple[Job, Block]:
     groups = (InputGroup(("1",), Producer("norm", "0")), InputGroup(("3",), Producer("linear", "1")))
     return block_of(biased_net(activation), *groups, **options)
 
 
 @pytest.mark.parametrize("kept_float", [(), ("1",)], ids=["quantized producer", "float producer"])
 def test_biases_of_producers_are_divided_too(kept_float: tuple[str, ...]) -> None:
-    block = biased_block(nn.ReLU(), kept_float=kept_float)
-    result = folded(block, ramp)
+    job, block = biased_block(nn.ReLU(), kept_float=kept_float)
+    result = folded(job, block, ramp)
     assert {name for name in result.tensors if name.endswith("bias")} == {"1.bias"} | ({"0.bias"} if not kept_float else set())
-    assert change(block, parameters(result)) < 1e-5
+    assert change(job, block, parameters(result)) < 1e-5
     layers = {layer.name: layer for layer in result.block.layers}
     if not kept_float:
         assert layers["1"].bias is result.tensors["1.bias"]
@@ -186,10 +190,10 @@ def test_biases_of_producers_are_divided_too(kept_float: tuple[str, ...]) -> Non
 
 def test_into_a_norm_before_a_conv1d() -> None:
     norm, layer = "transformer.h.0.ln_1", "transformer.h.0.attn.c_attn"
-    block = block_of(gpt2()[1], InputGroup((layer,), Producer("norm", norm)))
-    result = folded(block, only(layer))
+    job, block = block_of(gpt2()[1], InputGroup((layer,), Producer("norm", norm)))
+    result = folded(job, block, only(layer))
     assert result.tensors.keys() == {f"{norm}.weight", f"{norm}.bias"}
-    assert change(block, parameters(result)) < 1e-5
+    assert change(job, block, parameters(result)) < 1e-5
 
 
 def relu_gpt2() -> Model:
@@ -205,15 +209,15 @@ FC, PROJ = "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"
 
 
 def test_into_the_rows_of_a_conv1d() -> None:
-    block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)))
-    result = folded(block, only(PROJ))
+    job, block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)))
+    result = folded(job, block, only(PROJ))
     assert torch.equal(weights(result.block)[FC], weights(block)[FC] / torch.linspace(0.5, 2, 128).unsqueeze(1))
-    assert change(block, parameters(result)) < 1e-5
+    assert change(job, block, parameters(result)) < 1e-5
 
 
 def test_not_into_a_conv1d_that_stays_float() -> None:
-    block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)), kept_float=(FC,))
-    result = folded(block, only(PROJ))
+    job, block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)), kept_float=(FC,))
+    result = folded(job, block, only(PROJ))
     assert torch.equal(weights(result.block)[PROJ], weights(block)[PROJ])
     assert result.tensors == {}
 
@@ -222,46 +226,47 @@ def test_not_into_a_conv1d_that_stays_float() -> None:
 
 
 def test_an_unsound_fold_is_seen_and_left_out_while_the_sound_one_is_made() -> None:
-    block = biased_block(nn.GELU())  # gelu(x / s) is not gelu(x) / s
-    result = folded(block, ramp)
+    job, block = biased_block(nn.GELU())  # gelu(x / s) is not gelu(x) / s
+    result = folded(job, block, ramp)
     assert torch.equal(weights(result.block)["3"], weights(block)["3"])
     assert torch.equal(weights(result.block)["1"], weights(block)["1"] * torch.linspace(0.5, 2, 8))
     assert result.tensors.keys() == {"0.weight", "0.bias"}
     assert result.input_scales == {}
 
 
-def test_folds_of_which_each_rounds_are_judged_together() -> None:
+def test_folds_of_which_each_rounds_are_judged_together(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Mapping[str, Tensor]] = []
 
-    def change(replaced: Mapping[str, Tensor]) -> float:
+    def change(model: Model, unit: str, lane: Lane, replaced: Mapping[str, Tensor], device: str) -> float:
         asked.append(replaced)
         return 3e-4  # more than one fold explains, less than four do
 
-    block = replace(llama_block(), relative_change=change)
-    result = folded(block, ramp)
+    monkeypatch.setattr(import_module("qconvert.quantize.fold"), "relative_change", change)
+    job, block = llama_block()
+    result = folded(job, block, ramp)
     assert len(asked) == 1
     assert all(not torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
-    alone = folded(block, only(DOWN))
+    alone = folded(job, block, only(DOWN))
     assert all(torch.equal(weights(alone.block)[name], weight) for name, weight in weights(block).items())
 
 
 def test_copies_of_one_channel_with_different_scales_do_not_fold() -> None:
-    block = llama_block()
-    result = folded(block, lambda group: torch.linspace(0.5, 2, 32) if group.layers[0].name == OUT else None)
+    job, block = llama_block()
+    result = folded(job, block, lambda group: torch.linspace(0.5, 2, 32) if group.layers[0].name == OUT else None)
     assert all(torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
     assert result.input_scales == {}
 
 
 def test_without_a_producer_the_quantizer_is_not_even_asked() -> None:
-    block = block_of(llama()[1], InputGroup(QKV, Producer("norm", NORM)))
+    job, block = block_of(llama()[1], InputGroup(QKV, Producer("norm", NORM)))
     quantizer = Scaling(ramp)
-    fold(block, quantizer, {layer.name: INT8 for layer in block.layers}, keep_unfolded=False)
+    fold(block, replace(job, quantizer=quantizer))
     assert quantizer.asked == [QKV[0]]
 
 
 def test_a_layout_that_has_a_place_for_it_keeps_what_does_not_fold() -> None:
-    block = biased_block(nn.GELU())
-    result = folded(block, ramp, keep_unfolded=True)
+    job, block = biased_block(nn.GELU())
+    result = folded(job, block, ramp, layout="onnx")
     assert result.input_scales.keys() == {"3"}
     assert torch.equal(result.input_scales["3"], torch.linspace(0.5, 2, 12))
     assert torch.equal(weights(result.block)["3"], weights(block)["3"] * torch.linspace(0.5, 2, 12))
@@ -269,8 +274,8 @@ def test_a_layout_that_has_a_place_for_it_keeps_what_does_not_fold() -> None:
 
 
 def test_layers_that_share_an_input_keep_one_scale() -> None:
-    block = block_of(llama()[1], InputGroup(QKV, None))
-    result = folded(block, only(QKV[0]), keep_unfolded=True)
+    job, block = block_of(llama()[1], InputGroup(QKV, None))
+    result = folded(job, block, only(QKV[0]), layout="onnx")
     assert result.input_scales.keys() == set(QKV)
     assert len({id(scale) for scale in result.input_scales.values()}) == 1
 
@@ -279,15 +284,15 @@ def test_the_input_of_a_convolution_is_never_scaled() -> None:
     """Its columns are patches: one input channel is in many of them."""
     torch.manual_seed(0)
     model = model_of(nn.Sequential(nn.Conv2d(2, 3, 3)), input_names=("input",))
-    block = next(calibrate(model, plan_of(model), (), Scaling(), [{"input": torch.randn(2, 2, 5, 5)}]))
     quantizer = Scaling(ramp)
-    result = fold(block, quantizer, {"0": INT8}, keep_unfolded=True)
+    job = job_of(model, plan_of(model), (), quantizer, [{"input": torch.randn(2, 2, 5, 5)}], layout="onnx")
+    result = fold(next(calibrate([Participant(job)])), job)
     assert (quantizer.asked, result.input_scales) == ([], {})
 
 
 def test_a_quantizer_that_asks_for_nothing_gets_the_block_as_it_is() -> None:
-    block = llama_block()
-    result = folded(block, lambda group: None, keep_unfolded=True)
+    job, block = llama_block()
+    result = folded(job, block, lambda group: None, layout="onnx")
     assert (result.tensors, result.input_scales) == ({}, {})
     assert all(weights(result.block)[name] is weight for name, weight in weights(block).items())
 
@@ -297,8 +302,8 @@ def test_a_quantizer_that_asks_for_nothing_gets_the_block_as_it_is() -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()], ids=["folded", "kept"])
 def test_statistics_are_those_of_the_divided_input(activation: nn.Module) -> None:
-    block = biased_block(activation)
-    result = folded(block, ramp, keep_unfolded=True)
+    job, block = biased_block(activation)
+    result = folded(job, block, ramp, layout="onnx")
     for before, after in zip(block.layers, result.block.layers, strict=True):
         scale = torch.linspace(0.5, 2, before.weight.shape[1])
         assert isinstance(before.stats, CalibrationStats)
@@ -425,8 +430,7 @@ def test_linears_share_statistics_and_convolutions_do_not() -> None:
     model = residual()
     plan, groups = plan_of(model), trace(model).groups
     assert [group.layers for group in groups] == [("conv",), ("shortcut",), ("a", "b")]
-    (block,) = calibrate(model, plan, groups, AWQQuantizer(), [dict(model.example_inputs)])
-    (quantized,) = quantize([block], plan, AWQQuantizer(), Counting(), keep_unfolded=True)
+    (quantized,) = stream(job_of(model, plan, groups, AWQQuantizer(), [dict(model.example_inputs)], layout="onnx"))
     for layer in quantized.layers:
         weight = model.read(f"{layer.name}.weight").flatten(1)
         assert (layer.tensor.dequantize() - weight).norm() < 0.02 * weight.norm()
@@ -445,36 +449,25 @@ def test_a_weight_that_is_not_finite_is_named_even_where_the_graph_is_checked_on
 # The whole stage
 
 
-class Counting:
-    """A Progress that counts blocks."""
-
-    def __init__(self) -> None:
-        self.blocks = 0
-
-    def stage(self, name: str, total: int | None) -> None: ...
-
-    def advance(self, n: int = 1) -> None:
-        self.blocks += n
+def stream(job: Job) -> Iterator[QuantizedBlock]:
+    return (quantize(block, job) for block in calibrate([Participant(job)]))
 
 
-def stream(model: Model, quantizer: Quantizer, progress: Counting, keep_unfolded: bool = False) -> Iterator[Any]:
-    plan = plan_of(model)
-    return quantize(calibrate(model, plan, (), quantizer, BATCHES), plan, quantizer, progress, keep_unfolded=keep_unfolded)
+def job_on(model: Model, quantizer: Quantizer, **settings: Any) -> Job:
+    return job_of(model, plan_of(model), (), quantizer, BATCHES, **settings)
 
 
 def test_blocks_are_quantized_one_at_a_time() -> None:
-    model, progress = llama()[1], Counting()
-    blocks = stream(model, Scaling(), progress)
+    model = llama()[1]
+    blocks = stream(job_on(model, Scaling()))
     assert next(blocks).name == LAYER
     assert not any("layers.1." in name for name in model.source.reads)  # type: ignore[attr-defined]
-    assert progress.blocks == 0
     assert [block.name for block in blocks] == ["model.layers.1", "model.layers.2", ""]
-    assert progress.blocks == 4
 
 
 def test_what_was_kept_is_on_the_tensor_and_dequantizes_to_the_weight() -> None:
     model = llama()[1]
-    for block in stream(model, Scaling(ramp), Counting(), keep_unfolded=True):
+    for block in stream(job_on(model, Scaling(ramp), layout="onnx")):
         for layer in block.layers:
             weight = model.read(f"{layer.name}.weight")
             assert torch.equal(layer.tensor.input_scale, torch.linspace(0.5, 2, weight.shape[1]))
@@ -483,7 +476,7 @@ def test_what_was_kept_is_on_the_tensor_and_dequantizes_to_the_weight() -> None:
 
 def test_the_relative_error_is_that_of_the_codes() -> None:
     model = llama()[1]
-    for block in stream(model, Scaling(), Counting()):
+    for block in stream(job_on(model, Scaling())):
         for layer in block.layers:
             weight = model.read(f"{layer.name}.weight")
             expected = (layer.tensor.dequantize() - weight).norm() / weight.norm()
@@ -497,9 +490,7 @@ def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(size: flo
         plain = nn.Sequential(nn.Linear(16, 8))
         nn.init.uniform_(plain[0].weight, -factor, factor, generator=torch.Generator().manual_seed(0))
         model = model_of(plain, input_names=("input",))
-        plan = plan_of(model)
-        blocks = calibrate(model, plan, (), Blind(), ())
-        (block,) = quantize(blocks, plan, Blind(), Counting(), keep_unfolded=False)
+        (block,) = stream(job_of(model, plan_of(model), (), Blind()))
         return block.layers[0].relative_error
 
     assert error(size) == pytest.approx(error(1.0), rel=1e-3)
@@ -519,8 +510,7 @@ def test_weights_that_are_not_finite_are_refused_before_a_quantizer_sees_them(va
     with torch.no_grad():
         plain.get_submodule("model.layers.1.mlp.up_proj").weight[5, 7:10] = value  # type: ignore[index]
     model = text_model(plain, "causal-lm", "model.layers")
-    quantizer = Blind()
-    blocks = stream(model, quantizer, Counting())
+    blocks = stream(job_on(model, Blind()))
     next(blocks)
     with pytest.raises(InputError) as raised:
         next(blocks)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from calibrate_models import gpt2, llama, plan_of, token_batch
+from calibrate_models import gpt2, job_of, llama, plan_of, token_batch
 from test_quantize_fold import Scaling, ramp
 from torch import Tensor, nn
 
-from qconvert.calibrate import calibrate
+from qconvert.calibrate import Participant, calibrate
+from qconvert.execution.materialize import ReadParameter
+from qconvert.execution.unit import DifferentiableBlock
 from qconvert.ir.layer import Block
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.progress import silent
 from qconvert.ir.quantized import QuantizedBlock
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
+from qconvert.job import Job
+from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
 from qconvert.quantize.tune import HELD_OUT, tune
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
@@ -50,14 +53,20 @@ def groups_of(kind: type[nn.Module]) -> tuple[InputGroup, ...]:
     return trace(model).groups
 
 
-def blocks_of(model: Model, plan: Plan, **options: Any) -> Iterator[Block]:
-    return calibrate(model, plan, groups_of(type(model.module)), Scaling(), BATCHES, tuned=True, **options)
+def job_on(model: Model, plan: Plan, quantizer: Quantizer | None = None, **settings: Any) -> Job:
+    return job_of(model, plan, groups_of(type(model.module)), quantizer or Scaling(), BATCHES, **settings)
 
 
-def error(block: Block, quantized: QuantizedBlock, batch: int) -> float:
+def blocks_of(
+    model: Model, plan: Plan, quantizer: Quantizer | None = None, written: Callable[[], ReadParameter] | None = None
+) -> Iterator[Block]:
+    return calibrate([Participant(job_on(model, plan, quantizer, tuning=STEPS))], written)
+
+
+def error(model: Model, block: Block, quantized: QuantizedBlock, batch: int) -> float:
     """Mean squared error of the block's output on unpadded tokens, relative to the float output there."""
-    samples = block.samples
-    assert samples is not None
+    assert block.samples is not None
+    samples = DifferentiableBlock(model, block.name, block.samples)
     with samples.running(quantized.tensors) as forward, torch.no_grad():
         output = forward(batch, {layer.name: layer.tensor.dequantize() for layer in quantized.layers})
     square = (output - samples.targets[batch]).square().mean(-1) * samples.importance[batch]
@@ -73,19 +82,18 @@ def test_tuned_blocks_are_nearer_to_the_float_block_on_samples_that_were_held_ou
     _, model = build()
     plan = planned(model, scheme)
     (block, *_) = blocks_of(model, plan)
-    plain, tuned = (
-        next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
-    )
+    plain, tuned = (quantize(block, job_on(model, plan, tuning=tuning)) for tuning in (None, STEPS))
     judges = len(BATCHES) // HELD_OUT
     for batches in (range(len(BATCHES) - judges, len(BATCHES)), range(len(BATCHES) - judges)):
-        assert sum(error(block, tuned, batch) for batch in batches) < sum(error(block, plain, batch) for batch in batches)
+        gained, before = (sum(error(model, block, each, batch) for batch in batches) for each in (tuned, plain))
+        assert gained < before
 
 
 def test_tuned_tensors_keep_the_contract_and_the_errors_are_those_of_what_is_written() -> None:
     _, model = llama()
     plan = planned(model, "int4-g16-asym")
     (block, *_) = blocks_of(model, plan)
-    tuned = next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=STEPS))
+    tuned = quantize(block, job_on(model, plan, tuning=STEPS))
     for layer, quantized in zip(block.layers, tuned.layers, strict=True):
         tensor = quantized.tensor
         assert (tensor.q.dtype, tensor.scale.dtype) == (torch.int8, torch.float32)
@@ -99,30 +107,26 @@ def test_what_was_folded_stays_folded() -> None:
     _, model = llama()
     plan = planned(model, "int4-g16")
     quantizer = Scaling(ramp)
-    block = next(calibrate(model, plan, groups_of(type(model.module)), quantizer, BATCHES, tuned=True))
-    plain, tuned = (
-        next(quantize([block], plan, quantizer, silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
-    )
+    block = next(blocks_of(model, plan, quantizer))
+    plain, tuned = (quantize(block, job_on(model, plan, quantizer, tuning=tuning)) for tuning in (None, STEPS))
     assert plain.tensors
     assert plain.tensors.keys() == tuned.tensors.keys()
-    assert error(block, tuned, 0) < error(block, plain, 0)
+    assert error(model, block, tuned, 0) < error(model, block, plain, 0)
 
 
 def test_outlier_columns_stay_and_count() -> None:
     _, model = llama()
     plan = planned(model, "int8-channel-a8")
     quantizer = LLMInt8Quantizer(threshold=1e-6, max_outliers=4)
-    block = next(calibrate(model, plan, groups_of(type(model.module)), quantizer, BATCHES, tuned=True))
-    plain, tuned = (
-        next(quantize([block], plan, quantizer, silent, keep_unfolded=False, tuning=tuning)) for tuning in (None, STEPS)
-    )
+    block = next(blocks_of(model, plan, quantizer))
+    plain, tuned = (quantize(block, job_on(model, plan, quantizer, tuning=tuning)) for tuning in (None, STEPS))
     for before, after in zip(plain.layers, tuned.layers, strict=True):
         assert before.tensor.outliers is not None
         assert after.tensor.outliers is not None
         assert torch.equal(after.tensor.outliers.columns, before.tensor.outliers.columns)
         assert torch.equal(after.tensor.outliers.weight, before.tensor.outliers.weight)
         assert len(after.tensor.outliers.columns) == 4
-    assert error(block, tuned, 0) <= error(block, plain, 0)
+    assert error(model, block, tuned, 0) <= error(model, block, plain, 0)
 
 
 def test_a_block_with_nothing_to_tune_is_left_alone() -> None:
@@ -130,7 +134,7 @@ def test_a_block_with_nothing_to_tune_is_left_alone() -> None:
     plan = planned(model, "int8-channel")
     (block, *_) = blocks_of(model, plan)
     bare = dataclasses.replace(block, groups=())
-    found = next(quantize([bare], plan, Scaling(), silent, keep_unfolded=False, tuning=STEPS))
+    found = quantize(bare, job_on(model, plan, tuning=STEPS))
     assert found.layers == ()
 
 
@@ -140,10 +144,7 @@ def test_the_same_steps_give_the_same_codes() -> None:
 
     def codes() -> list[Tensor]:
         (block, *_) = blocks_of(model, plan)
-        return [
-            layer.tensor.q
-            for layer in next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=STEPS)).layers
-        ]
+        return [layer.tensor.q for layer in quantize(block, job_on(model, plan, tuning=STEPS)).layers]
 
     assert all(map(torch.equal, codes(), codes()))
 
@@ -153,15 +154,14 @@ def test_what_does_not_help_on_samples_that_were_held_out_is_not_kept() -> None:
     _, model = llama()
     plan = planned(model, "int4-channel")
     (block, *_) = blocks_of(model, plan)
-    plain = next(quantize([block], plan, Scaling(), silent, keep_unfolded=False))
+    plain = quantize(block, job_on(model, plan))
     tensors = {layer.name: layer.tensor for layer in plain.layers}
-    samples = block.samples
-    assert samples is not None
-    with samples.running({}) as forward, torch.no_grad():
+    assert block.samples is not None
+    with DifferentiableBlock(model, block.name, block.samples).running({}) as forward, torch.no_grad():
         reached = forward(len(BATCHES) - 1, {name: tensor.dequantize() for name, tensor in tensors.items()})
-    samples.targets = [*samples.targets[:-1], reached]  # type: ignore[misc]
+    samples = dataclasses.replace(block.samples, targets=(*block.samples.targets[:-1], reached))
     layers = {layer.name: layer for layer in block.layers}
-    tuned = tune(layers, tensors, samples, {}, STEPS)
+    tuned = tune(layers, tensors, DifferentiableBlock(model, block.name, samples), {}, STEPS)
     assert all(tuned[name] is tensor for name, tensor in tensors.items())
 
 
@@ -171,7 +171,7 @@ def test_a_limit_in_seconds_ends_it_early(monkeypatch: pytest.MonkeyPatch) -> No
     (block, *_) = blocks_of(model, plan)
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    next(quantize([block], plan, Scaling(), silent, keep_unfolded=False, tuning=Tuning(steps=50, seconds=25)))
+    quantize(block, job_on(model, plan, tuning=Tuning(steps=50, seconds=25)))
     assert next(clock) == 40  # begun at 0; looked at after steps 1, 2 and 3
 
 
@@ -186,7 +186,7 @@ def test_a_block_sees_what_the_quantized_blocks_before_it_put_out() -> None:
     def written() -> Any:
         return lambda name: weights.get(name, model.read(name))
 
-    asked = calibrate(model, plan, groups_of(type(model.module)), Scaling(), BATCHES, written=written, tuned=True)
+    asked = blocks_of(model, plan, written=written)
     float_blocks = list(blocks_of(model, plan))
     sequential = list(asked)
     statistics = [

@@ -14,7 +14,8 @@ import torch
 from tiny_models import tiny_llama
 
 from qconvert.ir.artifact import MANIFEST, WEIGHTS
-from qconvert.pipeline import conversion
+from qconvert.ir.layer import Block
+from qconvert.pipeline import conversion, verification
 from qconvert.recipe import Recipe
 
 TEXT = "".join(f"Sentence {n} has {n * n} words, {n % 7} of them short.\n" for n in range(60))
@@ -67,17 +68,16 @@ class Nearest(Quantizer):
 def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The units that the runs of a test quantize. The first run is interrupted when it has written one."""
     units: list[str] = []
-    real = conversion.quantize
+    real = conversion.Conversion.take
 
-    def watched(*args: Any, **options: Any) -> Iterator[Any]:
+    def watched(self: conversion.Conversion, block: Block) -> None:
         first_run = not units
-        for block in real(*args, **options):
-            units.append(block.name)
-            yield block
-            if first_run:
-                raise KeyboardInterrupt
+        units.append(block.name)
+        real(self, block)
+        if first_run:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "quantize", watched)
+    monkeypatch.setattr(conversion.Conversion, "take", watched)
     return units
 
 
@@ -241,4 +241,4 @@ def test_data_that_no_quantizer_needs_is_no_input(llama: Path) -> None:
 def test_an_artifact_is_verified_whatever_has_become_of_its_data_and_code(llama: Path) -> None:
     conversion.convert(of_llama(llama, "out"))
     (llama / "text.txt").write_text(TEXT.replace("words", "lines"))
-    assert conversion.verify(llama / "out").passed
+    assert verification.verify(llama / "out").passed

@@ -16,7 +16,7 @@ from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import Tensor, nn
 
 from qconvert.ir.report import Report
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation
 from qconvert.recipe import Recipe
 from qconvert.storage.reader import read_index, read_layer
 
@@ -36,7 +36,7 @@ def recipe(source: Path, output: Path, rules: dict[str, str] | None = None, **se
 def dequantized(mine: Recipe, *, outliers: bool = True) -> dict[str, Tensor]:
     """The weights of the quantized layers as the graphs compute with them, by layer; or with their codes in every column."""
     stored = read_index(mine.output)
-    layers = {name: read_layer(mine.output, layer, stored) for name, layer in conversion.plan(mine).layers.items()}
+    layers = {name: read_layer(mine.output, layer, stored) for name, layer in preparation.plan(mine).layers.items()}
     return {name: (layer if outliers else replace(layer, outliers=None)).dequantize() for name, layer in layers.items()}
 
 

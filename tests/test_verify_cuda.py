@@ -31,7 +31,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.load import load
 from qconvert.ort import compare, session
 from qconvert.ort.session import DeviceSession, empty, file_session, why_unavailable
-from qconvert.pipeline import conversion
+from qconvert.pipeline import conversion, preparation, verification
 from qconvert.recipe import Recipe
 from qconvert.trace import trace
 from qconvert.verify.narrow_parity import narrow_parity
@@ -264,14 +264,14 @@ def scaled_attention(graph: bytes) -> bytes:
 def test_a_graph_that_is_wrong_is_never_published(
     source: Path, damage: Callable[[bytes], bytes], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = conversion.measure
+    measure = verification.measure
 
     def damaged(folder: Path, *rest: Any) -> Report:
         (folder / CUDA_GRAPH).write_bytes(damage((folder / CUDA_GRAPH).read_bytes()))
         return measure(folder, *rest)
 
-    monkeypatch.setattr(conversion, "check_digests", lambda folder: None)
-    monkeypatch.setattr(conversion, "measure", damaged)
+    monkeypatch.setattr(verification, "check_digests", lambda folder: None)
+    monkeypatch.setattr(verification, "measure", damaged)
     with pytest.raises(ParityError, match=said):
         conversion.convert(recipe(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -283,13 +283,13 @@ def test_what_ran_nowhere_has_not_passed_and_verify_does_not_inherit_the_permiss
     report = conversion.convert(recipe(source, tmp_path / "out", layout="onnx", allow_unverified=True))
     assert report.passed is None
     with pytest.raises(TargetError, match="not everything could be run here"):
-        conversion.verify(tmp_path / "out")
+        verification.verify(tmp_path / "out")
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.skipif(why_unavailable("cuda") is None, reason="CUDA runs here")
 def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source: Path, tmp_path: Path) -> None:
-    planned = conversion.plan(recipe(source, tmp_path / "out"))
+    planned = preparation.plan(recipe(source, tmp_path / "out"))
     with pytest.raises(TargetError) as caught:
         conversion.convert(recipe(source, tmp_path / "out"))
     assert caught.value.exit_code == 7
@@ -306,7 +306,7 @@ def test_a_folder_for_cuda_alone_is_complete_and_says_that_it_was_not_run(source
         ("float", "passed"),
     ]
     with pytest.raises(TargetError, match=r"the folder holds no model\.onnx: convert with --target cpu"):
-        conversion.verify(tmp_path / "out", targets=["cpu"])
+        verification.verify(tmp_path / "out", targets=["cpu"])
 
 
 @needs_cuda

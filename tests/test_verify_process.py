@@ -13,7 +13,7 @@ import pytest
 
 from qconvert.errors import InputError, ResourceError
 from qconvert.ir.report import Report, SampleCounts, Size
-from qconvert.pipeline import conversion, verify_process
+from qconvert.pipeline import verification, verify_process
 from qconvert.pipeline.verify_process import verify_in_fresh_process
 from qconvert.recipe import Recipe
 
@@ -110,7 +110,7 @@ def child_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measure: Any) 
         "result": str(tmp_path / "result"),
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-    monkeypatch.setattr(conversion, "measure", measure)
+    monkeypatch.setattr(verification, "measure", measure)
     verify_process.main()
     document: dict[str, Any] = json.loads((tmp_path / "result").read_text())
     return document

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from writing import DIGEST, MemorySource, all_linears, convert, net, plan_of, quantize_layer, quantized_blocks
+from writing import DIGEST, MemorySource, all_linears, convert, net, plan_of, quantize_layer, quantized_blocks, write_blocks
 
 from qconvert.errors import InputError, PluginError, QConvertError, ResourceError
 from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
@@ -27,7 +27,6 @@ from qconvert.ir.write_result import WriteResult
 from qconvert.storage import safetensors as write_safetensors
 from qconvert.storage.reader import read_layer, read_tensor
 from qconvert.storage.stage import open_stage
-from qconvert.write import write
 
 SCHEMES = [
     *("int4-g32", "int4-channel", "int4-tensor", "int4-g32-asym", "int4-tensor-asym"),
@@ -38,7 +37,7 @@ SCHEMES = [
 
 def publish(model: Model, plan: Plan, output: Path) -> WriteResult:
     with open_stage(output, DIGEST) as stage:
-        written = write(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
+        written = write_blocks(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
         stage.publish()
     return written
 
@@ -162,7 +161,7 @@ class TestModelSafetensors:
         with open_stage(tmp_path / "out", DIGEST) as stage:
             changed = {"blocks.0.norm.weight": torch.full((64,), 0.3)}
             first, *rest = quantized_blocks(model, plan)
-            write([replace(first, tensors=changed), *rest], model, plan, stage)
+            write_blocks([replace(first, tensors=changed), *rest], model, plan, stage)
             stage.publish()
         tensors = load_file(tmp_path / "out" / WEIGHTS)
         assert torch.equal(tensors["blocks.0.norm.weight"], torch.full((64,), 0.3, dtype=torch.bfloat16))
@@ -209,7 +208,7 @@ class TestSidecar:
         model = net()
         plan = plan_of(model, all_linears("int8-channel-a8"))
         with open_stage(tmp_path / "out", DIGEST) as stage:
-            written = write(self.outlier_blocks(model, plan), model, plan, stage)
+            written = write_blocks(self.outlier_blocks(model, plan), model, plan, stage)
             stage.publish()
         layer = plan.layers["blocks.0.a"]
         found = read_layer(tmp_path / "out", layer, written.tensors)
@@ -234,7 +233,7 @@ class TestSidecar:
         scale = 2.0 ** torch.arange(64).remainder(5)
         with open_stage(tmp_path / "out", DIGEST) as stage:
             blocks = [scaled(block, scale) for block in quantized_blocks(model, plan)]
-            written = write(blocks, model, plan, stage, layout="onnx")
+            written = write_blocks(blocks, model, plan, stage, layout="onnx")
             stage.publish()
         found = read_layer(tmp_path / "out", plan.layers["blocks.0.a"], written.tensors)
         assert found.input_scale is not None
@@ -271,14 +270,14 @@ class TestResume:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError), open_stage(tmp_path / "out", DIGEST) as stage:
-            write(failing(), model, plan, stage)
+            write_blocks(failing(), model, plan, stage)
         assert not (tmp_path / "out").exists()
         with open_stage(tmp_path / "out", DIGEST) as stage:
             assert stage.done_blocks() == ("blocks.0", "blocks.1", "")[:finished]
             if finished:  # what is on disk already can be read, e.g. to recompute the inputs of the next block
                 layer = plan.layers["blocks.0.a"]
                 assert torch.equal(read_layer(stage.folder, layer, stage.tensors()).q, quantize_layer(model, layer).q)
-            written = write(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
+            written = write_blocks(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
             stage.publish()
         assert published_bytes(tmp_path / "out") == expected
         assert [layer.name for layer in written.layers] == list(plan.layers)
@@ -289,7 +288,7 @@ class TestResume:
             f"model = net()\nplan = plan_of(model, all_linears({self.SCHEME!r}))\n"
             "def killed():\n    blocks = quantized_blocks(model, plan)\n    yield next(blocks)\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "with open_stage(Path(sys.argv[1]), DIGEST) as stage:\n    write(killed(), model, plan, stage)\n"
+            "with open_stage(Path(sys.argv[1]), DIGEST) as stage:\n    write_blocks(killed(), model, plan, stage)\n"
         )
         tests = str(Path(__file__).parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])}
@@ -303,7 +302,7 @@ class TestResume:
             with (stage.folder / WEIGHTS).open("r+b") as file:  # what the kill tore, behind the journalled block
                 file.seek(max(t.offset + t.nbytes for t in stage.tensors_of(WEIGHTS).values()))
                 file.write(b"\xff" * 100)
-            write(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
+            write_blocks(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
             stage.publish()
         assert published_bytes(tmp_path / "out") == expected
         assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
@@ -360,7 +359,7 @@ class TestContract:
 
     def stage_with(self, tmp_path: Path, blocks: list[QuantizedBlock], model: Model, plan: Plan) -> QConvertError:
         with pytest.raises(QConvertError) as caught, open_stage(tmp_path / "out", DIGEST) as stage:
-            write(blocks, model, plan, stage)
+            write_blocks(blocks, model, plan, stage)
         return caught.value
 
     def test_blocks_in_another_order(self, tmp_path: Path) -> None:
@@ -398,7 +397,7 @@ class TestContract:
         model = net()
         plan = plan_of(model, lambda name: "int8" if name.startswith("blocks.1") else None)
         with open_stage(tmp_path / "out", DIGEST) as stage:
-            write([block for block in quantized_blocks(model, plan) if block.layers], model, plan, stage)
+            write_blocks([block for block in quantized_blocks(model, plan) if block.layers], model, plan, stage)
             assert stage.done_blocks() == ("blocks.0", "blocks.1", "")
 
     def test_an_input_scale_that_no_loader_would_undo(self, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from compressed_tensors.quantization.lifecycle import forward
 from torch import Tensor, nn
-from writing import DIGEST, MemorySource, SchemeOf, all_linears, net, plan_of, quantize_layer, quantized_blocks
+from writing import DIGEST, MemorySource, SchemeOf, all_linears, net, plan_of, quantize_layer, quantized_blocks, write_blocks
 
 from qconvert.errors import UsageError
 from qconvert.ir.model import Model
@@ -22,7 +22,6 @@ from qconvert.ir.quantized import Outliers
 from qconvert.ir.scheme import QuantScheme
 from qconvert.storage.compressed_tensors import dequantizes_exactly, must_dequantize, transformers_refuses
 from qconvert.storage.stage import open_stage
-from qconvert.write import write
 
 # Relative to the largest |output|. Also where transformers dequantizes in the scale's dtype (QuantScheme.scale_dtype).
 EXACT = 1e-6
@@ -64,7 +63,7 @@ def write_folder(model: Model, plan: Plan, output: Path, *, outliers: bool = Fal
     if outliers:
         blocks = (replace(block, layers=tuple(with_outlier(model, layer) for layer in block.layers)) for block in blocks)
     with open_stage(output, DIGEST) as stage:
-        write(blocks, model, plan, stage, layout=layout)
+        write_blocks(blocks, model, plan, stage, layout=layout)
         stage.publish()
     return output
 

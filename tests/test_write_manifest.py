@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from writing import DIGEST, all_linears, net, plan_of, quantize_layer, quantized_blocks
+from writing import DIGEST, all_linears, net, plan_of, quantize_layer, quantized_blocks, write_blocks
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS
@@ -22,7 +22,7 @@ from qconvert.storage.digest import CHUNK
 from qconvert.storage.published import published_recipe
 from qconvert.storage.reader import read_index, read_layer
 from qconvert.storage.stage import open_stage
-from qconvert.write import run_digest, write, write_manifest
+from qconvert.write import run_digest, write_manifest
 from qconvert.write.origin import Origin, file_digests, machine, versions
 
 INPUTS = {"model.safetensors": "ab" * 32}
@@ -33,7 +33,7 @@ def publish(output: Path, recipe: Recipe, origin: Origin = ORIGIN) -> dict[str, 
     model = net(files={"sub/vocab.txt": b"a\n"})
     plan = plan_of(model, all_linears("int4-g32-asym"))
     with open_stage(output, DIGEST) as stage:
-        written = write(quantized_blocks(model, plan), model, plan, stage)
+        written = write_blocks(quantized_blocks(model, plan), model, plan, stage)
         for timed in ("report.json", "README.md"):
             (stage.folder / timed).write_text("timings")
         write_manifest(stage, recipe, origin, written)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from calibrate_models import job_of
 from torch import Tensor, nn
 
 from qconvert.ir import affine
@@ -15,7 +16,8 @@ from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
-from qconvert.storage.stage import open_stage
+from qconvert.ir.write_result import WriteResult
+from qconvert.storage.stage import Stage, open_stage
 from qconvert.write import write
 
 DIGEST = "0123456789abcdef"
@@ -91,10 +93,15 @@ def quantized_blocks(model: Model, plan: Plan, skip: tuple[str, ...] = ()) -> It
             )
 
 
-def convert(model: Model, scheme_of: SchemeOf, output: Path, **options: Any) -> Plan:
+def write_blocks(blocks: Iterable[QuantizedBlock], model: Model, plan: Plan, stage: Stage, **settings: Any) -> WriteResult:
+    """The blocks in the stage. settings: of the recipe."""
+    return write(blocks, job_of(model, plan, **settings), stage)
+
+
+def convert(model: Model, scheme_of: SchemeOf, output: Path) -> Plan:
     """Quantize to nearest, write and publish."""
     plan = plan_of(model, scheme_of)
     with open_stage(output, DIGEST) as stage:
-        write(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage, **options)
+        write_blocks(quantized_blocks(model, plan, stage.done_blocks()), model, plan, stage)
         stage.publish()
     return plan
