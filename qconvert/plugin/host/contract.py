@@ -119,7 +119,7 @@ def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantSc
         row, group = unusable.nonzero()[0].tolist()
         yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
     if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
-        yield "scale is not rounded to what is stored; apply qconvert.ir.affine.round_scale before computing codes"
+        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
 
     if scheme.symmetric and tensor.zero_point is not None:
         yield f"{scheme} is symmetric, but it returned a zero_point"
