@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -79,7 +80,7 @@ def publish(
         )
         for block in (*model.blocks, "")
     ]
-    settings = {"layout": "onnx", "targets": targets, "cuda_dtype": str(cuda_dtype).removeprefix("torch.")}
+    settings: dict[str, Any] = {"layout": "onnx", "targets": targets, "cuda_dtype": str(cuda_dtype).removeprefix("torch.")}
     job = replace(job_of(model, plan, **settings), template=template)
     with open_stage(output, DIGEST) as stage:
         written = write(blocks, job, stage)

@@ -369,7 +369,7 @@ def test_what_all_rows_share_goes_with_every_batch_as_it_is(step: Tensor, tmp_pa
     model = model_of(nn.Linear(3, 2), input_names=("step", "x"), example_inputs=examples)
     assert model.shared_inputs == {"step"}
     samples = read_samples(model, recipe(samples=10), calibrated=True)
-    assert samples.counts.model_dump() == {"calibration": 10, "evaluation": 10}
+    assert samples.counts == {"calibration": 10, "evaluation": 10}
     assert [batch["x"].shape for batch in samples.evaluation] == [(8, 3), (2, 3)]
     assert all(torch.equal(batch["step"], step) for batch in (*samples.evaluation, *samples.calibration))
     np.savez(tmp_path / "data.npz", step=step.numpy() * 3, x=np.arange(30.0).reshape(10, 3))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from qconvert.errors import InputError
-from qconvert.load.safetensors import DTYPES, SafetensorsSource
-from qconvert.storage.safetensors import read_header
+from qconvert.load.safetensors import SafetensorsSource
+from qconvert.storage.safetensors import DTYPES, read_header
 
 
 def write(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:

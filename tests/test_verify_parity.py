@@ -22,11 +22,11 @@ from qconvert.ir.artifact import GRAPH, SIDECAR
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ort import compare
 from qconvert.ort.session import memory_session
+from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.trace import trace
 from qconvert.verify import check_digests
 from qconvert.verify.parity import (
     TOLERANCE,
-    Artifact,
     cluster_parity,
     emulate_row_form,
     float_parity,
@@ -39,12 +39,12 @@ LAYER = "model.layers.2.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ArtifactReader]:
     """A quantized llama of 4 blocks by its scheme, made once."""
     folder = tmp_path_factory.mktemp("artifacts")
 
     @cache
-    def make(scheme: str) -> Artifact:
+    def make(scheme: str) -> ArtifactReader:
         llama = traced("llama")
         tensors = quantize_nearest(llama.model, lambda name, _: None if name == "lm_head" else QuantScheme.parse(scheme))
         return publish(llama.model, llama.template, tensors, folder / scheme)
@@ -53,22 +53,22 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifa
 
 
 @pytest.fixture
-def copy_of(original: Callable[[str], Artifact], tmp_path: Path) -> Callable[[str], Artifact]:
+def copy_of(original: Callable[[str], ArtifactReader], tmp_path: Path) -> Callable[[str], ArtifactReader]:
     """The same, to be damaged."""
 
-    def copy(scheme: str) -> Artifact:
+    def copy(scheme: str) -> ArtifactReader:
         sound = original(scheme)
         shutil.copytree(sound.folder, tmp_path / scheme)
-        return Artifact(tmp_path / scheme, sound.model, sound.plan, sound.tensors)
+        return ArtifactReader(tmp_path / scheme, sound.model, sound.plan, sound.tensors)
 
     return copy
 
 
-def graph_error(artifact: Artifact) -> float:
+def graph_error(artifact: ArtifactReader) -> float:
     return graph_parity(artifact, torch_outputs(artifact.model, artifact.read))
 
 
-def edit(artifact: Artifact, change: Callable[[onnx.GraphProto], None]) -> None:
+def edit(artifact: ArtifactReader, change: Callable[[onnx.GraphProto], None]) -> None:
     model = onnx.load(artifact.folder / GRAPH, load_external_data=False)
     change(model.graph)
     (artifact.folder / GRAPH).write_bytes(model.SerializeToString())
@@ -96,7 +96,7 @@ def exchange_weights(graph: onnx.GraphProto) -> None:
 
 
 @pytest.mark.parametrize("scheme", [WEIGHT_ONLY, INT8_ACTIVATIONS])
-def test_a_sound_artifact_passes_by_far(original: Callable[[str], Artifact], scheme: str) -> None:
+def test_a_sound_artifact_passes_by_far(original: Callable[[str], ArtifactReader], scheme: str) -> None:
     artifact = original(scheme)
     assert graph_error(artifact) < TOLERANCE / 10
     assert cluster_parity(artifact) < TOLERANCE / 10
@@ -112,13 +112,13 @@ def test_a_sound_artifact_passes_by_far(original: Callable[[str], Artifact], sch
     ],
     ids=["attention scale", "no rotation", "norm epsilon", "weights of another block"],
 )
-def test_a_wrong_graph_is_found(copy_of: Callable[[str], Artifact], change: Callable[[onnx.GraphProto], None]) -> None:
+def test_a_wrong_graph_is_found(copy_of: Callable[[str], ArtifactReader], change: Callable[[onnx.GraphProto], None]) -> None:
     artifact = copy_of(WEIGHT_ONLY)
     edit(artifact, change)
     assert graph_error(artifact) > 10 * TOLERANCE
 
 
-def test_a_wrong_byte_that_only_the_graph_reads_is_found(copy_of: Callable[[str], Artifact]) -> None:
+def test_a_wrong_byte_that_only_the_graph_reads_is_found(copy_of: Callable[[str], ArtifactReader]) -> None:
     artifact = copy_of(WEIGHT_ONLY)
     stored = artifact.tensors[f"{LAYER}.kernel_zero_point"]
     assert stored.file == SIDECAR
@@ -128,7 +128,7 @@ def test_a_wrong_byte_that_only_the_graph_reads_is_found(copy_of: Callable[[str]
     assert graph_error(artifact) > 10 * TOLERANCE
 
 
-def test_a_wrong_int8_cluster_is_found_on_its_own(copy_of: Callable[[str], Artifact]) -> None:
+def test_a_wrong_int8_cluster_is_found_on_its_own(copy_of: Callable[[str], ArtifactReader]) -> None:
     """In the graph that is compared as a whole these clusters are replaced, so that part can't see it."""
     artifact = copy_of(INT8_ACTIVATIONS)
 
@@ -140,7 +140,7 @@ def test_a_wrong_int8_cluster_is_found_on_its_own(copy_of: Callable[[str], Artif
     assert graph_error(artifact) < TOLERANCE
 
 
-def test_a_graph_whose_outputs_are_not_finite_is_infinitely_wrong(copy_of: Callable[[str], Artifact]) -> None:
+def test_a_graph_whose_outputs_are_not_finite_is_infinitely_wrong(copy_of: Callable[[str], ArtifactReader]) -> None:
     artifact = copy_of(WEIGHT_ONLY)
     edit(artifact, set_attribute("GroupQueryAttention", "scale", float("nan")))
     assert graph_error(artifact) == float("inf")
@@ -187,11 +187,11 @@ def test_after_gelu_a_row_of_small_values_keeps_a_code_for_its_lowest() -> None:
 # --- digests ---
 
 
-def test_files_as_they_were_written_pass(original: Callable[[str], Artifact]) -> None:
+def test_files_as_they_were_written_pass(original: Callable[[str], ArtifactReader]) -> None:
     check_digests(original(WEIGHT_ONLY).folder)
 
 
-def test_one_other_bit_in_any_file_is_found(copy_of: Callable[[str], Artifact]) -> None:
+def test_one_other_bit_in_any_file_is_found(copy_of: Callable[[str], ArtifactReader]) -> None:
     folder = copy_of(WEIGHT_ONLY).folder
     for name in (GRAPH, SIDECAR, "model.safetensors"):
         whole = (folder / name).read_bytes()
@@ -203,7 +203,7 @@ def test_one_other_bit_in_any_file_is_found(copy_of: Callable[[str], Artifact]) 
     check_digests(folder)
 
 
-def test_a_missing_file_is_found(copy_of: Callable[[str], Artifact]) -> None:
+def test_a_missing_file_is_found(copy_of: Callable[[str], ArtifactReader]) -> None:
     folder = copy_of(WEIGHT_ONLY).folder
     (folder / SIDECAR).unlink()
     with pytest.raises(InputError, match=SIDECAR) as caught:

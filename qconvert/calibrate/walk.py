@@ -44,8 +44,8 @@ def calibrate(participants: Sequence[Participant], written: Written | None = Non
 
     What is yielded is on the CPU; layers that no sample has reached have statistics of 0 rows, without values.
 
-    Raises InputError QC-FLOAT-001 for a planned layer whose input is not finite, PluginError QC-COMPARE-005, and what the
-    runner of blocks raises.
+    Raises InputError QC-FLOAT-001 for a planned layer whose input is not finite, PluginError QC-COMPARE-005, and what
+    BlockRunner raises.
     """
     checked_device(participants[0].job.recipe.device)  # also where nothing will run: a misspelt one is never ignored
     walk = _walk_of(participants)

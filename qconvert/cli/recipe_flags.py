@@ -14,9 +14,12 @@ from qconvert.vocabulary import PLUGIN_SECONDS, Layout, Preset, TargetName
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
+    from qconvert.recipe.gates import Gate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# Flags whose value is the field's.
+PLAIN = ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force")
 TARGETS = click.Choice(get_args(TargetName))
 
 _FILE = (click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),)
@@ -119,9 +122,7 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     from qconvert.recipe.gates import Gate
 
     settings = read_recipe(flags["recipe_file"]) if flags["recipe_file"] else {}
-    for key in ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force"):
-        if flags.get(key):
-            settings[key] = flags[key]
+    settings |= {key: flags[key] for key in PLAIN if flags.get(key)}
     if flags["plugins"]:
         settings["plugins"] = [*part_of(settings, "plugins", list), *flags["plugins"]]
     if flags["plugin_timeout"] is not None:
@@ -135,15 +136,20 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags["rules"]:
         settings["rules"] = [*map(Rule.parse, flags["rules"]), *part_of(settings, "rules", list)]
     if flags["gates"]:
-        gates = [Gate.parse(text) for text in flags["gates"]]
-        replaced = {gate.metric for gate in gates}
-        kept = [
-            gate for gate in part_of(settings, "gates", list) if not (isinstance(gate, dict) and gate.get("metric") in replaced)
-        ]
-        settings["gates"] = [*kept, *gates]
-    for key in ("calibration", "evaluation"):
-        if flags[key]:
-            settings[key] = part_of(settings, key, dict) | {"source": flags[key]}
+        settings["gates"] = _gates(part_of(settings, "gates", list), [Gate.parse(text) for text in flags["gates"]])
+    for key in (key for key in ("calibration", "evaluation") if flags[key]):
+        settings[key] = part_of(settings, key, dict) | {"source": flags[key]}
+    _require_places(settings)
+    return settings
+
+
+def _gates(kept: list[Any], gates: list[Gate]) -> list[Any]:
+    """The file's gates, but for metrics that a flag has a gate for, and those of the flags."""
+    replaced = {gate.metric for gate in gates}
+    return [*(gate for gate in kept if not (isinstance(gate, dict) and gate.get("metric") in replaced)), *gates]
+
+
+def _require_places(settings: Mapping[str, Any]) -> None:
     flag = {"model": "--model SOURCE", "output": "--output DIR"}
     missing = [key for key in flag if key not in settings]
     if missing:
@@ -152,7 +158,6 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
             f"no {' and no '.join(missing)} given",
             hint=f"add {' '.join(flag[key] for key in missing)}, or name it in a recipe file",
         )
-    return settings
 
 
 def part_of(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:

@@ -23,7 +23,7 @@ from qconvert.errors import UsageError
 from qconvert.export.context import ExportContext
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
-from qconvert.graph.half_precision import WIDER, narrowed, type_name
+from qconvert.graph.half_precision import WIDER, out_of_range
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_layer, read_tensor
@@ -148,3 +148,17 @@ class CudaLowering(Lowering):
                 hint=f"{WIDER}, or keep the layer in float: --rule '{plan.name}=float'",
             )
         return scale.to(self.dtype)
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`. Raises UsageError QC-CUDA-002 for a number that becomes infinite."""
+    narrow_tensor = tensor.to(dtype)
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(narrow_tensor.aminmax())).all()):
+        largest = max(map(abs, torch.stack(tensor.float().aminmax()).tolist()))
+        raise out_of_range(name, largest, type_name(dtype), torch.finfo(dtype).max)
+    return narrow_tensor
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """ "float16": as users write it."""
+    return str(dtype).removeprefix("torch.")

@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-import torch
 from onnx_ir import DataType, Node, TensorType, Value
-from torch import Tensor
 
 from qconvert.errors import UsageError
 from qconvert.graph.cuda_kernels import TYPES, Operator, bindings, operator
@@ -24,22 +22,16 @@ WIDER = "set cuda_dtype: bfloat16 in the recipe, which has the range of float32"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` as `dtype`. Raises UsageError QC-CUDA-002 for a number that becomes infinite."""
-    narrow_tensor = tensor.to(dtype)
-    if tensor.numel() and not bool(torch.isfinite(torch.stack(narrow_tensor.aminmax())).all()):
-        largest = max(map(abs, torch.stack(tensor.float().aminmax()).tolist()))
-        raise UsageError(
-            "QC-CUDA-002",
-            f"tensor {name} holds {largest:.6g}, but {type_name(dtype)} ends at {torch.finfo(dtype).max:.6g}",
-            hint=f"{WIDER}, or leave out --target cuda",
-        )
-    return narrow_tensor
+def out_of_range(name: str, largest: float, dtype: str, limit: float) -> UsageError:
+    """The error QC-CUDA-002 for a tensor with a number that becomes infinite.
 
-
-def type_name(dtype: torch.dtype) -> str:
-    """ "float16": as users write it."""
-    return str(dtype).removeprefix("torch.")
+    dtype: "float16", as users write it. limit: its largest number.
+    """
+    return UsageError(
+        "QC-CUDA-002",
+        f"tensor {name} holds {largest:.6g}, but {dtype} ends at {limit:.6g}",
+        hint=f"{WIDER}, or leave out --target cuda",
+    )
 
 
 class _Narrowing:
@@ -47,9 +39,8 @@ class _Narrowing:
 
     def __init__(self, graph: onnx_ir.Graph, dtype: DataType) -> None:
         self.graph, self.dtype = graph, dtype
-        self.torch_dtype: torch.dtype = getattr(torch, dtype.name.lower())
-        info = torch.finfo(self.torch_dtype)
-        self.limit, self.smallest = info.max, info.smallest_normal * info.eps
+        self.type_name = dtype.name.lower()
+        self.limit, self.smallest = float(dtype.max), float(dtype.tiny) * float(dtype.eps)
         self._made: dict[Value, Value] = {}
 
     def value(self, value: Value) -> Value:
@@ -59,7 +50,7 @@ class _Narrowing:
         return self._made[value]
 
     def _cast(self, value: Value) -> Value:
-        node = onnx_ir.node("Cast", [value], {"to": self.dtype}, name=f"{value.name}/{type_name(self.torch_dtype)}")
+        node = onnx_ir.node("Cast", [value], {"to": self.dtype}, name=f"{value.name}/{self.type_name}")
         cast = node.outputs[0]
         cast.name, cast.shape, cast.type = node.name, value.shape, TensorType(self.dtype)
         producer = value.producer()
@@ -74,8 +65,12 @@ class _Narrowing:
         if array.size == 1:
             array = self._within_range(array)
         array = np.where(np.abs(array) == FLOAT32_MAX, np.copysign(np.float32(self.limit), array), array)
-        narrowed(str(value.name), torch.from_numpy(np.where(np.isfinite(array), array, 0)), self.torch_dtype)
-        return self._register(f"{value.name}/{type_name(self.torch_dtype)}", array.astype(self.dtype.numpy()), self.dtype)
+        with np.errstate(over="ignore"):  # refused below
+            narrow_array = array.astype(self.dtype.numpy())
+        beyond = np.isfinite(array) & ~np.isfinite(narrow_array)
+        if beyond.any():
+            raise out_of_range(str(value.name), float(np.abs(array[beyond]).max()), self.type_name, self.limit)
+        return self._register(f"{value.name}/{self.type_name}", narrow_array, self.dtype)
 
     def _within_range(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """A number that would become infinite, or zero and then keep no division from it, goes as far as it can."""

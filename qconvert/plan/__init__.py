@@ -22,6 +22,7 @@ from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
+from qconvert.recipe.fields import Rule
 from qconvert.recipe.gates import refuse_gates
 
 
@@ -97,45 +98,57 @@ def _sort_modules(
     reached = {*template.embeddings, *(name for group in template.groups for name in group.layers)}
     sharing = modules_that_share(model)
     shared = shared_heads(model, recipe, reached)
+    heads = {embedding: head for head, embedding in shared.items()}
     layers: dict[str, LayerPlan] = {}
     kept = []
     for name, module in model.module.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
+        if name in shared or not any(True for _ in module.parameters(recurse=False)):
             continue
-        if name in shared:
-            continue
-        kind = layer_kind(module)
-        head = next((head for head, embedding in shared.items() if embedding == name), None)
+        kind, head = layer_kind(module), heads.get(name)
         named = recipe.rule_for(name) or (recipe.rule_for(head) if head else None)
         scheme = named.scheme if named else default
-        if kind is None:
-            reason = _why_no_layer(module)
-        elif kind == "embedding" and named is None:
-            reason = "an embedding stays in float unless a rule names it"
-        elif name in sharing and head is None:
-            reason = _shares(sharing[name])
-        elif name not in reached:
-            reason = "the exported graph does not use it as a layer"
-        elif scheme is None:
-            reason = "a rule keeps it in float"
-        elif taken := _taken_names(model, name):
-            reason = f"the model itself has {taken[0]}, as a tensor of the quantized layer would be called"
-        elif name == model.output_head and named is None:
-            reason = f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
-        else:
-            # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
-            activations = None if kind == "conv2d" else scheme.activations
-            own = dataclasses.replace(scheme, activations=activations, scale_bits=model.scale_bits)
-            layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
+        reasons = (
+            _no_layer(module, kind),
+            _needs_a_rule(kind, named),
+            _shares(sharing[name]) if name in sharing and head is None else None,
+            None if name in reached else "the exported graph does not use it as a layer",
+            "a rule keeps it in float" if scheme is None else None,
+            _taken_name(model, name),
+            _head_needs_a_rule(name, named, default) if name == model.output_head else None,
+        )
+        reason = next(filter(None, reasons), None)
+        if reason is not None or kind is None or scheme is None:
+            kept.append(KeptFloat(name=name, reason=reason or ""))
             continue
-        kept.append(KeptFloat(name=name, reason=reason))
+        # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
+        activations = None if kind == "conv2d" else scheme.activations
+        own = dataclasses.replace(scheme, activations=activations, scale_bits=model.scale_bits)
+        layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
     return layers, kept, shared
 
 
-def _taken_names(model: Model, layer: str) -> list[str]:
-    """Tensors of the model that have a name which the quantized layer needs for one of its own."""
+def _no_layer(module: nn.Module, kind: LayerKind | None) -> str | None:
+    if kind is not None:
+        return None
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and "weight" not in module._parameters:
+        return "its weight is computed at every call"
+    return f"{type(module).__name__} is not quantized"
+
+
+def _needs_a_rule(kind: LayerKind | None, named: Rule | None) -> str | None:
+    unnamed = kind == "embedding" and named is None
+    return "an embedding stays in float unless a rule names it" if unnamed else None
+
+
+def _head_needs_a_rule(name: str, named: Rule | None, default: QuantScheme) -> str | None:
+    return None if named else f"the output head stays in float unless a rule names it: --rule '{name}={default}'"
+
+
+def _taken_name(model: Model, layer: str) -> str | None:
+    """Whether a tensor of the model has a name which the quantized layer needs for one of its own."""
     own = re.compile(re.escape(layer) + r"\.((weight|kernel|outlier|cuda)_\w+|input_factor)")
-    return [name for name in (*model.source.tensors, *model.tied) if own.fullmatch(name)]
+    taken = next((name for name in (*model.source.tensors, *model.tied) if own.fullmatch(name)), None)
+    return taken and f"the model itself has {taken}, as a tensor of the quantized layer would be called"
 
 
 def _unread(model: Model, template: Template) -> dict[str, str]:
@@ -144,12 +157,6 @@ def _unread(model: Model, template: Template) -> dict[str, str]:
     parameters = {model.stored_name(name) for name in model.parameter_shapes}
     unread = {name: "the exported graph has no use for it" for name in model.source.tensors if name in parameters - read}
     return {**unread, **model.unplaced}
-
-
-def _why_no_layer(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and "weight" not in module._parameters:
-        return "its weight is computed at every call"
-    return f"{type(module).__name__} is not quantized"
 
 
 def _shares(others: Iterable[str]) -> str:

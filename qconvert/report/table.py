@@ -37,44 +37,47 @@ def verdict_style(report: Report) -> str:
 
 
 def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
-    yield "size", Text(wording.size(report))
-    if report.parity:
-        yield "parity", _checks((part, wording.parity(part)) for part in report.parity)
-    if report.fidelity:
-        yield "fidelity", _checks((part, wording.fidelity(part)) for part in report.fidelity)
-    if report.latency:
-        yield "latency", _checks((part, wording.latency(part)) for part in report.latency)
-    if report.processor is not None:
-        yield "measured on", Text(printable(wording.processor(report.processor)))
-    if report.gates:
-        yield "gates", Text("\n").join(Text(wording.gate(gate), "" if gate.passed else "bold red") for gate in report.gates)
-    yield "samples", Text(f"{report.samples.calibration} for calibration, {report.samples.evaluation} for evaluation")
-    yield (
-        "layers",
-        Text(f"{len(report.layers)} quantized: {wording.schemes(report.layers)}" if report.layers else "none quantized"),
-    )
-    if others := wording.other_schemes(report.layers):
-        yield (
-            "others",
-            Text("\n").join(Text(f"{len(names)} in {printable(scheme)}: {wording.some(names)}") for scheme, names in others),
-        )
-    if report.assignment is not None:
-        yield "budget", Text(wording.assignment(report.assignment, report.fidelity))
-    if outliers := wording.outliers(report.layers):
-        yield "outliers", Text(outliers)
-    if report.layers:
-        yield "worst", _worst(wording.worst(report.layers))
-    if report.kept_float:
-        yield (
-            "float",
-            Text("\n").join(
-                Text(f"{len(names)} kept, {printable(reason)}: {wording.some(names)}")
-                for reason, names in wording.reasons(report.kept_float)
-            ),
-        )
+    """(title, content) of every section; what a report has nothing to say of is left out."""
+    sections = {
+        "size": Text(wording.size(report)),
+        "parity": _checks((part, wording.parity(part)) for part in report.parity),
+        "fidelity": _checks((part, wording.fidelity(part)) for part in report.fidelity),
+        "latency": _checks((part, wording.latency(part)) for part in report.latency),
+        "measured on": _text(printable(wording.processor(report.processor)) if report.processor else None),
+        "gates": _lines(Text(wording.gate(gate), "" if gate.passed else "bold red") for gate in report.gates),
+        "samples": Text(f"{report.samples.calibration} for calibration, {report.samples.evaluation} for evaluation"),
+        "layers": Text(_quantized(report)),
+        "others": _lines(
+            Text(f"{len(names)} in {printable(scheme)}: {wording.some(names)}")
+            for scheme, names in wording.other_schemes(report.layers)
+        ),
+        "budget": _text(wording.assignment(report.assignment, report.fidelity) if report.assignment else None),
+        "outliers": _text(wording.outliers(report.layers)),
+        "worst": _worst(wording.worst(report.layers)) if report.layers else None,
+        "float": _lines(
+            Text(f"{len(names)} kept, {printable(reason)}: {wording.some(names)}")
+            for reason, names in wording.reasons(report.kept_float)
+        ),
+    }
+    return ((title, content) for title, content in sections.items() if content is not None)
 
 
-def _checks(parts: Iterable[tuple[Parity | Fidelity | Latency, str]]) -> Table:
+def _quantized(report: Report) -> str:
+    return f"{len(report.layers)} quantized: {wording.schemes(report.layers)}" if report.layers else "none quantized"
+
+
+def _text(words: str | None) -> Text | None:
+    return Text(words) if words else None
+
+
+def _lines(lines: Iterable[Text]) -> Text | None:
+    """One text of them all, None where there are none."""
+    found = list(lines)
+    return Text("\n").join(found) if found else None
+
+
+def _checks(parts: Iterable[tuple[Parity | Fidelity | Latency, str]]) -> Table | None:
+    """A row for each check, None where there are none."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True)
@@ -82,7 +85,7 @@ def _checks(parts: Iterable[tuple[Parity | Fidelity | Latency, str]]) -> Table:
     for part, words in parts:
         status = wording.status(part)
         grid.add_row(part.target, Text(status, STYLES[status]), Text(words))
-    return grid
+    return grid if grid.row_count else None
 
 
 def _worst(layers: list[LayerReport]) -> Table:

@@ -67,7 +67,7 @@ def _joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch, sequence, heads * size)
 
 
-def group_query_attention(
+def group_query_attention(  # noqa: PLR0913 - as transformers calls attention functions
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -136,7 +136,7 @@ def multi_head_attention(
     return out.view(batch, sequence, heads, size), None
 
 
-def encoder_decoder_attention(
+def encoder_decoder_attention(  # noqa: PLR0913 - as transformers calls attention functions
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -52,8 +52,22 @@ def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> 
     outputs: names of what the model gives (see execution.outputs.named_outputs).
     Raises whatever the exporter raises; the caller decides whether another form is tried.
     """
-    module = opaque_nodes.shortened(model, blocks)
-    names = {}
+    module = _with_opaque_layers(opaque_nodes.shortened(model, blocks), blocks)
+    names = _with_empty_parameters(module, blocks)
+    for place, block in opaque_nodes.places(blocks).items():
+        _mark(module.get_submodule(place), block)
+    if form.fused:
+        _fuse_attention(module, FUSED[model.task])
+    if not model.task.reads_source:
+        return {"model": _export(signature(model, module, blocks, form, outputs), names)}
+    decoder_blocks = [block for block in blocks if block in model.stacks[-1]]
+    encoder = _export(encoder_decoder.encoder(module, decoder_blocks, form), names)
+    decoder = _export(encoder_decoder.decoder(module, decoder_blocks, form, encoder.graph.graph), names, prefix="decoder/")
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def _with_opaque_layers(module: nn.Module, blocks: list[str]) -> nn.Module:
+    """The skeleton with an opaque node in the place of every layer; that node itself where the skeleton is one layer."""
     stand_ins: dict[nn.Module, opaque_nodes.Opaque | None] = {}
     for name, part in list(module.named_modules(remove_duplicate=False)):  # a module may have several names
         if part not in stand_ins:
@@ -61,28 +75,29 @@ def capture(model: Model, blocks: list[str], form: Form, outputs: list[str]) -> 
         stand_in = stand_ins[part]
         if stand_in is not None:
             if name == "":
-                module = stand_in
-                break
+                return stand_in
             module.set_submodule(name, stand_in)
+    return module
+
+
+def _with_empty_parameters(module: nn.Module, blocks: list[str]) -> dict[str, str]:
+    """Give a skeleton parameters that the exporter takes: name in the shortened model -> name in the full one."""
+    names = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         names[name] = opaque_nodes.original_name(name, blocks)
         owner, _, leaf = name.rpartition(".")
         # Uninitialised: only shapes matter, and untouched pages cost no memory.
         empty = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), requires_grad=False)
         setattr(module.get_submodule(owner), leaf, empty)
-    for place, block in opaque_nodes.places(blocks).items():
-        _mark(module.get_submodule(place), block)
-    if form.fused:
-        for part in module.modules():  # the halves of an encoder-decoder have configs of their own
-            config: Any = getattr(part, "config", None)
-            if config is not None:
-                config._attn_implementation = FUSED[model.task]
-    if not model.task.reads_source:
-        return {"model": _export(signature(model, module, blocks, form, outputs), names)}
-    decoder_blocks = [block for block in blocks if block in model.stacks[-1]]
-    encoder = _export(encoder_decoder.encoder(module, decoder_blocks, form), names)
-    decoder = _export(encoder_decoder.decoder(module, decoder_blocks, form, encoder.graph.graph), names, prefix="decoder/")
-    return {"encoder": encoder, "decoder": decoder}
+    return names
+
+
+def _fuse_attention(module: nn.Module, implementation: str) -> None:
+    """Let all attention of the skeleton become one node each."""
+    for part in module.modules():  # the halves of an encoder-decoder have configs of their own
+        config: Any = getattr(part, "config", None)
+        if config is not None:
+            config._attn_implementation = implementation
 
 
 def _mark(block: nn.Module, name: str) -> None:

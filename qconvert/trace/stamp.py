@@ -60,20 +60,14 @@ def _stamp_stack(
     outputs: list[onnx_ir.Value],
 ) -> None:
     """Clone the bodies of one stack for all of its blocks. blocks: block -> traced block."""
-    traced = list(bodies.values())
-    first, last = traced[0], traced[-1]
-    hidden = first.start.inputs[0] if first.start else None
-    handed: dict[onnx_ir.Value, onnx_ir.Value] = {}
-    for number, (block, kind) in enumerate(blocks.items()):
-        values = bodies[kind].clone(graph, block, hidden, handed, last.end, inputs, outputs)
-        hidden = values[bodies[kind].result] if first.start else None
-        if number == 0:
-            handed = values
-    if last.end is not None:
-        assert hidden is not None
-        old = last.end.outputs[0]
-        outputs[:] = [hidden if value is old else value for value in outputs]
-        replace(old, hidden)
+    cloner = _Cloner(graph, bodies, inputs, outputs)
+    for block, kind in blocks.items():
+        cloner.clone(bodies[kind], block)
+    if cloner.before is not None:
+        assert cloner.hidden is not None
+        old = cloner.before.outputs[0]
+        outputs[:] = [cloner.hidden if value is old else value for value in outputs]
+        replace(old, cloner.hidden)
 
 
 def _bodies(graph: onnx_ir.Graph, traced: list[str]) -> dict[str, _Body]:
@@ -122,7 +116,7 @@ class _Body:
         self, graph: onnx_ir.Graph, block: str, taken: Collection[onnx_ir.Node], wanted: Collection[onnx_ir.Value]
     ) -> None:
         """taken: nodes of the blocks after this one; wanted: what they read."""
-        self.block, self.index = block, block.rpartition(".")[2]
+        self.block, self.index = block, _index(block)
         markers = {node.op_type: node for node in graph if node.domain == DOMAIN and _attribute(node, "block") == block}
         self.start, self.end = (markers.get(kind) for kind in MARKERS)
         if (self.start is None) != (self.end is None):
@@ -151,62 +145,80 @@ class _Body:
         assert self.end.inputs[0] is not None
         return self.end.inputs[0]
 
-    def clone(
-        self,
-        graph: onnx_ir.Graph,
-        block: str,
-        hidden: onnx_ir.Value | None,
-        handed: Mapping[onnx_ir.Value, onnx_ir.Value],
-        before: onnx_ir.Node | None,
-        inputs: list[onnx_ir.Value],
-        outputs: list[onnx_ir.Value],
-    ) -> dict[onnx_ir.Value, onnx_ir.Value]:
-        """Insert this body's nodes as those of `block`; returns what each of its values has become.
 
-        hidden: what it is fed with. handed: of the stack's first block, what each value has become. before: where the
-        nodes go, None for the end. Cache inputs and outputs of the block are appended to `inputs` and `outputs`.
-        """
-        index = block.rpartition(".")[2]
-        values = dict(handed)
-        if self.start is not None:
-            assert hidden is not None
-            values[self.start.outputs[0]] = hidden
-        for value in self.caches:
-            # The block's own is kept: what is shared may read the length of the past off it.
-            values[value] = value if block == self.block else _copy(value, _cache_name(value, self.index, index))
-            inputs.append(values[value])
-        for value in self.parameters:
-            assert value.name is not None
-            values[value] = _copy(value, block + value.name[len(self.block) :])
-            self.cloned.append(values[value])
-        clones = []
-        for position, node in enumerate(self.nodes):
-            new_outputs = [
-                _copy(value, _cache_name(value, self.index, index) if _in_cache(value) else f"{block}/{value.name}")
-                for value in node.outputs
-            ]
-            values.update(zip(node.outputs, new_outputs, strict=True))
-            attributes = dict(node.attributes)
-            module = _attribute(node, "module")
-            if module is not None:
-                attributes["module"] = onnx_ir.AttrString("module", block + module[len(self.block) :])
-            clones.append(
-                onnx_ir.Node(
-                    node.domain,
-                    node.op_type,
-                    [values.get(value, value) if value is not None else None for value in node.inputs],
-                    list(attributes.values()),
-                    outputs=new_outputs,
-                    version=node.version,
-                    name=f"{block}/{node.op_type}_{position}",
-                )
-            )
-            outputs.extend(values[value] for value in node.outputs if value.is_graph_output() and _in_cache(value))
-        if before is None:
-            graph.extend(clones)
+class _Cloner:
+    """Clones the bodies of one stack, block after block.
+
+    inputs, outputs: those of the graph, to which the caches of every block are appended.
+    hidden: the hidden state that the next block is fed with; None where it is no part of the graph.
+    handed: what each value of the stack's first block has become. before: where the nodes go, None for the end.
+    """
+
+    def __init__(
+        self, graph: onnx_ir.Graph, bodies: Mapping[str, _Body], inputs: list[onnx_ir.Value], outputs: list[onnx_ir.Value]
+    ) -> None:
+        traced = list(bodies.values())
+        first, last = traced[0], traced[-1]
+        self.graph, self.inputs, self.outputs = graph, inputs, outputs
+        self.hidden = first.start.inputs[0] if first.start else None
+        self.handed: dict[onnx_ir.Value, onnx_ir.Value] | None = None
+        self.before = last.end
+
+    def clone(self, body: _Body, block: str) -> None:
+        """Insert the nodes of a body as those of `block`."""
+        values = self._given(body, block)
+        clones = [self._node(body, block, position, values) for position in range(len(body.nodes))]
+        if self.before is None:
+            self.graph.extend(clones)
         else:
-            graph.insert_before(before, clones)
+            self.graph.insert_before(self.before, clones)
+        if self.handed is None:
+            self.handed = values
+        self.hidden = values[body.result] if body.start else None
+
+    def _given(self, body: _Body, block: str) -> dict[onnx_ir.Value, onnx_ir.Value]:
+        """What the values that the body's nodes read become: hidden state, caches and parameters."""
+        values = dict(self.handed or {})
+        if body.start is not None:
+            assert self.hidden is not None
+            values[body.start.outputs[0]] = self.hidden
+        for value in body.caches:
+            # The block's own is kept: what is shared may read the length of the past off it.
+            own = block == body.block
+            values[value] = value if own else _copy(value, _cache_name(value, body.index, _index(block)))
+            self.inputs.append(values[value])
+        for value in body.parameters:
+            assert value.name is not None
+            values[value] = _copy(value, block + value.name[len(body.block) :])
+            body.cloned.append(values[value])
         return values
+
+    def _node(self, body: _Body, block: str, position: int, values: dict[onnx_ir.Value, onnx_ir.Value]) -> onnx_ir.Node:
+        """The clone of a node, whose outputs are put into `values`."""
+        node = body.nodes[position]
+        made = [
+            _copy(value, _cache_name(value, body.index, _index(block)) if _in_cache(value) else f"{block}/{value.name}")
+            for value in node.outputs
+        ]
+        values.update(zip(node.outputs, made, strict=True))
+        attributes = dict(node.attributes)
+        module = _attribute(node, "module")
+        if module is not None:
+            attributes["module"] = onnx_ir.AttrString("module", block + module[len(body.block) :])
+        self.outputs.extend(values[value] for value in node.outputs if value.is_graph_output() and _in_cache(value))
+        return onnx_ir.Node(
+            node.domain,
+            node.op_type,
+            [values.get(value, value) if value is not None else None for value in node.inputs],
+            list(attributes.values()),
+            outputs=made,
+            version=node.version,
+            name=f"{block}/{node.op_type}_{position}",
+        )
+
+
+def _index(block: str) -> str:
+    return block.rpartition(".")[2]
 
 
 def _dependents(graph: onnx_ir.Graph, values: Iterable[onnx_ir.Value], nodes: Iterable[onnx_ir.Node]) -> set[onnx_ir.Node]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qconvert.errors import PluginError, QConvertError, in_one_line, is_out_of_memory
 from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
-from qconvert.ir.quantized import QuantizedTensor
+from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES
@@ -108,28 +108,10 @@ def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantSc
     if tensor.scheme != scheme:
         yield f"asked for {scheme}, it quantized to {tensor.scheme}"
     out_features, in_features = weight_shape
-    low, high = scheme.code_range
     yield from _unlike("q", tensor.q, torch.int8, (out_features, in_features))
-    yield from _outside("q", tensor.q, low, high)
-
-    qparams_shape = scheme.scale_shape(out_features, in_features)
-    yield from _unlike("scale", tensor.scale, torch.float32, qparams_shape)
-    unusable = ~torch.isfinite(tensor.scale) | (tensor.scale == 0)
-    if unusable.any():
-        row, group = unusable.nonzero()[0].tolist()
-        yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
-    if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
-        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
-
-    if scheme.symmetric and tensor.zero_point is not None:
-        yield f"{scheme} is symmetric, but it returned a zero_point"
-    if not scheme.symmetric:
-        if tensor.zero_point is None:
-            yield f"{scheme} is asymmetric, but it returned no zero_point"
-        else:
-            yield from _unlike("zero_point", tensor.zero_point, torch.int8, qparams_shape)
-            yield from _outside("zero_point", tensor.zero_point, low, high)
-
+    yield from _outside("q", tensor.q, *scheme.code_range)
+    yield from _scale_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
+    yield from _zero_point_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
     if tensor.input_scale is not None:
         problem = _input_scale_problem(tensor.input_scale, in_features)
         if problem:
@@ -137,14 +119,39 @@ def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantSc
     if tensor.outliers is not None:
         if not quantizer.has_outliers:
             yield "it returned outliers, but does not declare has_outliers"
-        columns = tensor.outliers.columns
-        yield from _unlike("outliers.columns", columns, torch.int64, (len(columns),))
-        yield from _outside("outliers.columns", columns, 0, in_features - 1)
-        if not (columns[1:] > columns[:-1]).all():
-            yield f"outliers.columns are not sorted and unique: {columns.tolist()[:8]}"
-        yield from _unlike("outliers.weight", tensor.outliers.weight, torch.float32, (out_features, len(columns)))
-        if not torch.isfinite(tensor.outliers.weight).all():
-            yield "outliers.weight is not finite"
+        yield from _outlier_problems(tensor.outliers, out_features, in_features)
+
+
+def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
+    yield from _unlike("scale", tensor.scale, torch.float32, shape)
+    unusable = ~torch.isfinite(tensor.scale) | (tensor.scale == 0)
+    if unusable.any():
+        row, group = unusable.nonzero()[0].tolist()
+        yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
+    if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
+        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
+
+
+def _zero_point_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
+    if scheme.symmetric:
+        if tensor.zero_point is not None:
+            yield f"{scheme} is symmetric, but it returned a zero_point"
+    elif tensor.zero_point is None:
+        yield f"{scheme} is asymmetric, but it returned no zero_point"
+    else:
+        yield from _unlike("zero_point", tensor.zero_point, torch.int8, shape)
+        yield from _outside("zero_point", tensor.zero_point, *scheme.code_range)
+
+
+def _outlier_problems(outliers: Outliers, out_features: int, in_features: int) -> Iterator[str]:
+    columns = outliers.columns
+    yield from _unlike("outliers.columns", columns, torch.int64, (len(columns),))
+    yield from _outside("outliers.columns", columns, 0, in_features - 1)
+    if not (columns[1:] > columns[:-1]).all():
+        yield f"outliers.columns are not sorted and unique: {columns.tolist()[:8]}"
+    yield from _unlike("outliers.weight", outliers.weight, torch.float32, (out_features, len(columns)))
+    if not torch.isfinite(outliers.weight).all():
+        yield "outliers.weight is not finite"
 
 
 def _unlike(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[str]:
