@@ -16,7 +16,7 @@ from qconvert.ort.processor import processor
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.targets import TARGETS
-from qconvert.verify.attempt import parity
+from qconvert.verify.attempt import measured_parity
 from qconvert.verify.finite import require_finite_float
 from qconvert.verify.loaders import transformers_parity
 from qconvert.verify.parity import float_parity, torch_outputs
@@ -41,11 +41,11 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
     checks = [TargetCheck(TARGETS[name], job, artifact) for name in job.recipe.targets]
     found = [check.parity(dequantized) for check in checks if not check.target.half_precision and check.is_there]
     if job.recipe.layout == "transformers" and job.model.config is not None:  # the folder promises to load there
-        found.append(parity("transformers", partial(transformers_parity, artifact, dequantized)))
+        found.append(measured_parity("transformers", partial(transformers_parity, artifact, dequantized)))
     not_run = {check.target.name: check.not_run for check in checks if check.not_run}
     found += [Parity(target=name, status="not-run", reason=reason) for name, reason in not_run.items()]
     baseline = float_session(job, SHARING)
-    found.append(parity("float", lambda: float_parity(job.model, baseline, job.samples.evaluation[0])))
+    found.append(measured_parity("float", lambda: float_parity(job.model, baseline, job.samples.evaluation[0])))
     fidelity: dict[str, Fidelity] = {}
     for check in checks:
         name = check.target.name

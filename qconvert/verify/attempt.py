@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from qconvert.errors import QConvertError, is_out_of_memory
 from qconvert.ir.report import Parity
-from qconvert.verify.narrow_parity import NOT_COMPARABLE
 from qconvert.verify.parity import TOLERANCE
+
+NOT_COMPARABLE = "outputs are not finite, or of another shape"
 
 logger = logging.getLogger("qconvert")
 
@@ -29,7 +30,7 @@ def attempt(target: str, check: Callable[[], Parity]) -> Parity:
         return Parity(target=target, status="failed", reason=f"it can't be run: {type(failure).__name__}: {failure}")
 
 
-def parity(target: str, measure: Callable[[], float]) -> Parity:
+def measured_parity(target: str, measure: Callable[[], float]) -> Parity:
     """A measured difference, or what went wrong: an artifact that can't be run has failed."""
     return attempt(target, lambda: judged(target, measure()))
 

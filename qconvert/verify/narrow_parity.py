@@ -13,11 +13,10 @@ from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.report import Parity
 from qconvert.ir.task import Task
 from qconvert.ort.compare import largest_difference
-from qconvert.verify.attempt import attempt
+from qconvert.verify.attempt import NOT_COMPARABLE, attempt
 
 SMALLEST_COSINE = 0.999
 LARGEST_KL = 1e-3
-NOT_COMPARABLE = "outputs are not finite, or of another shape"
 
 Pairs = Sequence[tuple[np.ndarray[Any, Any], ...]]
 
