@@ -1,4 +1,4 @@
-"""Every hook of qconvert. A plugin implements any of them with `from qconvert import hookimpl`.
+"""Every hook of qconvert. A plugin implements any of them with `from qconvert.plugin import hookimpl`.
 
 Nothing heavy is imported here: plugins are found before it is known whether torch is needed.
 """

@@ -129,7 +129,7 @@ def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: Qua
         row, group = unusable.nonzero()[0].tolist()
         yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
     if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
-        yield "scale is not rounded to what is stored; apply qconvert.ir.affine.round_scale before computing codes"
+        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
 
 
 def _zero_point_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:

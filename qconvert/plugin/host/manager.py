@@ -243,7 +243,7 @@ class PluginManager:
             )
         functions = hook_functions(implementation)
         if not functions:
-            raise LookupError("it implements no hook: decorate its functions with @qconvert.hookimpl")
+            raise LookupError("it implements no hook: decorate its functions with @qconvert.plugin.hookimpl")
         known = [name for name in dir(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
         for name in functions.keys() - set(known):  # a misspelt hook would otherwise never be called, in silence
             close = difflib.get_close_matches(name, known, n=1)
