@@ -49,9 +49,9 @@ def apply(kind: str, folder: Path) -> None:
 
 
 def convert(folder: Path, model: Path, *flags: str) -> dict[str, Any]:
-    """The report of `qconvert run` with the package in `folder`; the artifact is in its `out`."""
+    """The report of `qconvert run` with the package in `folder`, where it holds one; the artifact is in its `out`."""
     command = [sys.executable, "-m", "qconvert", "run", "--model", str(model), "--output", "out", "--json", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -100,7 +100,6 @@ def test_the_loader_of_the_guide_gives_a_model_that_is_converted_and_verified(tm
     shapes = {"0.weight": (96, 64), "0.bias": (96,), "2.weight": (32, 96), "2.bias": (32,)}
     arrays = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     np.savez(tmp_path / "net.npz", **arrays)
-    shutil.copytree(ROOT / "qconvert", tmp_path / "qconvert", ignore=shutil.ignore_patterns("__pycache__"))
     report = convert(
         tmp_path, tmp_path / "net.npz", "--plugin", "npz_loader.py", "--quantizer", "absmax", "--scheme", "int8-channel"
     )
