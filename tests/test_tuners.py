@@ -238,7 +238,7 @@ def test_tuners_are_listed_and_shown(tmp_path: Path) -> None:
 
 def test_a_plugin_may_bring_both(tmp_path: Path) -> None:
     path = tmp_path / "both.py"
-    path.write_text(PRINTING + PLUGIN.replace("BODY", "pass"))
+    path.write_text(PRINTING + PLUGIN.replace("BODY", "pass").replace("Trial", "Other"))
     manager = PluginManager(BUILTINS, [path])
     assert {"prints", "absmax"} <= manager.quantizers.keys()
     assert manager.tuners.keys() == {"signround", "trial"}
