@@ -23,19 +23,21 @@ class Family:
 
     word: what messages call one of them.
     hook: the hook that brings them.
+    contract: name of the class that they derive from.
     check: raises TypeError for what is no usable class of the family.
     reserved: names that stand for something else.
     """
 
     word: str
     hook: str
+    contract: str
     check: Callable[[object], None]
     reserved: frozenset[str] = frozenset()
 
     def classes(self, result: object) -> Iterator[type[Any]]:
         """The classes that the hook returned. Raises TypeError for what isn't usable."""
         if not isinstance(result, list | tuple):
-            raise TypeError(f"{self.hook} returned {type(result).__name__}, not a list of {self.word} classes")
+            raise TypeError(f"{self.hook} returned {type(result).__name__}, not a list of {self.contract} classes")
         for kind in result:
             self.check(kind)
             yield kind
@@ -138,6 +140,6 @@ def _type_name(annotation: object) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-QUANTIZERS = Family("quantizer", "register_quantizers", _check_quantizer, frozenset({AUTO}))
-TUNERS = Family("tuner", "register_tuners", _check_tuner)
+QUANTIZERS = Family("quantizer", "register_quantizers", "Quantizer", _check_quantizer, frozenset({AUTO}))
+TUNERS = Family("tuner", "register_tuners", "BlockTuner", _check_tuner)
 FAMILIES = (QUANTIZERS, TUNERS)
