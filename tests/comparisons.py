@@ -8,7 +8,7 @@ from qconvert import errors
 from qconvert.errors import QConvertError
 from qconvert.ir.comparison import Comparison, Entry
 from qconvert.ir.report import Fidelity, Latency, Report, SampleCounts, Size
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS
 
 
 def entry(name: str, **numbers: Any) -> Entry:
@@ -37,5 +37,5 @@ def failed(name: str, exit_code: int) -> Entry:
     return Entry(name, "absmax", "int8-tensor", None, kind("QC-TEST-001", "[it] broke", hint="mend it"))
 
 
-def comparison(*entries: Entry, model: str = "tiny", task: Task = "causal-lm") -> Comparison:
-    return Comparison(model, task, entries)
+def comparison(*entries: Entry, model: str = "tiny", task: str = "causal-lm") -> Comparison:
+    return Comparison(model, TASKS[task], entries)

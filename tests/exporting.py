@@ -120,7 +120,7 @@ def lossless_rows(shape: tuple[int, int], scheme: QuantScheme, seed: int = 0) ->
     SYMMETRIC_ROWS, so that they are exact on rows whose largest magnitude is that.
     """
     x = whole_numbers(shape, -127, 127, seed)
-    if scheme.activation_bits:
+    if scheme.activations:
         x[:, LARGEST] = activations.SYMMETRIC_ROWS.steps
     return x
 

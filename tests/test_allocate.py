@@ -181,7 +181,7 @@ def test_zero_points_are_chosen_only_where_they_can_be_read(settings: dict[str, 
 def test_a_variant_loses_what_the_whole_model_loses_with_that_weight(make: Any) -> None:
     """Also where it is in the encoder, whose change reaches the decoder through its cross attention."""
     plain, model = make()
-    batch = calibrate_models.source_batch((9, 6)) if model.task == "seq2seq-lm" else token_batch((9, 6))
+    batch = calibrate_models.source_batch((9, 6)) if model.task.reads_source else token_batch((9, 6))
     wavefront = Wavefront(model, batch, "cpu")
     expected = []
     generator = torch.Generator().manual_seed(0)
@@ -197,9 +197,9 @@ def test_a_variant_loses_what_the_whole_model_loses_with_that_weight(make: Any) 
             changed = before + 0.1 * torch.randn(before.shape, generator=generator)
             wavefront.add({name: changed})
             with torch.no_grad():
-                reference = output(plain, model.task, batch)
+                reference = output(plain, model.task.name, batch)
                 parameter.copy_(changed)
-                expected.append(loss(output(plain, model.task, batch), reference, model.task, batch))
+                expected.append(loss(output(plain, model.task.name, batch), reference, model.task.name, batch))
                 parameter.copy_(before)
     found = wavefront.losses()
     torch.testing.assert_close(found, torch.stack(expected).to(found.dtype), rtol=1e-3, atol=1e-6)

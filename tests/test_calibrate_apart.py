@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from calibrate_models import job_of, llama, plan_of, token_batch
+from calibrate_models import bert, calibrated, gpt2, job_of, llama, plan_of, source_batch, t5, token_batch
 from test_calibrate_observe import llama_groups
-from torch import Tensor
+from torch import Tensor, nn
 
 from qconvert.calibrate import Participant, calibrate
 from qconvert.calibrate.importance import padding_mask
 from qconvert.calibrate.input_recorder import InputRecorder
 from qconvert.execution.block_runner import BlockRunner
+from qconvert.execution.unit import relative_change
+from qconvert.ir.model import Model
 from qconvert.ir.quantized import QuantizedBlock
 from qconvert.job import Job
 from qconvert.plugin.observer import AbsMax, Gram, Observer, SampledRows
@@ -56,6 +58,20 @@ def test_a_block_that_was_pickled_is_quantized_to_the_same_bytes(settings: dict[
         assert (block.samples is not None) == bool(settings and block.name)
         assert [layer.relative_error for layer in here.layers] == [layer.relative_error for layer in there.layers]
         assert written(here) == written(there)
+
+
+@pytest.mark.parametrize("build", [bert, gpt2, t5], ids=["bert", "gpt2", "t5"])
+def test_a_block_of_any_model_can_be_run_where_it_was_sent(build: Callable[[], tuple[nn.Module, Model]]) -> None:
+    """What a model calls its blocks with, and what they hand on, travels with them."""
+    _, model = build()
+    batches = [source_batch((9, 6))] if model.task == "seq2seq-lm" else BATCHES[:1]
+    for block in calibrated(model, plan_of(model), (), Seeing(), batches):
+        sent = pickle.loads(pickle.dumps(block))
+        assert sent.name == block.name
+        assert relative_change(model, sent.name, sent.lane, {}) == 0
+        doubled = {f"{layer.name}.weight": model.read(f"{layer.name}.weight") * 2 for layer in block.layers}
+        assert block.lane is not None
+        assert relative_change(model, sent.name, sent.lane, doubled) == relative_change(model, block.name, block.lane, doubled)
 
 
 def seen_by_worker(mine: Job, unit: str, chunks: Sequence[int]) -> dict[int, list[Observer]]:

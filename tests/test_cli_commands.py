@@ -375,7 +375,7 @@ def test_a_reader_of_stdout_that_has_gone_does_not_change_the_verdict() -> None:
         "from qconvert.ir.report import Report, SampleCounts, Size\n"
         f"report = Report.model_validate_json({REPORT.model_dump_json()!r})\n"
         "fake = types.ModuleType('qconvert.pipeline.conversion'); fake.convert = lambda *_: report\n"
-        "sys.modules['qconvert.pipeline.conversion'] = qconvert.pipeline.conversion = fake\n"
+        "sys.modules['qconvert.pipeline.conversion'] = fake\n"
         "import qconvert.pipeline.preflight; qconvert.pipeline.preflight.check = lambda recipe: None\n"
         "from qconvert.cli import main; main(['run', '--model', 'M', '--output', 'O', '--json'])"
     )

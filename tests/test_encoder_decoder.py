@@ -24,7 +24,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from qconvert.errors import TargetError
 from qconvert.execution.probes import padded_batch
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS, graph_files
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS
 from qconvert.ir.graph_names import is_cache
 from qconvert.ir.scheme import QuantScheme
 from qconvert.load.hugging_face import load_folder
@@ -33,6 +33,7 @@ from qconvert.ort.session import EncoderDecoderSession, file_session, why_unavai
 from qconvert.pipeline import conversion, preparation, verification
 from qconvert.recipe import Recipe
 from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.targets import graph_files
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
 
 GRAPHS = ("encoder.onnx", "decoder.onnx")

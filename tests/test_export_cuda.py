@@ -156,7 +156,7 @@ def test_weights_are_the_bytes_of_model_safetensors(scheme: str, tmp_path: Path)
     parsed = QuantScheme.parse(scheme)
     tensors = {name: nearest(weight, parsed) for name, weight in of_whole_numbers(64, scheme).items()}
     artifact = publish(model, template, tensors, tmp_path / "out", ("cuda",))
-    stored = artifact.tensors["one.weight" if parsed.activation_bits else "one.weight_packed"]
+    stored = artifact.tensors["one.weight" if parsed.activations else "one.weight_packed"]
     places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph_of(artifact.folder).initializer]
     assert {"location": WEIGHTS, "offset": str(stored.offset), "length": str(stored.nbytes)} in places
     in_sidecar = [tensor for tensor in artifact.tensors.values() if tensor.file == SIDECAR]

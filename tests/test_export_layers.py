@@ -198,7 +198,7 @@ def test_an_input_scale_that_could_not_be_folded_is_one_mul_for_all_that_share_i
     for name, found in zip(expected, outputs(artifact, x), strict=True):
         assert largest_difference(found, expected[name].numpy()) < EXACT, name
     # The row form has one more per input, and one per layer.
-    assert ops(artifact).count("Mul") == (1 if not scheme.activation_bits else 4)
+    assert ops(artifact).count("Mul") == (1 if not scheme.activations else 4)
     assert parity(artifact) < 1e-5
 
 

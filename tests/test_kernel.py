@@ -20,6 +20,7 @@ from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.storage import compressed_tensors
 from qconvert.storage.digest import tensor_bytes
 from qconvert.targets import cpu
+from qconvert.targets.cpu import CPU
 
 OUT = 6
 
@@ -33,8 +34,8 @@ def quantized(width: int, scheme: str, kind: LayerKind = "linear", out: int = OU
 def matmul_nbits(plan: LayerPlan, tensor: QuantizedTensor) -> Tensor:
     """The matrix [out, in] that MatMulNBits multiplies with: its output for an identity matrix."""
     disk, sidecar = compressed_tensors.encode(plan, tensor), cpu.sidecar_tensors(plan, tensor)
-    size, bits = cpu.block_size(plan), plan.scheme.bits
-    packed = sidecar["kernel_weight"] if cpu.is_padded(plan) else disk["weight_packed"]
+    size, bits = CPU.block_size(plan), plan.scheme.bits
+    packed = sidecar["kernel_weight"] if CPU.is_padded(plan) else disk["weight_packed"]
     shape = (plan.out_features, -(-plan.in_features // size), size * bits // 8)
     inputs = {
         "w": np.frombuffer(bytes(tensor_bytes(packed)), np.uint8).reshape(shape),
@@ -104,7 +105,7 @@ def test_a_layer_of_one_output(scheme: str) -> None:
 )
 def test_the_block_is_the_group_or_the_largest_that_divides(scheme: str, width: int, size: int, padded: bool) -> None:
     plan, _ = quantized(width, scheme)
-    assert (cpu.block_size(plan), cpu.is_padded(plan)) == (size, padded)
+    assert (CPU.block_size(plan), CPU.is_padded(plan)) == (size, padded)
 
 
 @pytest.mark.parametrize(

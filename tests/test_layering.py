@@ -111,7 +111,7 @@ def test_the_contracts_give_each_library_its_rooms() -> None:
     }
     assert {library: {name.removeprefix("qconvert.") for name in names} for library, names in rooms.items()} == {
         "onnxruntime": {"ort"},
-        "onnx_ir": {"graph", "ort", "trace", "export", "verify", "ir.template", "plan.cuda", "write.origin"},
+        "onnx_ir": {"graph", "ort", "trace", "export", "verify", "ir.template", "plan.targets", "write.origin"},
         "transformers": {"execution", "load", "trace", "calibrate.layers", "verify.loaders"},
     }
     (torch,) = (contract["source_modules"] for contract in contracts() if contract.get("forbidden_modules") == ["torch"])

@@ -93,7 +93,7 @@ def test_parameters_take_no_memory_and_buffers_are_real(tmp_path: Path, build: C
 def test_a_decoder_in_words(tmp_path: Path) -> None:
     model = load_folder(tiny_llama(tmp_path / "tiny"))
     assert model.name == "tiny"
-    assert model.task == "causal-lm"
+    assert model.task.name == "causal-lm"
     assert model.blocks == ("model.layers.0", "model.layers.1")
     assert model.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert model.output_head == "lm_head"
@@ -115,14 +115,14 @@ def test_a_decoder_of_a_family_that_sees_is_a_decoder(tmp_path: Path) -> None:
     )
     folder = save_checkpoint(transformers.Gemma3ForCausalLM(config).eval(), tmp_path)
     loaded = load_folder(folder)
-    assert loaded.task == "causal-lm"
+    assert loaded.task.name == "causal-lm"
     assert loaded.input_names == ("input_ids", "attention_mask")
     torch.testing.assert_close(outputs(loaded), expected(folder), rtol=0, atol=0)
 
 
 def test_an_encoder_in_words(tmp_path: Path) -> None:
     model = load_folder(tiny_bert(tmp_path))
-    assert model.task == "encoder"
+    assert model.task.name == "encoder"
     assert model.blocks == ("encoder.layer.0", "encoder.layer.1")
     assert model.output_head == "pooler.dense"
     assert model.input_names == ("input_ids", "attention_mask", "token_type_ids")
@@ -130,7 +130,7 @@ def test_an_encoder_in_words(tmp_path: Path) -> None:
 
 def test_an_encoder_decoder_in_words(tmp_path: Path) -> None:
     model = load_folder(tiny_t5(tmp_path))
-    assert model.task == "seq2seq-lm"
+    assert model.task.name == "seq2seq-lm"
     assert model.blocks == ("encoder.block.0", "encoder.block.1", "encoder.block.2", "decoder.block.0", "decoder.block.1")
     assert model.stacks == (model.blocks[:3], model.blocks[3:])
     assert set(model.tied) == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}

@@ -38,7 +38,7 @@ def test_a_plugin_is_asked_first_and_may_take_the_source(tmp_path: Path) -> None
 
 
 def test_a_folder_that_no_plugin_takes_is_a_hugging_face_folder(tmp_path: Path) -> None:
-    assert load(str(tiny_bert(tmp_path)), no_plugin).task == "encoder"
+    assert load(str(tiny_bert(tmp_path)), no_plugin).task.name == "encoder"
 
 
 @pytest.mark.parametrize("source", ["", " ", "a\0b"], ids=ascii)
@@ -189,7 +189,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("form", ["module:{}:good", "module:{}.good", "module:{}.py:good", "module:./{}.py:good"])
 def test_every_form_of_a_factory(factories: str, form: str) -> None:
     model = load(form.format(factories), no_plugin)
-    assert model.task == "module"
+    assert model.task.name == "module"
     assert model.name == "Tied"
     assert model.blocks == ()
     assert list(model.input_files) == [f"{factories}.py", "state_dict"]

@@ -76,7 +76,9 @@ def only(*names: str) -> ScaleOf:
 
 def block_of(model: Model, *groups: InputGroup, kept_float: tuple[str, ...] = ()) -> tuple[Job, Block]:
     """The first block, calibrated, and the job."""
-    batches = [{"input": torch.randn(5, 8, generator=torch.Generator().manual_seed(0))}] if model.task == "module" else BATCHES
+    batches = (
+        [{"input": torch.randn(5, 8, generator=torch.Generator().manual_seed(0))}] if not model.task.takes_text else BATCHES
+    )
     job = job_of(model, plan_of(model, kept_float), groups, Scaling(), batches)
     return job, next(calibrate([Participant(job)]))
 

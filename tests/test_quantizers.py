@@ -431,7 +431,7 @@ def test_inputs_of_nothing_but_zeros_have_no_outliers() -> None:
 
 def kernel_error(rows: Tensor, weight: Tensor, scale: Tensor | float, scheme: QuantScheme = INT8) -> float:
     """Squared error of the output when the kernel quantizes rows / scale."""
-    seen = quantized_rows(rows / scale) if scheme.activation_bits else rows / scale
+    seen = quantized_rows(rows / scale) if scheme.activations else rows / scale
     return float((seen @ round_to_nearest(weight * scale, scheme).dequantize().T - rows @ weight.T).square().sum())
 
 

@@ -14,21 +14,22 @@ from onnx import TensorProto
 from rich.console import Console, RenderableType
 
 from qconvert.graph import cuda_kernels
-from qconvert.ir.artifact import graph_files
 from qconvert.ir.plan import Assignment, KeptFloat, LayerPlan, Plan
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Report, SampleCounts, Size
 from qconvert.ir.scheme import QuantScheme
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS, TaskName
 from qconvert.recipe import Recipe
 from qconvert.report import plan as plan_view
 from qconvert.report import wording
 from qconvert.report.card import card
 from qconvert.report.files import complete_report, write_report
 from qconvert.report.table import table
+from qconvert.targets import graph_files
 
 REPORT = Report(
     passed=False,
     task="causal-lm",
+    transformers_class="AutoModelForCausalLM",
     quantizer="awq",
     scheme="int4-g32",
     samples=SampleCounts(calibration=32, evaluation=24),
@@ -283,13 +284,13 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "encoder", "module"])
-def test_the_card_shows_code_that_python_accepts(task: Task) -> None:
+def test_the_card_shows_code_that_python_accepts(task: TaskName) -> None:
     blocks = code_blocks(card(but(task=task), RECIPE, "m"), "python")
     assert len(blocks) == (1 if task == "module" else 2)
     for block in blocks:
         compile(block, "card", "exec")
     opened = re.findall(r'InferenceSession\("(.*?)"', blocks[0])
-    assert opened == list(graph_files(task).values())
+    assert opened == list(graph_files(TASKS[task]).values())
 
 
 def test_the_card_gives_the_command_that_makes_it_again_and_no_absolute_path() -> None:
@@ -355,7 +356,7 @@ def test_the_card_of_a_folder_for_cuda_runs_its_graph_with_its_caches(dtype: str
     compile(program, "README.md", "exec")
     assert 'ort.InferenceSession("model.cuda.onnx", providers=["CUDAExecutionProvider"])' in program
     assert f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {dtype}" in program
-    assert "`pip install onnxruntime-gpu transformers`" in text
+    assert "`pip install 'onnxruntime-gpu>=1.31' transformers`" in text
     assert f"On CUDA, activations and caches are {dtype}, and no kernel quantizes activations." in text
     assert "accuracy_level" not in text
 
@@ -363,7 +364,7 @@ def test_the_card_of_a_folder_for_cuda_runs_its_graph_with_its_caches(dtype: str
 def test_the_card_of_both_targets_runs_on_the_cpu_and_names_the_other_graph() -> None:
     text = card(REPORT, RECIPE.model_copy(update={"targets": ("cpu", "cuda")}), "m")
     assert 'ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])' in text
-    assert "For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take `model.cuda.onnx`" in text
+    assert "For the CUDAExecutionProvider (`pip install 'onnxruntime-gpu>=1.31'`) take `model.cuda.onnx`" in text
     assert "caches are float16 there" in text
 
 
@@ -397,7 +398,7 @@ def test_what_a_busy_machine_made_slow_is_not_called_slow() -> None:
 
 
 def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
-    text = card(REPORT, RECIPE.model_copy(update={"layout": "onnx"}), "m")
+    text = card(but(transformers_class=None), RECIPE.model_copy(update={"layout": "onnx"}), "m")
     assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]
     assert "`--layout onnx`" in text
 

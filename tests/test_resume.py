@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import calibrate_models
 import pytest
 import torch
 from tiny_models import tiny_llama
+from writing import DIGEST
 
 from qconvert.ir.artifact import MANIFEST, WEIGHTS
 from qconvert.ir.layer import Block
 from qconvert.pipeline import conversion, verification
 from qconvert.recipe import Recipe
+from qconvert.storage.stage import open_stage
+from qconvert.write.origin import Origin
 
 TEXT = "".join(f"Sentence {n} has {n * n} words, {n % 7} of them short.\n" for n in range(60))
 NET = """
@@ -84,6 +89,33 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def interrupt(recipe: Recipe) -> None:
     with pytest.raises(KeyboardInterrupt):
         conversion.convert(recipe)
+
+
+def test_a_block_is_written_and_counted_before_the_next_one_is_read(tmp_path: Path) -> None:
+    model = calibrate_models.llama()[1]
+    job = calibrate_models.job_of(model, calibrate_models.plan_of(model))
+    events: list[Any] = []
+
+    class Log:
+        def stage(self, name: str, total: int | None) -> None:
+            events.append((name, total))
+
+        def advance(self, n: int = 1) -> None:
+            events.append((n, stage.done_blocks(), any(".2.self_attn.q" in name for name in model.source.reads)))
+
+    with (
+        open_stage(tmp_path / "out", DIGEST) as stage,
+        closing(conversion.Conversion(job, Origin({}, {}, {}), stage)) as taking,
+    ):
+        conversion.quantize_blocks([taking], Log())
+    first, second, third = model.blocks
+    assert events == [
+        ("quantize", 3),
+        (1, (first,), False),
+        (1, (first, second), False),
+        (1, (first, second, third), True),
+        (1, (first, second, third, ""), True),
+    ]
 
 
 # --- a factory's module, a plugin's quantizer ---

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qconvert.errors import UsageError
-from qconvert.ir.scheme import GROUP_SIZES, PerChannel, PerGroup, PerTensor, QuantScheme
+from qconvert.ir.scheme import DYNAMIC_INT8, GROUP_SIZES, PerChannel, PerGroup, PerTensor, QuantScheme
 from qconvert.recipe import Recipe
 
 EVERY = [
@@ -27,7 +27,7 @@ def test_parse_and_str_are_inverses(text: str) -> None:
 def test_each_part_of_the_text_sets_one_field() -> None:
     assert QuantScheme.parse("int4-g32-asym") == QuantScheme(4, False, PerGroup(32))
     assert QuantScheme.parse("int8-tensor") == QuantScheme(8, True, PerTensor())
-    assert QuantScheme.parse("int8-channel-asym-a8") == QuantScheme(8, False, PerChannel(), activation_bits=8)
+    assert QuantScheme.parse("int8-channel-asym-a8") == QuantScheme(8, False, PerChannel(), DYNAMIC_INT8)
 
 
 @pytest.mark.parametrize("text", ["int4", "int8-asym", "int8-a8", "int4-asym-a8"])

@@ -28,6 +28,7 @@ from qconvert.execution import probes
 from qconvert.ir.artifact import GRAPH, MANIFEST, REPORT
 from qconvert.ir.report import Latency, Report
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.task import TASKS
 from qconvert.load import load
 from qconvert.ort import compare, session
 from qconvert.ort.session import DeviceSession, empty, file_session, why_unavailable
@@ -66,7 +67,7 @@ LOGITS = np.array([[4.0, 1.0, -2.0], [0.5, 3.0, 0.0]], np.float32)
 
 
 def test_equal_outputs_pass() -> None:
-    part = narrow_parity("cuda", "causal-lm", lambda: [(LOGITS, LOGITS)])
+    part = narrow_parity("cuda", TASKS["causal-lm"], lambda: [(LOGITS, LOGITS)])
     assert (part.status, part.cosine, part.kl, part.max_relative_error) == ("passed", 1.0, 0.0, 0.0)
 
 
@@ -74,7 +75,7 @@ def test_kl_is_the_mean_over_positions_of_all_outputs() -> None:
     shifted = LOGITS + np.array([[0.0, 0.02, 0.0], [0.0, 0.0, 0.0]], np.float32)
     p, q = (torch.from_numpy(x).double().softmax(-1) for x in (LOGITS, shifted))
     expected = float((p * (p / q).log()).sum()) / 4
-    part = narrow_parity("cuda", "causal-lm", lambda: [(shifted, LOGITS), (LOGITS, LOGITS)])
+    part = narrow_parity("cuda", TASKS["causal-lm"], lambda: [(shifted, LOGITS), (LOGITS, LOGITS)])
     assert part.kl == pytest.approx(expected, rel=1e-9)
     assert part.status == "passed"
 
@@ -82,40 +83,40 @@ def test_kl_is_the_mean_over_positions_of_all_outputs() -> None:
 def test_another_distribution_fails_though_the_cosine_is_high() -> None:
     high = LOGITS + 100  # only differences between logits count
     bumped = high + np.array([[0.0, 0.0, 0.0], [0.5, 0.0, 0.0]], np.float32)
-    part = narrow_parity("cuda", "causal-lm", lambda: [(bumped, high)])
+    part = narrow_parity("cuda", TASKS["causal-lm"], lambda: [(bumped, high)])
     assert part.cosine is not None
     assert part.cosine > 0.999
     assert part.status == "failed"
     assert part.reason is not None
     assert part.reason.startswith("KL 0.00")
-    assert narrow_parity("cuda", "encoder", lambda: [(bumped, high)]).status == "passed"  # whose outputs are no logits
+    assert narrow_parity("cuda", TASKS["encoder"], lambda: [(bumped, high)]).status == "passed"  # whose outputs are no logits
 
 
 def test_the_worst_cosine_counts() -> None:
     turned = np.array([1.0, 0.05], np.float32), np.array([1.0, 0.0], np.float32)
-    part = narrow_parity("cuda", "encoder", lambda: [(LOGITS, LOGITS), turned])
+    part = narrow_parity("cuda", TASKS["encoder"], lambda: [(LOGITS, LOGITS), turned])
     assert part.cosine == pytest.approx(1 / np.hypot(1, 0.05))
     assert (part.status, part.reason, part.kl) == ("failed", "cosine 1, the limit is 0.999", None)
 
 
 @pytest.mark.parametrize("found", [LOGITS[:1], LOGITS * np.nan], ids=["shape", "not-finite"])
 def test_outputs_that_can_not_be_compared_fail(found: Any) -> None:
-    assert narrow_parity("cuda", "encoder", lambda: [(found, LOGITS)]).status == "failed"
+    assert narrow_parity("cuda", TASKS["encoder"], lambda: [(found, LOGITS)]).status == "failed"
 
 
 def test_what_float16_can_not_hold_is_the_recipes_choice() -> None:
     with pytest.raises(UsageError, match="activations leave the range of float16, which ends at 65504") as caught:
-        narrow_parity("cuda", "encoder", lambda: [(np.full_like(LOGITS, np.inf), LOGITS)], in_float16=True)
+        narrow_parity("cuda", TASKS["encoder"], lambda: [(np.full_like(LOGITS, np.inf), LOGITS)], in_float16=True)
     assert caught.value.code == "QC-CUDA-004"
     for found, wanted in [(LOGITS[:1], LOGITS), (LOGITS * np.nan, LOGITS * np.nan)]:  # another shape; wrong weights
-        assert narrow_parity("cuda", "encoder", lambda p=(found, wanted): [p], in_float16=True).status == "failed"
+        assert narrow_parity("cuda", TASKS["encoder"], lambda p=(found, wanted): [p], in_float16=True).status == "failed"
 
 
 def test_a_graph_that_can_not_be_run_fails() -> None:
     def compare() -> Any:
         raise RuntimeError("no kernel image")
 
-    part = narrow_parity("cuda", "encoder", compare)
+    part = narrow_parity("cuda", TASKS["encoder"], compare)
     assert (part.status, part.reason) == ("failed", "it can't be run: RuntimeError: no kernel image")
 
 
@@ -124,7 +125,7 @@ def test_a_lack_of_memory_says_nothing_about_the_graph() -> None:
         raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 4096")
 
     with pytest.raises(RuntimeError, match="requested buffer"):
-        narrow_parity("cuda", "encoder", compare)
+        narrow_parity("cuda", TASKS["encoder"], compare)
 
 
 # --- what ran where ---

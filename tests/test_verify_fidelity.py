@@ -13,7 +13,7 @@ from torch import Tensor
 from qconvert.errors import InputError
 from qconvert.ir.progress import silent
 from qconvert.ir.report import Fidelity
-from qconvert.ir.task import Task
+from qconvert.ir.task import TASKS
 from qconvert.verify.fidelity import ROWS_AT_ONCE, measure_fidelity
 
 VOCABULARY = 11
@@ -52,8 +52,8 @@ def batches() -> list[dict[str, Tensor]]:
     return made
 
 
-def measured(task: Task, artifact: FakeSession = ARTIFACT, data: list[dict[str, Tensor]] | None = None) -> Fidelity:
-    return measure_fidelity(artifact, FLOAT, batches() if data is None else data, task, "cpu", silent)
+def measured(task: str, artifact: FakeSession = ARTIFACT, data: list[dict[str, Tensor]] | None = None) -> Fidelity:
+    return measure_fidelity(artifact, FLOAT, batches() if data is None else data, TASKS[task], "cpu", silent)
 
 
 def samples() -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -94,7 +94,7 @@ def test_encoder_decoders_by_what_the_decoder_is_given() -> None:
             return super().run(None, {**inputs, "input_ids": inputs["decoder_input_ids"]})
 
     data = [{**batch, "decoder_input_ids": batch["input_ids"], "input_ids": batch["input_ids"] * 0} for batch in batches()]
-    found = measure_fidelity(Echo(0), Echo(1), data, "seq2seq-lm", "cpu", silent)
+    found = measure_fidelity(Echo(0), Echo(1), data, TASKS["seq2seq-lm"], "cpu", silent)
     assert found == measured("causal-lm")
 
 
@@ -121,12 +121,12 @@ def test_modules_by_rows() -> None:
 
 def test_a_module_with_one_output_has_no_top1() -> None:
     x = torch.randn(4, VOCABULARY)
-    result = measure_fidelity(FakeSession(0, width=1), FakeSession(1, width=1), [{"x": x}], "module", "cpu", silent)
+    result = measure_fidelity(FakeSession(0, width=1), FakeSession(1, width=1), [{"x": x}], TASKS["module"], "cpu", silent)
     assert result.top1 is None
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
-def test_the_float_model_agrees_with_itself(task: Task) -> None:
+def test_the_float_model_agrees_with_itself(task: str) -> None:
     data = [{"x": torch.randn(4, VOCABULARY)}] if task == "module" else None
     result = measured(task, FLOAT, data)
     assert result.max_abs == 0
@@ -143,7 +143,7 @@ def test_what_is_almost_equal_has_no_kl_below_zero_where_float32_gives_one() -> 
     fed = {name: value.numpy() for name, value in batches()[0].items()}
     p, q = (torch.from_numpy(session.run(None, fed)[0]).log_softmax(-1) for session in (exact, near))
     assert ((p.exp() * (p - q)).sum(-1) < 0).any()
-    found = measure_fidelity(near, exact, batches(), "causal-lm", "cpu", silent)
+    found = measure_fidelity(near, exact, batches(), TASKS["causal-lm"], "cpu", silent)
     assert found.kl is not None
     assert 0 <= found.kl < 1e-12
 
@@ -158,7 +158,7 @@ def test_no_cosine_is_above_one() -> None:
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "encoder", "module"])
-def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: Task) -> None:
+def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: str) -> None:
     broken = FakeSession(0)
     broken.table[:] = np.nan
     result = measured(task, broken, [{"x": torch.ones(2, VOCABULARY)}] if task == "module" else None)
@@ -167,7 +167,7 @@ def test_outputs_that_are_not_finite_are_a_failure_with_its_reason(task: Task) -
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "encoder"])
-def test_padding_may_be_nan_and_the_sample_that_is_not_finite_is_named(task: Task) -> None:
+def test_padding_may_be_nan_and_the_sample_that_is_not_finite_is_named(task: str) -> None:
     class Breaks(FakeSession):
         """NaN at padding, and wherever the token 0 is none."""
 
@@ -176,15 +176,15 @@ def test_padding_may_be_nan_and_the_sample_that_is_not_finite_is_named(task: Tas
             found[inputs["input_ids"] == 0] = np.nan
             return [found]
 
-    plain, broken = measured(task), measure_fidelity(Breaks(0), Breaks(1), batches(), task, "cpu", silent)
+    plain, broken = measured(task), measure_fidelity(Breaks(0), Breaks(1), batches(), TASKS[task], "cpu", silent)
     assert broken == plain
     data = batches()
     data[1]["input_ids"][0, 0] = 0  # the only token of the third sample
-    assert measure_fidelity(Breaks(0), FLOAT, data, task, "cpu", silent).reason == (
+    assert measure_fidelity(Breaks(0), FLOAT, data, TASKS[task], "cpu", silent).reason == (
         "NaN or infinity comes out of it for evaluation sample 3, and not of the float model"
     )
     with pytest.raises(InputError, match="float model for evaluation sample 3, though the weights are finite") as caught:
-        measure_fidelity(ARTIFACT, Breaks(1), data, task, "cpu", silent)
+        measure_fidelity(ARTIFACT, Breaks(1), data, TASKS[task], "cpu", silent)
     assert caught.value.code == "QC-FLOAT-001"
 
 
@@ -193,5 +193,5 @@ def test_a_module_may_return_one_number_or_truth_value_per_row() -> None:
         def run(self, _: None, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
             return [(inputs["x"] @ self.table)[:, 0] > 0]
 
-    result = measure_fidelity(PerRow(0), PerRow(0), [{"x": torch.ones(4, VOCABULARY)}], "module", "cpu", silent)
+    result = measure_fidelity(PerRow(0), PerRow(0), [{"x": torch.ones(4, VOCABULARY)}], TASKS["module"], "cpu", silent)
     assert (result.status, result.max_abs, result.top1) == ("passed", 0, None)

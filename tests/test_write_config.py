@@ -84,7 +84,7 @@ def relative_error(model: Model, plan: Plan, loaded: nn.Module, bare: bool = Fal
 
 
 def loaded(model: Model, folder: Path, bare: bool = False) -> nn.Module:
-    loader = transformers.AutoModelForCausalLM if model.task == "causal-lm" and not bare else transformers.AutoModel
+    loader = transformers.AutoModelForCausalLM if model.task.name == "causal-lm" and not bare else transformers.AutoModel
     module: nn.Module = loader.from_pretrained(folder, dtype=torch.float32)
     return module.eval()
 

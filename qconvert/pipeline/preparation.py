@@ -54,22 +54,20 @@ def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
     """
     plugins = plugins or preflight.check(recipe, writes=False)
     checked_device(recipe.device)
-    return decided(reading_job(recipe, plugins, silent, calibrated=recipe.quantizer == AUTO), silent).plan
+    job = reading_job(recipe, plugins, silent)
+    if recipe.quantizer == AUTO:
+        job = replace(job, samples=read_samples(job.model, recipe, True, plugins.find_data))
+    return decided(job, silent).plan
 
 
-def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress, *, calibrated: bool | None = None) -> Job:
-    """The job of who writes nothing.
-
-    calibrated: whether calibration samples are read; None for what the plan says, False for no samples at all.
-    """
+def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
+    """The job of who writes nothing, without samples."""
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model = load_model(recipe, plugins, progress)
     progress.stage("trace", None)
     template = trace(model)
     made = outline(recipe, quantizer, model, template)
-    wanted = made.calibrated if calibrated is None else calibrated
-    samples = Samples((), ()) if calibrated is False else read_samples(model, recipe, wanted, plugins.find_data)
-    return Job(recipe, recipe, quantizer, model, template, made, samples)
+    return Job(recipe, recipe, quantizer, model, template, made, Samples((), ()))
 
 
 def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Model:

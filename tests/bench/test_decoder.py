@@ -22,6 +22,7 @@ from qconvert.calibrate import read_samples
 from qconvert.graph.float_graph import float_graph
 from qconvert.ir.artifact import GENAI_CONFIG, GRAPH
 from qconvert.ir.progress import silent
+from qconvert.ir.task import TASKS
 from qconvert.load import load
 from qconvert.ort.session import file_session, memory_session
 from qconvert.trace import trace
@@ -91,7 +92,7 @@ def kl(folders: Iterable[Path], of: Recipe) -> dict[str, float]:
     found = {}
     for folder in folders:
         session = FedLike(file_session(folder / GRAPH), baseline)
-        measured = measure_fidelity(session, baseline, batches, "causal-lm", "cpu", silent).kl
+        measured = measure_fidelity(session, baseline, batches, TASKS["causal-lm"], "cpu", silent).kl
         assert measured is not None
         found[folder.name] = measured
     return found

@@ -131,7 +131,7 @@ def rejected(path: Path, code: str) -> str:
 
 def test_every_tensor_comes_back_under_its_name_and_in_its_order(tmp_path: Path, llama: transformers.LlamaForCausalLM) -> None:
     model = loaded(write(tmp_path / "tiny.gguf", llama))
-    assert model.task == "causal-lm"
+    assert model.task.name == "causal-lm"
     assert model.blocks == ("model.layers.0", "model.layers.1")
     assert model.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     state = llama.state_dict()
