@@ -184,7 +184,10 @@ def test_two_that_bring_one_name_are_an_error_for_who_asks_for_it(tmp_path: Path
     ("source", "problem"),
     [
         (PLUGIN.replace('"trial"', '"signround"'), "its tuner 'signround' has a name of qconvert's own"),
-        (PLUGIN.replace("return [Trial]", "return Trial"), "register_tuners returned ABCMeta, not a list of BlockTuner classes"),
+        (
+            PLUGIN.replace("return [Trial]", "return Trial"),
+            "register_tuners returned ABCMeta, not a list of BlockTuner classes",
+        ),
         (PLUGIN.replace("return [Trial]", "return [int]"), "which is no BlockTuner class"),
         (PLUGIN.replace("@dataclass(frozen=True)", ""), "Trial is no frozen dataclass"),
         (PLUGIN.replace('    name = "trial"\n', ""), "Trial lacks a name"),
