@@ -111,7 +111,7 @@ DECODERS: dict[str, tuple[str, Callable[[], PreTrainedModel], str]] = {
         "learned positions, ReLU",
     ),
 }
-ENCODERS: dict[str, tuple[str, Callable[[], PreTrainedModel], str]] = {
+ENCODERS: dict[str, tuple[str | tuple[()], Callable[[], PreTrainedModel], str]] = {
     "bert": ("encoder.layer", _encoder("Bert", **ENCODER), ""),
     "distilbert": (
         "transformer.layer",
@@ -121,6 +121,7 @@ ENCODERS: dict[str, tuple[str, Callable[[], PreTrainedModel], str]] = {
     "roberta": ("encoder.layer", _encoder("Roberta", **ENCODER), ""),
     "mpnet": ("encoder.layer", _encoder("MPNet", **ENCODER), "relative positions"),
     "electra": ("encoder.layer", _encoder("Electra", **ENCODER, embedding_size=16), "projected embeddings"),
+    "albert": ((), _encoder("Albert", **ENCODER, embedding_size=16), "one layer that runs many times"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,16 @@ PROMPT, NEW = [5, 17, 3, 60, 8, 2, 33, 41, 12], 24
 def keep_activations_float(artifact: ArtifactReader) -> None:
     """Set accuracy level 1: MatMulNBits then rounds no activations, and computes what torch does."""
     for file in graph_files(artifact.model.task).values():
-        graph = onnx.load(artifact.folder / file, load_external_data=False)
-        for node in graph.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 1
-        onnx.save(graph, artifact.folder / file)
+        keep_activations_of_graph_float(artifact.folder / file)
+
+
+def keep_activations_of_graph_float(path: Path) -> None:
+    graph = onnx.load(path, load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(graph, path)
 
 
 def torch_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
@@ -90,15 +95,21 @@ def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def genai_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
+    return genai_batch(artifact, np.array([prompt], np.int32), new)[0]
+
+
+def genai_batch(artifact: ArtifactReader, prompts: np.ndarray[Any, Any], new: int = NEW) -> list[list[int]]:
+    """What follows each row of `prompts` [rows, tokens]."""
     genai = pytest.importorskip("onnxruntime_genai")
+    rows, length = prompts.shape
     model = genai.Model(str(artifact.folder))
     settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=len(prompt) + new, do_sample=False)
+    settings.set_search_options(max_length=length + new, do_sample=False, batch_size=rows)
     generator = genai.Generator(model, settings)
-    generator.append_tokens(np.array(prompt, np.int32))
+    generator.append_tokens(prompts)
     while not generator.is_done():
         generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+    return [[int(token) for token in generator.get_sequence(row)][length:] for row in range(rows)]
 
 
 def torch_answer(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import struct
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -356,6 +359,40 @@ def test_a_module_is_fed_with_its_example_inputs(module: Model) -> None:
         read_samples(module, recipe(samples=21), calibrated=False)
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("size_too", [False, True], ids=["shape", "shape and size"])
+def test_an_array_that_claims_more_than_the_file_holds_is_refused(
+    size_too: bool, compression: int, decoder: Model, tmp_path: Path
+) -> None:
+    """Before the memory is asked for: numpy would ask for all of it at once."""
+    rows = 2**28
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        array, {"descr": "<i8", "fortran_order": False, "shape": (rows if size_too else 2**45,)}
+    )
+    with zipfile.ZipFile(tmp_path / "ids.npz", "w", compression) as archive:
+        archive.writestr("input_ids.npy", array.getvalue())
+    if size_too:
+        honest, claimed = (struct.pack("<I", size) for size in (len(array.getvalue()), 8 * rows + len(array.getvalue())))
+        directory = (tmp_path / "ids.npz").read_bytes().rindex(b"PK\1\2")
+        content = bytearray((tmp_path / "ids.npz").read_bytes())
+        assert content[directory + 24 : directory + 28] == honest
+        content[directory + 24 : directory + 28] = claimed
+        (tmp_path / "ids.npz").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"ids.npz' can't be read: 'input_ids.npy' claims \d+ bytes, of which the file holds \d+ at most"
+    ) as caught:
+        read_samples(decoder, recipe(source=tmp_path / "ids.npz"), calibrated=False)
+    assert caught.value.code == "QC-DATA-001"
+
+
+def test_arrays_may_be_compressed(module: Model, tmp_path: Path) -> None:
+    """A million zeros become a thousand bytes, which is as far as that goes."""
+    np.savez_compressed(tmp_path / "x.npz", input=np.zeros((400_000, 3)))
+    (batch,) = read_samples(module, recipe(samples=1, source=tmp_path / "x.npz"), calibrated=False).evaluation
+    assert not batch["input"].any()
+
+
 def test_a_module_is_fed_from_arrays_in_its_own_dtype(module: Model, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", input=np.random.default_rng(0).normal(size=(10, 3)))
     samples = read_samples(module, recipe(samples=5, source=tmp_path / "x.npz"), calibrated=True)
@@ -369,8 +406,8 @@ def test_what_all_rows_share_goes_with_every_batch_as_it_is(step: Tensor, tmp_pa
     model = model_of(nn.Linear(3, 2), input_names=("step", "x"), example_inputs=examples)
     assert model.shared_inputs == {"step"}
     samples = read_samples(model, recipe(samples=10), calibrated=True)
-    assert samples.counts == {"calibration": 10, "evaluation": 10}
-    assert [batch["x"].shape for batch in samples.evaluation] == [(8, 3), (2, 3)]
+    for part in (samples.calibration, samples.evaluation):
+        assert [batch["x"].shape for batch in part] == [(8, 3), (2, 3)]
     assert all(torch.equal(batch["step"], step) for batch in (*samples.evaluation, *samples.calibration))
     np.savez(tmp_path / "data.npz", step=step.numpy() * 3, x=np.arange(30.0).reshape(10, 3))
     (batch,) = read_samples(model, recipe(samples=5, source=tmp_path / "data.npz"), calibrated=False).evaluation

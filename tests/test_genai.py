@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from exporting import publish, quantize_nearest
-from generation import genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
+from generation import PROMPT, genai_batch, genai_tokens, keep_activations_float, onnxruntime_tokens, torch_tokens
 from torch import Tensor
 from trace_models import ENCODERS, traced
 
@@ -52,6 +53,20 @@ def test_greedy_tokens_are_those_of_torch_on_the_dequantized_weights(name: str, 
 def test_int8_folders_run_as_they_are(scheme: str, folders: Any) -> None:
     artifact = folders("llama", scheme)
     assert genai_tokens(artifact) == onnxruntime_tokens(artifact)
+
+
+def test_a_batch_is_padded_behind_its_rows(folders: Any) -> None:
+    """As encode_batch does. It marks no other padding in its attention mask, so before a row it is read as tokens."""
+    artifact = folders("llama", "int4-g16")
+    rows = [PROMPT, PROMPT[:4]]
+    alone = [genai_tokens(artifact, row) for row in rows]
+    padding = [json.loads((artifact.folder / GENAI_CONFIG).read_text())["model"]["pad_token_id"]] * (len(PROMPT) - 4)
+    behind, before = (
+        genai_batch(artifact, np.array([rows[0], row], np.int32)) for row in (rows[1] + padding, padding + rows[1])
+    )
+    assert behind == alone
+    assert before[0] == alone[0]
+    assert before[1] != alone[1]
 
 
 def test_the_configuration_names_the_cache_the_context_and_the_ends(folders: Any) -> None:

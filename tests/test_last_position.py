@@ -55,7 +55,7 @@ def test_each_row_gives_its_last_token_in_the_prompt_and_in_every_step_after_it(
     feeds = first_feeds(every)
     names = [value.name for value in every.get_outputs()]
     found, expected = (dict(zip(names, session.run(None, feeds), strict=True)) for session in (last, every))
-    assert last.get_outputs()[0].shape == ["batch", 1, VOCABULARY]
+    assert last.get_outputs()[0].shape == ["batch_size", 1, VOCABULARY]
     ends = np.array(LENGTHS) - 1
     assert largest_difference(found["logits"], expected["logits"][[0, 1], ends][:, None]) < 1e-6
     step = {
@@ -101,7 +101,7 @@ def test_the_graph_for_cuda_gives_the_last_position_too(source: Path, tmp_path: 
     monkeypatch.setitem(session.PROVIDERS, "cuda", session.PROVIDERS["cpu"])
     report = converted(source, tmp_path / "out", logits="last", targets=["cuda"], layout="onnx")
     assert report.passed
-    assert file_session(tmp_path / "out" / "model.cuda.onnx").get_outputs()[0].shape == ["batch", 1, VOCABULARY]
+    assert file_session(tmp_path / "out" / "model.cuda.onnx").get_outputs()[0].shape == ["batch_size", 1, VOCABULARY]
 
 
 @pytest.mark.usefixtures("quick")

@@ -189,6 +189,7 @@ def test_files_that_travel_are_neither_weights_nor_code_nor_what_is_written_anew
     staying = ["README.md", ".gitattributes", ".git/config", "config.json", "model.safetensors", "model.safetensors.index.json"]
     staying += ["pytorch_model.bin", "pytorch_model.bin.index.json", "x.pt", "onnx/model.onnx", "x.gguf", "modeling_x.py"]
     staying += ["openvino/openvino_model.xml", "model.onnx.data", "weights.npz"]
+    staying += ["minilm-1.0.dist-info/METADATA", "minilm-1.0.dist-info/RECORD", "kernels/fast.so", "x.egg-info"]
     for name in travelling + staying:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

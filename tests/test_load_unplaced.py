@@ -186,6 +186,15 @@ def test_an_adapter_config_that_can_not_be_read_is_refused(tmp_path: Path) -> No
     assert "adapter_config.json" in refused(folder, "QC-INPUT-023")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_the_weights_of_an_adapter_without_its_config_are_refused(tmp_path: Path, name: str) -> None:
+    folder = tiny_llama(tmp_path)
+    save_file(LORA, folder / name)
+    said = refused(folder, "QC-INPUT-023")
+    assert f"the weights of an adapter, {name}, without the adapter_config.json" in said
+    assert f"remove {name}" in said
+
+
 def wrapped_by_peft(name: str) -> str:
     return f"base_model.model.{name.replace('q_proj.', 'q_proj.base_layer.')}"
 

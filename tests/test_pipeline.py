@@ -355,6 +355,18 @@ def test_without_verification_nothing_is_claimed_and_verify_makes_up_for_it(sour
 
 
 @pytest.mark.usefixtures("quick")
+def test_verify_needs_no_calibration_data_where_other_data_judges(sources: Path, tmp_path: Path) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text((sources / "text.txt").read_text())
+    data = {"source": str(text), "samples": 3, "length": 32}
+    made = conversion.convert(recipe(sources / "llama", tmp_path / "out", quantizer="awq", scheme="int4-g32", calibration=data))
+    assert (made.samples.calibration, made.samples.evaluation) == (3, 4)
+    text.unlink()
+    again = verification.verify(tmp_path / "out")
+    assert (again.samples, again.fidelity) == (made.samples, made.fidelity)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_gates_that_a_folder_is_first_verified_by_are_in_its_report(sources: Path, tmp_path: Path) -> None:
     conversion.convert(recipe(sources / "bert", tmp_path / "out", verify=False))
     report = verification.verify(tmp_path / "out", gates=[Gate.parse("cosine>=0.9999999")])

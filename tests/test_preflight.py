@@ -94,6 +94,28 @@ def test_a_fault_is_told_before_anything_heavy_is_imported(
     assert (error["code"], error["exit_code"]) == (code, exit_code)
 
 
+LOADER = """
+import qconvert
+
+@qconvert.hookimpl
+def load_model(source):
+    raise RuntimeError("asked")
+"""
+
+
+@pytest.mark.parametrize("model", ["/nowhere/llama", "./nowhere", "../nowhere/x", "~/nowhere"])
+def test_a_path_that_is_missing_is_told_at_once_although_a_plugin_loads_models(model: str, folder: Path) -> None:
+    (folder / "loader.py").write_text(LOADER)
+    error = told(folder, "run", "--plugin", "loader.py", "--model", model, "--output", "out")
+    assert (error["code"], error["exit_code"]) == ("QC-INPUT-001", 3)
+
+
+@pytest.mark.parametrize("model", ["nowhere/llama", "acme:llama", "./file", "file"])
+def test_names_and_files_are_for_a_plugin_that_loads_models_to_know(model: str, folder: Path) -> None:
+    (folder / "loader.py").write_text(LOADER)
+    checked(folder, model=model.replace("./", f"{folder}/"), plugins=[str(folder / "loader.py")])
+
+
 @pytest.mark.parametrize("command", ["plan", "compare"])
 @pytest.mark.parametrize(
     ("flags", "code"),
@@ -122,6 +144,9 @@ def test_verify_names_a_folder_that_is_none_and_data_that_is_missing(folder: Pat
     manifest = {key: {} for key in KEYS} | {"schema": 1, "recipe": recipe}
     (folder / "old" / MANIFEST).write_text(json.dumps(manifest))
     assert told(folder, "verify", "old", "--evaluation", "absent.txt")["code"] == "QC-DATA-001"
+    both = recipe | {"calibration": {**recipe["calibration"], "source": "absent.txt"}}  # which judges where nothing else does
+    (folder / "old" / MANIFEST).write_text(json.dumps(manifest | {"recipe": both}))
+    assert told(folder, "verify", "old")["code"] == "QC-DATA-001"
     assert told(folder, "verify", "old", "--gate", "cosine>=0.9")["code"] == "QC-GATE-002"
 
 

@@ -22,6 +22,7 @@ import onnxruntime
 import pytest
 import torch
 from exporting import integer_products
+from generation import keep_activations_of_graph_float
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import nn
@@ -35,6 +36,7 @@ from qconvert.ort.processor import processor
 from qconvert.ort.session import file_session, session_options
 from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
+from qconvert.targets.cpu import CPU
 
 TESTS = Path(__file__).parent
 # AVX2 without VNNI, no AVX, ARM64 without and with dot product.
@@ -330,6 +332,34 @@ def test_both_answers_give_the_same_at_every_level(name: str, cases: Cases) -> N
             options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
             session = onnxruntime.InferenceSession(cases[case][0], options, providers=["CPUExecutionProvider"])
             assert largest_difference(session.run(None, inputs)[0], expected) < ROUNDING, (level, case)
+
+
+def test_the_oldest_onnx_runtime_that_the_card_asks_for_runs_every_artifact(cases: Cases, tmp_path: Path) -> None:
+    """Whichever weights the graph takes; with float activations and a quantized embedding, too."""
+    python = os.environ.get("QCONVERT_OLDEST_ONNXRUNTIME")
+    if python is None:
+        pytest.skip("needs QCONVERT_OLDEST_ONNXRUNTIME=PYTHON, the interpreter of an environment with it")
+    show = "import onnxruntime; print(onnxruntime.__version__)"
+    version = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout
+    assert version.startswith(f"{CPU.package.partition('>=')[2]}.")
+    data = {"samples": 4, "length": 32}
+    for scheme in ("int4-g32-asym", "int8-g32"):
+        settings = {"scheme": scheme, "layout": "onnx", "rules": [{"pattern": "lm_head", "scheme": scheme}], "evaluation": data}
+        source, output = str(tiny_llama(tmp_path / "llama")), tmp_path / scheme
+        conversion.convert(Recipe.from_settings({"model": source, "output": str(output), "verify": False, **settings}))
+        keep_activations_of_graph_float(output / GRAPH)  # versions round them differently
+        cases = {**cases, scheme: (output / GRAPH, sample(output / GRAPH))}
+    names = [name for name in cases if (cases[name][0].parent / WEIGHTS).exists() and not name.endswith("-signed")]
+    assert len(names) == 2 * len(RECIPES) + 2
+    (folder := tmp_path / "cases").mkdir()
+    for name in names:
+        np.savez(folder / f"{name}.npz", **cases[name][1])
+        (folder / f"{name}.path").write_text(str(cases[name][0]))
+    subprocess.run([python, TESTS / "run_graphs.py", folder, tmp_path / "found.npz"], check=True)
+    with np.load(tmp_path / "found.npz") as found:
+        for name in names:
+            here = file_session(cases[name][0]).run(None, cases[name][1])[0]
+            assert largest_difference(found[name], here) < OTHER_VECTORS, name
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -29,6 +29,7 @@ from qconvert.targets import graph_files
 REPORT = Report(
     passed=False,
     task="causal-lm",
+    transformers_class="AutoModelForCausalLM",
     quantizer="awq",
     scheme="int4-g32",
     samples=SampleCounts(calibration=32, evaluation=24),
@@ -355,7 +356,7 @@ def test_the_card_of_a_folder_for_cuda_runs_its_graph_with_its_caches(dtype: str
     compile(program, "README.md", "exec")
     assert 'ort.InferenceSession("model.cuda.onnx", providers=["CUDAExecutionProvider"])' in program
     assert f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {dtype}" in program
-    assert "`pip install onnxruntime-gpu transformers`" in text
+    assert "`pip install 'onnxruntime-gpu>=1.31' transformers`" in text
     assert f"On CUDA, activations and caches are {dtype}, and no kernel quantizes activations." in text
     assert "accuracy_level" not in text
 
@@ -363,7 +364,7 @@ def test_the_card_of_a_folder_for_cuda_runs_its_graph_with_its_caches(dtype: str
 def test_the_card_of_both_targets_runs_on_the_cpu_and_names_the_other_graph() -> None:
     text = card(REPORT, RECIPE.model_copy(update={"targets": ("cpu", "cuda")}), "m")
     assert 'ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])' in text
-    assert "For the CUDAExecutionProvider (`pip install onnxruntime-gpu`) take `model.cuda.onnx`" in text
+    assert "For the CUDAExecutionProvider (`pip install 'onnxruntime-gpu>=1.31'`) take `model.cuda.onnx`" in text
     assert "caches are float16 there" in text
 
 
@@ -397,7 +398,7 @@ def test_what_a_busy_machine_made_slow_is_not_called_slow() -> None:
 
 
 def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
-    text = card(REPORT, RECIPE.model_copy(update={"layout": "onnx"}), "m")
+    text = card(but(transformers_class=None), RECIPE.model_copy(update={"layout": "onnx"}), "m")
     assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]
     assert "`--layout onnx`" in text
 

@@ -12,13 +12,18 @@ import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
 from torch import Tensor, nn
 
+from qconvert.errors import UsageError
 from qconvert.ir.report import Report
+from qconvert.load.folder import carried_files
 from qconvert.pipeline import conversion, preparation
 from qconvert.recipe import Recipe
+from qconvert.storage import compressed_tensors
 from qconvert.storage.reader import read_index, read_layer
+from qconvert.write import config
 
 pytestmark = pytest.mark.usefixtures("quick", "quiet")
 
@@ -131,6 +136,28 @@ def test_sentence_transformers_takes_a_folder_of_one_scheme(scheme: str, rules: 
     assert float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)) > 0.95
 
 
+def test_sentence_transformers_finds_the_layers_behind_the_model(tmp_path: Path) -> None:
+    """LaBSE, distiluse, GTR and others have a 2_Dense, whose weights are in a folder of their own."""
+    bert = Transformer(str(tiny_bert(tmp_path / "bert")))
+    width = bert.get_embedding_dimension()
+    source = SentenceTransformer(modules=[bert, Pooling(width, pooling_mode="mean"), Dense(width, 16)], device="cpu")
+    source.save(str(tmp_path / "source"))
+    mine = recipe(tmp_path / "source", tmp_path / "out", scheme="int8-channel-a8", verify=False)
+    conversion.convert(mine)
+    expected = source.encode(["A sentence.", "Another one."])
+    found = SentenceTransformer(str(mine.output), device="cpu").encode(["A sentence.", "Another one."])
+    assert found.shape == expected.shape == (2, 16)
+    assert float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)) > 0.95
+
+
+def test_pickled_layers_behind_the_model_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tiny_bert(tmp_path / "bert")
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"a pickle")
+    carried_files(source)
+    assert "'2_Dense/pytorch_model.bin' is a pickle, and not carried over" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("scheme", "rules"), [("int8-g32", {}), ("int8-channel-a8", {"*.output.dense": "int4-g32"})], ids=["int8-g32", "mixed"]
 )
@@ -150,3 +177,36 @@ def test_what_is_unpacked_by_the_first_call_is_nothing_for_sentence_transformers
 def rounds_activations(module: nn.Module) -> bool:
     scheme = getattr(module, "quantization_scheme", None)
     return scheme is not None and scheme.input_activations is not None
+
+
+# --- what would be read wrongly ---
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rules"),
+    [
+        ("int4-g32-asym", {"*.up_proj": "int4-g32"}),
+        ("int4-g32-asym", {"*.up_proj": "int8-channel-a8"}),
+        ("int4-g32", {"lm_head": "int8-channel"}),
+        ("int8-channel-a8", {"lm_head": "int4-g32"}),
+    ],
+    ids=["zero points", "zero points beside int8", "embedding", "embedding in int4"],
+)
+def test_a_second_scheme_that_is_refused_would_be_read_wrongly(
+    scheme: str, rules: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As README and docs/recipe.md say of folders with zero points or a quantized embedding."""
+    mine = recipe(tiny_llama(tmp_path / "llama"), tmp_path / "out", rules, scheme=scheme, verify=False)
+    with pytest.raises(UsageError, match="QC-PLAN-005"):
+        preparation.plan(mine)
+    monkeypatch.setattr(compressed_tensors, "transformers_refuses", lambda layers, **_: None)
+    monkeypatch.setattr(config, "transformers_refuses", lambda layers, **_: None)
+    conversion.convert(mine)
+    expected = dequantized(mine)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(mine.output)
+        loaded(torch.tensor([[5, 6, 7]]))
+        right = [torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in expected.items()]
+    except Exception:  # of whatever kind: it is not read
+        return
+    assert not all(right)

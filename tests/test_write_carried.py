@@ -31,6 +31,13 @@ def test_files_and_contents_arrive_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "preprocessor_config.json").read_bytes() == b""
 
 
+@pytest.mark.parametrize("name", ["modeling_x.py", "code/x.pyc", "kernels/fast.so", "x-1.0.dist-info/METADATA"])
+def test_code_stays_behind_whoever_loaded_the_model(tmp_path: Path, name: str) -> None:
+    with open_stage(tmp_path / "out", DIGEST) as stage:
+        write_carried(net(files={name: b"import os"}), stage)
+        assert list(stage.folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["config.json", "readme.md", "README.md", "Model.safetensors", "model.safetensors.index.json"])
 def test_the_output_s_own_files_are_not_overwritten(tmp_path: Path, name: str) -> None:
     with open_stage(tmp_path / "out", DIGEST) as stage:
@@ -40,7 +47,10 @@ def test_the_output_s_own_files_are_not_overwritten(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter_config.json", "lora/adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json"],
+    [
+        *("adapter_config.json", "lora/adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+        *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
+    ],
 )
 def test_what_other_tools_would_apply_to_our_weights_stays_behind_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str

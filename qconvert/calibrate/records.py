@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,6 +18,9 @@ from torch import Tensor
 
 from qconvert.errors import InputError, in_one_line
 from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN, TEXT_SUFFIXES, data_file, unreadable
+
+# How many bytes one byte of a part of an .npz file becomes at most: numpy stores arrays as they are, or deflates them.
+LARGEST_EXPANSION = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 
 MIN_PROSE_WORDS = 8  # shorter paragraphs of the builtin text are headings and captions
 
@@ -40,10 +46,37 @@ def read_records(source: str) -> Iterator[str]:
 def read_arrays(source: str) -> dict[str, Tensor]:
     """The arrays of an .npz file. Pickled objects are refused. Raises InputError QC-DATA-001."""
     path = data_file(source, (ARRAYS_SUFFIX,))
-    with _readable(path), np.load(path, allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one bare array, not a .npz archive of named ones")
-        return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    with _readable(path):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is not an archive of named arrays, as numpy.savez writes it")
+        _check_sizes(path)
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+
+
+def _check_sizes(path: Path) -> None:
+    """Raises ValueError for an array that claims to be larger than the file can hold: numpy asks for the memory before it
+    reads. A part of the archive claims a size, and the array within it claims a shape."""
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type not in LARGEST_EXPANSION:
+                raise ValueError(f"{part.filename!r} is compressed in a way that numpy does not write")
+            compressed = min(part.compress_size, path.stat().st_size)
+            most = min(part.file_size, LARGEST_EXPANSION[part.compress_type] * compressed)
+            with archive.open(part) as file:
+                shape, dtype = _array_header(file)
+            claimed = max(part.file_size, math.prod(shape) * dtype.itemsize)
+            if claimed > most:
+                raise ValueError(f"{part.filename!r} claims {claimed} bytes, of which the file holds {most} at most")
+
+
+def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"an array in format {version} is not one of numbers")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
 
 
 @contextmanager
@@ -55,7 +88,9 @@ def _readable(path: Path) -> Iterator[None]:
         ValueError,
         TypeError,
         EOFError,
+        RuntimeError,  # what zipfile raises where a part is encrypted
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:  # pyarrow's errors are ValueErrors or OSErrors
         raise unreadable(path, in_one_line(error)) from error
 

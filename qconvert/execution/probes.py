@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qconvert.ir.batch import Batch
@@ -42,10 +42,13 @@ def position_limit(model: Model) -> int | None:
     limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     if limit is None:
         return None
-    tables = (module for name, module in model.module.named_modules() if name.endswith("position_embeddings"))
-    # RoBERTa and its kin have no position for padding, nor any before that.
-    unused = max((padding + 1 for table in tables if (padding := getattr(table, "padding_idx", None)) is not None), default=0)
-    return int(limit) - unused
+    return int(limit) - first_position(model.module)
+
+
+def first_position(module: nn.Module) -> int:
+    """The position of a row's first token: RoBERTa and its kin have none for padding, nor any before that."""
+    tables = (part for name, part in module.named_modules() if name.endswith("position_embeddings"))
+    return max((padding + 1 for table in tables if (padding := getattr(table, "padding_idx", None)) is not None), default=0)
 
 
 def probes(model: Model) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,14 +16,21 @@ GENAI_CONFIG = "genai_config.json"
 MANIFEST = "qconvert.json"
 REPORT = "report.json"
 CARD = "README.md"
+CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 # What stands before the colon in the names of the manifest's inputs that are no files of the model.
-INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "code")
+INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "tuner", "code")
 
 
 def is_model_file(name: str) -> bool:
     """Whether one of the manifest's inputs is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
     kind, colon, _ = name.partition(":")
     return not colon or kind not in INPUT_KINDS
+
+
+def is_code(name: str) -> bool:
+    """Whether a file beside a model is code, which is never run, or says what was installed: the output holds neither."""
+    path = PurePosixPath(name)
+    return path.suffix in CODE or any(part.endswith((".dist-info", ".egg-info")) for part in path.parts)
 
 
 @dataclass(frozen=True, slots=True)

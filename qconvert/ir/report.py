@@ -86,7 +86,7 @@ class Latency(_Part):
     others_share: of the cores' time, what other programs took meanwhile, 0 to 1; None where the system does not tell. spread:
     how far apart the middle half of the repeats is, relative to p50_ms.
     threads, spinning: the artifact's session settings, the fastest of `trials`. accuracy_level: of its MatMulNBits, None
-    without one; at 4 the CPU's kernel quantizes activations to int8, per row and block.
+    without one; at 4 the CPU's kernel quantizes activations to int8.
     device_nodes, cpu_nodes, copies: of a target other than the CPU: how many nodes ran there, which ran on the CPU instead,
     and how often something was copied between the two within one run.
     """
@@ -171,7 +171,8 @@ class LayerReport(_Part):
 class Report(_Part):
     """passed: False where a check failed or a gate was missed, else True, or None where nothing was run. assignment: None where
     the recipe named the schemes. processor: None where nothing was run. context_length: tokens that a decoder has positions
-    for, prompt and answer together; None for other tasks, and where the model's config does not say."""
+    for, prompt and answer together; None for other tasks, and where the model's config does not say. transformers_class: what
+    loads the whole folder in transformers; None where nothing does."""
 
     passed: bool | None
     task: TaskName
@@ -180,6 +181,7 @@ class Report(_Part):
     samples: SampleCounts
     size: Size
     context_length: int | None = None
+    transformers_class: str | None = None
     processor: Processor | None = None
     parity: tuple[Parity, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
@@ -207,8 +209,9 @@ class Report(_Part):
                 {key: value for key, value in entry.items() if value is not None or key in always}
                 for entry in document[section]
             ]
-        if self.context_length is None:
-            del document["context_length"]
+        for name in ("context_length", "transformers_class"):
+            if document[name] is None:
+                del document[name]
         parts = {
             "assignment": self.assignment and self.assignment.document(),
             "processor": self.processor and self.processor.model_dump(mode="json", exclude_none=True),

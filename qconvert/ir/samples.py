@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qconvert.ir.batch import Batch, row_count
+from qconvert.ir.batch import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,8 +23,3 @@ class Samples:
     calibration: tuple[Batch, ...]
     evaluation: tuple[Batch, ...]
     files: Mapping[str, Path] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many samples there are of each set."""
-        return {name: sum(map(row_count, getattr(self, name))) for name in ("calibration", "evaluation")}

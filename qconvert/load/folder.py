@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qconvert.errors import InputError
+from qconvert.ir.artifact import is_code
 from qconvert.storage.git_lfs import refuse_git_lfs_pointer
 from qconvert.storage.json_text import parse_json
 
@@ -16,6 +18,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Pickles, which can run code when they are opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -25,9 +28,11 @@ OTHER_WEIGHTS = (
     *(".xml", ".mlmodel", ".npz", ".pb", ".pdparams"),  # .xml: OpenVINO's graph, useless without its .bin
 )
 # config.json is rewritten with the output, and the source's model card describes the source: we write our own.
-# Code is never run and the keys of config.json that name it are dropped, so it does not travel either.
 NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
-NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json", ".py", ".pyc")
+NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json")
+# The weights of what sentence-transformers computes behind the model, such as 2_Dense, in float as they are.
+MODULE_WEIGHTS = re.compile(r"\d+_\w+/model\.safetensors")
+MODULE_PICKLES = re.compile(r"\d+_\w+/pytorch_model\.bin")
 
 _MERGE = "in peft: load both, then .merge_and_unload().save_pretrained(FOLDER)"
 
@@ -140,6 +145,13 @@ def _no_weights(folder: Path) -> InputError:
 def refuse_adapter(folder: Path) -> None:
     """Raises InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
     if not os.path.lexists(folder / ADAPTER):
+        for name in ADAPTER_WEIGHTS:
+            if os.path.lexists(folder / name):
+                raise InputError(
+                    "QC-INPUT-023",
+                    f"{folder} holds the weights of an adapter, {name}, without the {ADAPTER} that says how to apply them",
+                    hint=f"give a folder with adapter and model merged ({_MERGE}); or remove {name} for the model without it",
+                )
         return
     config = read_json(contained(folder, ADAPTER), "QC-INPUT-023")
     base = config.get("base_model_name_or_path")
@@ -173,7 +185,8 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
 def carried_files(folder: Path) -> dict[str, Path]:
     """Every file that travels with the model (tokenizer, generation config, ...), by its path relative to the folder.
 
-    Sub-folders such as 1_Pooling count, hidden ones do not. Raises InputError QC-INPUT-009 for a link out of the folder.
+    Sub-folders such as 1_Pooling count, hidden ones do not. Of weights only those of modules behind the model travel.
+    Raises InputError QC-INPUT-009 for a link out of the folder.
     """
     return dict(sorted(_walk(folder)))
 
@@ -188,5 +201,10 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 log.warning("the linked folder %s is not carried over", ascii(str((here / name).relative_to(folder))))
         for name in names:
             relative = (here / name).relative_to(folder).as_posix()
-            if relative not in NOT_CARRIED and not name.endswith(NOT_CARRIED_SUFFIXES) and (here / name).is_file():
+            if MODULE_PICKLES.fullmatch(relative) and SINGLE not in names:
+                log.warning(
+                    "%s is a pickle, and not carried over: load and save the model with sentence-transformers", ascii(relative)
+                )
+            left_out = relative in NOT_CARRIED or name.endswith(NOT_CARRIED_SUFFIXES) or is_code(relative)
+            if (not left_out or MODULE_WEIGHTS.fullmatch(relative)) and (here / name).is_file():
                 yield relative, contained(folder, relative)

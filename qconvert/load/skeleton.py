@@ -107,6 +107,15 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
     if experts := _experts(module):
         raise _not_converted(model_class.__name__, f"a mixture of experts ({experts})")
     task = _task(model_class)
+    if task is CAUSAL_LM and _sees_later_tokens(module):
+        reading = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config["model_type"]) or base_class_name(config["model_type"])
+        raise InputError(
+            "QC-INPUT-014",
+            f"{model_class.__name__} has the head of a model that writes text, but its attention sees later tokens: is_decoder "
+            "is not set in config.json",
+            hint="set is_decoder to true if the model was trained to write text, and else architectures to the class that the "
+            f"weights were trained in, e.g. {reading!a}",
+        )
     if not task.generates and (rotary := _rotary_embedding(module)):
         reason = f"a model without a language model's head that rotates queries and keys ({rotary})"
         raise _not_converted(model_class.__name__, reason)
@@ -183,6 +192,9 @@ def _model_class(config: Mapping[str, Any], parsed: Any) -> type[PreTrainedModel
 def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
     if "decoder_input_ids" in inspect.signature(model_class.forward).parameters and not _task(model_class).reads_source:
         return "an encoder-decoder (sequence to sequence) model without a language model's head"
+    half = parsed.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and _task(model_class) is CAUSAL_LM
+    if half or getattr(parsed, "add_cross_attention", False):
+        return "the decoder of an encoder-decoder alone"
     if model_class.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         return "a model of multiple choice, where a row is several texts"
     if not _reads_text_alone(model_class):
@@ -213,6 +225,12 @@ def _experts(module: nn.Module) -> str | None:
     names = {name: type(part).__name__ for name, part in module.named_modules() if name}
     named = (name for name in names if name.rpartition(".")[2] == "experts")
     return next(named, None) or next((name for name, kind in names.items() if re.search("Moe|MoE|Experts", kind)), None)
+
+
+def _sees_later_tokens(module: nn.Module) -> bool:
+    """Whether attention goes both ways, as in an encoder: a causal head alone does not change that (BertLMHeadModel)."""
+    causal = [bool(part.is_causal) for part in module.modules() if hasattr(part, "is_causal")]
+    return bool(causal) and not any(causal)
 
 
 def _rotary_embedding(module: nn.Module) -> str | None:

@@ -75,8 +75,9 @@ def check_published(folder: Path, targets: Sequence[str], evaluation: str | None
     plugins = plugins_of(recipe)
     plugins.require(recipe.worker)
     refuse_gates(recipe.gates, _task(recipe.model))
-    if recipe.evaluation.source is not None:
-        _find_data(recipe.evaluation.source, plugins)
+    judging = recipe.evaluation.source or recipe.calibration.source
+    if judging is not None:
+        _find_data(judging, plugins)
     return plugins
 
 
@@ -91,11 +92,13 @@ def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> No
     inputs = [*recipe.plugins, *(Path(name) for name in data), *([source] if source else [])]
     replaces = recipe.force or not writes
     check_output(recipe.output, force=replaces, inputs=[path for path in inputs if path.exists()])
-    plugins.require(recipe.worker)
+    plugins.require(recipe.worker, recipe.tuning)
     if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
         raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")
-    if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir() or plugins.load_models):
-        raise no_folder(source)
+    if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir()):
+        absent = _is_path(recipe.model) and not source.exists()
+        if absent or not plugins.load_models:  # which may load files, and know names that are no paths
+            raise no_folder(source)
     for name in data:
         _find_data(name, plugins)
 
@@ -113,6 +116,11 @@ def _place(model: str) -> Path | None:
         file, _, _ = model.removeprefix(FACTORY).rpartition(":")
         return Path(file) if file.endswith(".py") else None
     return Path(model)
+
+
+def _is_path(model: str) -> bool:
+    """Whether a source can be nothing but a path, as it is written: from the root, a home, this folder or the one above."""
+    return Path(model).is_absolute() or model.split("/")[0] in (".", "..", "~")
 
 
 def _task(model: str) -> Task | None:

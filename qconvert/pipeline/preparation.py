@@ -35,13 +35,14 @@ UNDECIDED = QuantScheme.parse("int4-channel")
 def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     """The job of a conversion. Raises what can be wrong with recipe, model, data and output before a weight is quantized."""
     checked_device(recipe.device)
-    quantizer = plugins.quantizer(recipe.worker, recipe.options)
+    quantizer, tuner = plugins.quantizer(recipe.worker, recipe.options), plugins.tuner(recipe.tuning)
     model = load_model(recipe, plugins, progress)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
     samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
     template, digests = open_model(model, samples, progress)
     plan = outline(recipe, quantizer, model, template)
-    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, plugins.code_of(quantizer))
+    code = plugins.code_of(quantizer, tuner)
+    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, code, tuner)
     return decided(job, progress)
 
 
@@ -53,22 +54,20 @@ def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
     """
     plugins = plugins or preflight.check(recipe, writes=False)
     checked_device(recipe.device)
-    return decided(reading_job(recipe, plugins, silent, calibrated=recipe.quantizer == AUTO), silent).plan
+    job = reading_job(recipe, plugins, silent)
+    if recipe.quantizer == AUTO:
+        job = replace(job, samples=read_samples(job.model, recipe, True, plugins.find_data))
+    return decided(job, silent).plan
 
 
-def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress, *, calibrated: bool | None = None) -> Job:
-    """The job of who writes nothing.
-
-    calibrated: whether calibration samples are read; None for what the plan says, False for no samples at all.
-    """
+def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
+    """The job of who writes nothing, without samples."""
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model = load_model(recipe, plugins, progress)
     progress.stage("trace", None)
     template = trace(model)
     made = outline(recipe, quantizer, model, template)
-    wanted = made.calibrated if calibrated is None else calibrated
-    samples = Samples((), ()) if calibrated is False else read_samples(model, recipe, wanted, plugins.find_data)
-    return Job(recipe, recipe, quantizer, model, template, made, samples)
+    return Job(recipe, recipe, quantizer, model, template, made, Samples((), ()))
 
 
 def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Model:
@@ -101,7 +100,7 @@ def decided(job: Job, progress: Progress) -> Job:
     if job.recipe.quantizer != AUTO:
         return job
     # Losses are measured on float blocks, whatever is done to the quantized ones afterwards.
-    measured = replace(job, recipe=job.recipe.model_copy(update={"tuning": None, "sequential": False}))
+    measured = replace(job, recipe=job.recipe.model_copy(update={"tuning": None, "sequential": False}), tuner=None)
     recipe, assignment = allocate(calibrate([Participant(measured)]), job, progress)
     made = make_plan(job.model, job.template, recipe, job.quantizer)
     return replace(job, recipe=recipe, plan=replace(made, assignment=assignment))

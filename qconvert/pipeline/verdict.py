@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
+from qconvert.execution.auto_class import auto_class
 from qconvert.execution.probes import position_limit
 from qconvert.ir.artifact import MANIFEST
+from qconvert.ir.batch import row_count
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
@@ -36,9 +38,13 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
         task=model.task.name,
         quantizer=recipe.quantizer,
         scheme=str(plan.scheme),
-        samples=SampleCounts(**samples.counts),
+        samples=SampleCounts(
+            calibration=recipe.calibration.samples if plan.calibrated else 0,
+            evaluation=sum(map(row_count, samples.evaluation)),
+        ),
         size=size,
         context_length=position_limit(model) if model.task.continues_prompts else None,
+        transformers_class=auto_class(model) if recipe.layout == "transformers" and model.config is not None else None,
         processor=found.processor,
         parity=found.parity,
         fidelity=found.fidelity,

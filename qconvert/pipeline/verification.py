@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from qconvert.calibrate import read_samples
 from qconvert.errors import InputError
 from qconvert.ir.model import Model
 from qconvert.ir.progress import Progress, silent
@@ -57,4 +59,6 @@ def _measure(folder: Path, recipe: Recipe, progress: Progress, plugins: PluginMa
     progress.stage("check files", None)
     check_digests(folder)
     job = reading_job(recipe, plugins, progress)
+    # What it was calibrated on need not be there any more.
+    job = replace(job, samples=read_samples(job.model, recipe, False, plugins.find_data))
     return verdict.make_report(job, folder, verify_artifact(folder, job, progress)), job.model

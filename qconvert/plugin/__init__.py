@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qconvert.load.tokenizer import text_encoder
     from qconvert.plugin.observer import AbsMax, Gram, Observer, SampledRows
     from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+    from qconvert.plugin.tuner import BlockTuner, SampledBlock
     from qconvert.recipe import Recipe
 
 hookimpl = HookimplMarker("qconvert")
@@ -35,6 +36,7 @@ __all__ = [
     "TASKS",
     "AbsMax",
     "Activations",
+    "BlockTuner",
     "CalibrationStats",
     "Fidelity",
     "GateResult",
@@ -61,6 +63,7 @@ __all__ = [
     "Report",
     "ResourceError",
     "SampleCounts",
+    "SampledBlock",
     "SampledRows",
     "Size",
     "Task",
@@ -93,6 +96,7 @@ _HOMES = {
     "qconvert.load.tokenizer": ("text_encoder",),
     "qconvert.plugin.observer": ("AbsMax", "Gram", "Observer", "SampledRows"),
     "qconvert.plugin.quantizer": ("Quantizer", "round_to_nearest"),
+    "qconvert.plugin.tuner": ("BlockTuner", "SampledBlock"),
     "qconvert.recipe": ("Recipe",),
 }
 

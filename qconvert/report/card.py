@@ -86,7 +86,6 @@ ENCODER_RUN_ON_CUDA = (
 )
 # onnx.TensorProto's numbers of the types
 ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
-LOAD: dict[TaskName, str] = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
@@ -123,7 +122,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     task = TASKS[report.task]
     targets = targets_of(recipe.targets)
     first, *others = targets
-    yield f"In this folder, with `pip install {first.package}{' transformers' if task.takes_text else ''}`:"
+    yield f"In this folder, with `pip install '{first.package}'{' transformers' if task.takes_text else ''}`:"
     yield f"```python\n{RUN[report.task] if first is CPU else _on(first, RUN[report.task], recipe)}\n```"
     if report.context_length is not None:
         limit = f"at most {report.context_length} tokens, as many as the model has positions"
@@ -131,19 +130,28 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     for target in others:
         caches = f"; caches are {recipe.cuda_dtype} there" if task.generates else ""
         files = " and ".join(f"`{file}`" for file in graph_files(task, target).values())
-        yield f"For the {target.provider} (`pip install {target.package}`) take {files}{caches}."
+        yield f"For the {target.provider} (`pip install '{target.package}'`) take {files}{caches}."
     yield from _recommended(report)
     if not task.takes_text:
         return
     yield "## Load it with transformers"
-    if recipe.layout == "onnx":
+    if (name := report.transformers_class) is None:
         yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graphs can read."
         return
-    kind = LOAD[report.task]
     yield "In this folder, with `pip install 'transformers>=5.23' compressed-tensors`:"
-    yield f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+    yield f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(".")\n```'
+    yield _dequantized(report)
+
+
+def _dequantized(report: Report) -> str:
+    """What transformers makes of the weights."""
     without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
-    yield f"There its weights are dequantized{without}: it has float's size and speed."
+    schemes = {layer.scheme.replace("-tensor", "-channel") for layer in report.layers}  # the layout has one form for both
+    late = len(schemes) > 1 or any(scheme.startswith("int8-g") for scheme in schemes)
+    when = ", when the model is first called" if late else ""
+    rounded = len(schemes) > 1 and any(scheme.endswith("-a8") for scheme in schemes)
+    activations = " Layers whose scheme ends in -a8 round their activations there, too." if rounded else ""
+    return f"There its weights are dequantized{when}{without}: it has float's size and speed.{activations}"
 
 
 def _recommended(report: Report) -> Iterator[str]:
@@ -212,7 +220,7 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     if on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
-            "stored, but the kernel itself quantizes activations to int8, per row and block."
+            "stored, but the kernel itself quantizes activations to int8."
         )
     if on_cpu and any(scheme.endswith("-a8") for scheme in schemes):
         notes.append(

@@ -30,7 +30,7 @@ CPU = Target(
     "cpu",
     provider="CPUExecutionProvider",
     device="cpu",
-    package="onnxruntime",
+    package="onnxruntime>=1.28",  # docs/processors.md has what was seen of older ones
     variant="",
     half_precision=False,
     takes_zero_points=True,

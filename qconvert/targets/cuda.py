@@ -34,7 +34,7 @@ CUDA = Target(
     "cuda",
     provider="CUDAExecutionProvider",
     device="cuda",
-    package="onnxruntime-gpu",
+    package="onnxruntime-gpu>=1.31",  # whose kernels graph/cuda_kernels.json has
     variant="cuda",
     half_precision=True,
     takes_zero_points=False,

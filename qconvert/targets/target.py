@@ -15,7 +15,7 @@ class Target:
     """One provider. How a layer is lowered for it is said in qconvert/export.
 
     name: what users type. provider: ONNX Runtime's name. device: where it keeps values, as ONNX Runtime names it.
-    package: the distribution of ONNX Runtime that has it.
+    package: the distribution of ONNX Runtime that has it, from the oldest version that runs the graphs.
     variant: what tells its graphs' names from those of others: "model.VARIANT.onnx"; "" for "model.onnx".
     half_precision: whether activations and caches are float16 or bfloat16, as the recipe says; else they are float32.
     takes_zero_points: whether its kernels for packed weights do.

@@ -58,7 +58,7 @@ def encoder(module: nn.Module, decoder_blocks: list[str], form: Form) -> Signatu
     return Signature(
         _Encoder(module, form, indices),
         {"inputs": inputs},
-        {"inputs": {name: {0: "batch", 1: "source"} for name in inputs}},
+        {"inputs": {name: {0: "batch_size", 1: "source"} for name in inputs}},
         list(inputs),
         ["last_hidden_state", *cache_names("cross_key_values", indices)],
     )
@@ -101,7 +101,7 @@ def decoder(module: nn.Module, decoder_blocks: list[str], form: Form, encoder_gr
         return [(torch.zeros(BATCH, heads, length, size), torch.zeros(BATCH, heads, length, size)) for _ in indices]
 
     def dynamic(length: str) -> list[tuple[dict[int, str], dict[int, str]]]:
-        return [({0: "batch", 2: length}, {0: "batch", 2: length}) for _ in indices]
+        return [({0: "batch_size", 2: length}, {0: "batch_size", 2: length}) for _ in indices]
 
     inputs = {
         "input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long),
@@ -111,7 +111,7 @@ def decoder(module: nn.Module, decoder_blocks: list[str], form: Form, encoder_gr
         _Decoder(module, form, indices),
         {"inputs": inputs, "cross": caches(SOURCE), "past": caches(PAST)},
         {
-            "inputs": {"input_ids": {0: "batch", 1: "sequence"}, "encoder_attention_mask": {0: "batch", 1: "source"}},
+            "inputs": {"input_ids": {0: "batch_size", 1: "sequence"}, "encoder_attention_mask": {0: "batch_size", 1: "source"}},
             "cross": dynamic("source"),
             "past": dynamic("past"),
         },

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.execution.outputs import encoder_outputs, tensors_in
+from qconvert.execution.probes import first_position
 from qconvert.ir.model import Model
 from qconvert.ir.task import CAUSAL_LM, ENCODER, MODULE, SEQ2SEQ_LM, Task
 from qconvert.trace import attention
@@ -90,9 +91,10 @@ def cache_names(prefix: str, indices: list[int]) -> list[str]:
 
 
 class _CausalLM(Wrapper):
-    def __init__(self, module: nn.Module, form: Form, indices: list[int]) -> None:
+    def __init__(self, module: nn.Module, form: Form, indices: list[int], first: int) -> None:
+        """first: the position of a row's first token."""
         super().__init__(module, form)
-        self.indices = indices
+        self.indices, self.first = indices, first
         if form.rotary:
             positions = int(module.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
             cos, sin = rotary_caches(module, positions)
@@ -115,7 +117,7 @@ class _CausalLM(Wrapper):
                 context.rotary = self.cos_cache, self.sin_cache  # type: ignore[assignment]
             kwargs: dict[str, Any] = {}
             if "position_ids" in inspect.signature(self.module.forward).parameters:
-                kwargs["position_ids"] = order.positions
+                kwargs["position_ids"] = order.positions + self.first if self.first else order.positions
             logits = self.call(
                 parameters,
                 input_ids=order.applied(input_ids),
@@ -138,11 +140,11 @@ def _causal_lm(model: Model, module: nn.Module, blocks: list[str], form: Form, o
     }
     past = [(torch.zeros(BATCH, heads, PAST, size), torch.zeros(BATCH, heads, PAST, size)) for _ in indices]
     return Signature(
-        _CausalLM(module, form, indices),
+        _CausalLM(module, form, indices, first_position(model.module)),
         {"inputs": inputs, "past": past},
         {
-            "inputs": {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}},
-            "past": [({0: "batch", 2: "past"}, {0: "batch", 2: "past"}) for _ in past],
+            "inputs": {"input_ids": {0: "batch_size", 1: "sequence"}, "attention_mask": {0: "batch_size", 1: "total"}},
+            "past": [({0: "batch_size", 2: "past"}, {0: "batch_size", 2: "past"}) for _ in past],
         },
         [*inputs, *cache_names("past_key_values", indices)],
         [*outputs, *cache_names("present", indices)],
@@ -159,7 +161,7 @@ class _Encoder(Wrapper):
 
 def _encoder(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     inputs = {name: torch.ones(BATCH, SEQUENCE, dtype=torch.long) for name in model.input_names}
-    shapes = {"inputs": {name: {0: "batch", 1: "sequence"} for name in inputs}}
+    shapes = {"inputs": {name: {0: "batch_size", 1: "sequence"} for name in inputs}}
     return Signature(_Encoder(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
 
 
@@ -170,7 +172,7 @@ class _Module(Wrapper):
 
 def _module(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     inputs = model.example_rows(BATCH)
-    shapes = {"inputs": {name: None if name in model.shared_inputs else {0: "batch"} for name in inputs}}
+    shapes = {"inputs": {name: None if name in model.shared_inputs else {0: "batch_size"} for name in inputs}}
     return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
 
 

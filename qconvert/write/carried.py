@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS, is_code
 from qconvert.ir.model import Model
 from qconvert.ir.task import TASKS
 from qconvert.storage.disk import disk_errors
@@ -18,7 +18,10 @@ log = logging.getLogger("qconvert")
 
 # What other tools apply to the weights that they find beside it, wherever it came from: transformers with peft an adapter;
 # vLLM, SGLang and TensorRT-LLM the settings of another quantizer.
-ABOUT_OTHER_WEIGHTS = ("adapter_config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+ABOUT_OTHER_WEIGHTS = (
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
+)
 # Names that the output has its own files for, or that would describe the weights of the source.
 OWN_FILES = {
     CARD.lower(),
@@ -39,10 +42,10 @@ def write_carried(model: Model, stage: Stage) -> None:
                 f"{model.name}: file {name!a} to carry over leads out of the output folder",
                 hint="remove it from the checkpoint, or mend the plugin that loaded it",
             )
-        if name.lower() in OWN_FILES:  # lower: the file system may ignore case
+        if name.lower() in OWN_FILES or is_code(name):  # lower: the file system may ignore case
             continue
         if path.name.lower() in ABOUT_OTHER_WEIGHTS:
-            log.warning("%s is not carried over: it says how to read other weights", ascii(name))
+            log.warning("%s is not carried over: it is for other weights than those written here", ascii(name))
             continue
         target = stage.folder / path
         with disk_errors(target):
