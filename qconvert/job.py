@@ -11,6 +11,7 @@ from qconvert.ir.samples import Samples
 from qconvert.ir.template import Template
 from qconvert.plugin.host.distribution import Code
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.tuner import BlockTuner
 from qconvert.recipe import Recipe
 
 
@@ -21,6 +22,7 @@ class Job:
     asked: the recipe as it was given; `recipe` is what a budget made of it.
     digests: name -> sha256 of the files of the model and of the data; {} where nothing is to be written.
     code: what the tensors are made by, for the manifest.
+    tuner: what changes the tensors of each block once they are quantized; None where nothing does.
     """
 
     asked: Recipe
@@ -32,6 +34,7 @@ class Job:
     samples: Samples
     digests: Mapping[str, str] = field(default_factory=dict)
     code: Sequence[Code] = ()
+    tuner: BlockTuner | None = None
 
     @property
     def keeps_unfolded(self) -> bool:

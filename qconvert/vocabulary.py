@@ -22,3 +22,6 @@ PLUGIN_SECONDS = 600  # what one call of a plugin may take, unless it is said
 
 # The name that stands for "decide the schemes", and the quantizer that then does the work.
 AUTO, AUTO_QUANTIZER = "auto", "gptq"
+
+# The tuner of blocks that a recipe means without naming one; its options are written beside its name.
+TUNER = "signround"

@@ -34,6 +34,7 @@ from qconvert.job import Job
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.recipe import Recipe
+from qconvert.tuners.signround import SignRound
 
 VOCABULARY = 100
 
@@ -182,7 +183,9 @@ def job_of(
     """
     recipe = Recipe.from_settings({"model": "module:mine", "output": "out", **settings})
     template = Template({}, {}, tuple(groups))
-    return Job(recipe, recipe, quantizer or PerChannelQuantizer(), model, template, plan, Samples(tuple(batches), ()))
+    tuner = SignRound(**recipe.tuning.settings) if recipe.tuning else None
+    samples = Samples(tuple(batches), ())
+    return Job(recipe, recipe, quantizer or PerChannelQuantizer(), model, template, plan, samples, tuner=tuner)
 
 
 def calibrated(

@@ -34,6 +34,7 @@ def test_every_built_in_is_listed_with_what_it_takes() -> None:
     document = json.loads(run("list", "--json").stdout)
     assert (document["schema"], document["api"]) == (1, 1)
     ours = {entry["name"]: entry for entry in document["plugins"] if entry["distribution"] == "qconvert"}
+    assert ours.pop("signround")["kind"] == "tuner"
     assert len(ours) == len(BUILTINS)
     assert ours["llm-int8"]["schemes"] == ["int8-tensor-a8", "int8-channel-a8"]
     assert ours["hqq"]["schemes"] == [

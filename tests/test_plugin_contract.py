@@ -61,7 +61,7 @@ def test_scales_keep_to_the_bits_that_the_model_has_room_for() -> None:
             return round_to_nearest(layer.weight, QuantScheme.parse(str(scheme)))
 
     asked = replace(QuantScheme.parse("int8-channel"), scale_bits=8)
-    with pytest.raises(PluginError, match=r"scale is not rounded .* apply qconvert\.ir\.affine\.round_scale"):
+    with pytest.raises(PluginError, match=r"scale is not rounded .* apply qconvert\.plugin\.affine\.round_scale"):
         contract.quantize(Own(), replace(layer(), weight=layer().weight / 3), asked)
     coarse = replace(layer(), weight=torch.ones(4, 32) * 127 / 128)
     assert contract.quantize(Own(), coarse, asked).scheme.scale_bits == 8

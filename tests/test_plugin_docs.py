@@ -11,12 +11,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_llama
 
 from qconvert.plugin import hookspecs
 from qconvert.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 GUIDE, REFERENCE = ROOT / "docs" / "plugins.md", ROOT / "docs" / "hooks.md"
+BUILTIN_USERS = {"register_quantizers": ["the built-in quantizers"], "register_tuners": ["the built-in tuner"]}
 HOOKS = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
 
 
@@ -31,7 +33,7 @@ def reference() -> str:
         hook = getattr(hookspecs, name)
         modules = sorted(ROOT.glob("plugins/*/qconvert_*.py"))
         users = [module.parent.name for module in modules if f"def {name}(" in module.read_text(encoding="utf-8")]
-        users += ["the built-in quantizers"] if name == "register_quantizers" else []
+        users += BUILTIN_USERS.get(name, [])
         signature = f"def {name}{inspect.signature(hook)}".replace("'", "")
         parts += [f"## {name}", f"```python\n@hookimpl\n{signature}: ...\n```", inspect.getdoc(hook) or ""]
         parts += [f"Used by: {', '.join(users)}."]
@@ -47,12 +49,12 @@ def test_every_hook_has_a_document_a_test_and_a_user(hook: str) -> None:
     assert inspect.getdoc(getattr(hookspecs, hook))
     assert f"## {hook}" in REFERENCE.read_text(encoding="utf-8")
     assert any(f"def {hook}" in path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py") if path != Path(__file__))
-    users = [*ROOT.glob("plugins/*/qconvert_*.py"), *ROOT.glob("qconvert/quantizers/*.py")]
+    users = [*ROOT.glob("plugins/*/qconvert_*.py"), *ROOT.glob("qconvert/quantizers/*.py"), *ROOT.glob("qconvert/tuners/*.py")]
     assert any(f"def {hook}(" in path.read_text(encoding="utf-8") for path in users)
 
 
 def test_the_first_quantizer_of_the_guide_is_short_and_works(tmp_path: Path) -> None:
-    code, suite = blocks("python")
+    code, suite, _ = blocks("python")
     body = code.partition("@dataclass")[2].splitlines()
     assert len(body) <= 30
     (tmp_path / "power_of_two.py").write_text(code)
@@ -76,6 +78,26 @@ def test_the_first_quantizer_of_the_guide_is_short_and_works(tmp_path: Path) -> 
     manifest = json.loads((tmp_path / "out" / "qconvert.json").read_text())
     assert manifest["recipe"]["options"] == {"down": True}
     assert {"model.safetensors", "model.onnx", "model.cuda.onnx"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_tuner_of_the_guide_works(tmp_path: Path) -> None:
+    *_, code = blocks("python")
+    (tmp_path / "best_clip.py").write_text(code)
+    tiny_llama(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("".join(f"Sentence {n} has {n * n} words.\n" for n in range(60)))
+    page = qconvert("qconvert plugins show best-clip --plugin best_clip.py", tmp_path)
+    assert "of the smaller range to the whole one." in page.stdout
+    data = {"source": "text.txt", "samples": 4, "length": 32}
+    recipe = {
+        **{"model": "llama", "output": "out", "quantizer": "absmax", "scheme": "int4-g16", "plugins": ["best_clip.py"]},
+        **{"calibration": data, "evaluation": data, "verify": False},
+        "tuning": {"tuner": "best-clip", "options": {"ratio": 0.9}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    qconvert("qconvert run recipe.yaml", tmp_path)
+    manifest = json.loads((tmp_path / "out" / "qconvert.json").read_text())
+    assert manifest["recipe"]["tuning"] == recipe["tuning"]
+    assert {"code:best_clip.py", "code:qconvert"} <= manifest["inputs"].keys()
 
 
 def test_the_project_file_of_the_guide_names_what_the_guide_made() -> None:

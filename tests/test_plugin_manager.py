@@ -98,7 +98,7 @@ def test_the_built_ins_are_named_in_one_tuple() -> None:
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("from qconvert import hookimpl\n@hookimpl\ndef load_model(sauce): ...", "sauce"),
         ("from qconvert import hookimpl\n@hookimpl\ndef register_quantizer(): ...", "unknown hook 'register_quantizer'"),
-        ("def register_quantizers(): return []", "implements no hook: decorate its functions with @qconvert.hookimpl"),
+        ("def register_quantizers(): return []", "implements no hook: decorate its functions with @qconvert.plugin.hookimpl"),
     ],
     ids=["import-error", "syntax-error", "exits", "wrong-argument", "misspelt-hook", "no-hookimpl"],
 )

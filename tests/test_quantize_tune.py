@@ -25,10 +25,10 @@ from qconvert.ir.template import InputGroup
 from qconvert.job import Job
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.quantize import quantize
-from qconvert.quantize.tune import HELD_OUT, tune
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
 from qconvert.recipe.fields import Tuning
 from qconvert.trace import trace
+from qconvert.tuners.signround import HELD_OUT, SignRound
 
 BATCHES = tuple(token_batch((12, 12 - seed % 3) * 12, seed=seed) for seed in range(16))
 STEPS = Tuning(steps=30)
@@ -161,7 +161,7 @@ def test_what_does_not_help_on_samples_that_were_held_out_is_not_kept() -> None:
         reached = forward(len(BATCHES) - 1, {name: tensor.dequantize() for name, tensor in tensors.items()})
     samples = dataclasses.replace(block.samples, targets=(*block.samples.targets[:-1], reached))
     layers = {layer.name: layer for layer in block.layers}
-    tuned = tune(layers, tensors, DifferentiableBlock(model, block.name, samples), {}, STEPS)
+    tuned = SignRound(steps=30).tune(layers, tensors, DifferentiableBlock(model, block.name, samples), {})
     assert all(tuned[name] is tensor for name, tensor in tensors.items())
 
 

@@ -9,6 +9,7 @@ import torch
 
 from qconvert.errors import UsageError
 from qconvert.ir.scheme import DYNAMIC_INT8, GROUP_SIZES, PerChannel, PerGroup, PerTensor, QuantScheme
+from qconvert.recipe import Recipe
 
 EVERY = [
     f"int{bits}-{granularity}{asym}{a8}"
@@ -70,3 +71,27 @@ def test_only_symmetric_int8_leaves_a_code_out(text: str, codes: tuple[int, int]
 def test_scales_are_float16_where_they_are_many_or_round_to_what_float16_multiplies_exactly(text: str) -> None:
     small = text.startswith("int4") or ("-g" in text and "asym" not in text)
     assert QuantScheme.parse(text).scale_dtype == (torch.float16 if small else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("W4A16", "int4-g128"),
+        ("W4A16_ASYM", "int4-g128-asym"),
+        ("W8A16", "int8-channel"),
+        ("W8A8", "int8-channel-a8"),
+        ("w4a16", "int4-g128"),
+    ],
+)
+def test_what_compressed_tensors_calls_a_scheme_is_understood(name: str, text: str) -> None:
+    assert str(QuantScheme.parse(name)) == text
+    recipe = Recipe.from_settings({"model": "m", "output": "o", "scheme": name, "rules": [{"pattern": "*", "scheme": name}]})
+    assert recipe.model_dump(mode="json")["scheme"] == text
+    assert recipe.rules[0].scheme == recipe.scheme
+
+
+@pytest.mark.parametrize("name", ["W4A8", "W3A16", "W8A8_ASYM", "W4A16-asym"])
+def test_other_names_of_that_kind_are_no_schemes(name: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        QuantScheme.parse(name)
+    assert "W4A16 and W8A8 are understood" in raised.value.hint

@@ -24,9 +24,10 @@ from qconvert.load.factory import load_factory
 from qconvert.ort.compare import largest_difference
 from qconvert.trace import trace
 from qconvert.trace.attention import rotary_caches
-from qconvert.trace.capture import FORMS, capture
+from qconvert.trace.capture import capture
 from qconvert.trace.cleanup import CLEAN_UPS, cleaned_up
 from qconvert.trace.opaque import representatives
+from qconvert.trace.signature import FORMS
 from qconvert.trace.stamp import stamp
 
 CLOSE = 1e-5

@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert import hookimpl
-from qconvert.errors import InputError, in_one_line
+from qconvert.plugin import InputError, hookimpl, in_one_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from gguf.gguf_reader import ReaderTensor
     from torch import Tensor
 
-    from qconvert.ir.model import Model, TensorInfo
+    from qconvert.plugin import Model, TensorInfo
 
 # Keys, tensors and elements of arrays that a file may have in all: a vocabulary of 260,000 tokens makes 1.3 million.
 MAX_VALUES = 2**22
@@ -47,8 +46,7 @@ def load_model(source: str) -> Model | None:
     if path.suffix.lower() != ".gguf" or source.startswith("module:"):
         return None
     # torch and transformers take seconds: imported once it is known that they are needed.
-    from qconvert.load.hugging_face import model_from_config
-    from qconvert.load.tokenizer import text_encoder
+    from qconvert.plugin import model_from_config, text_encoder
 
     if not path.is_file():
         raise InputError("QC-INPUT-001", f"source {source!a} does not exist", hint="check the path")
@@ -166,7 +164,7 @@ class GgufSource:
         """Raises InputError QC-GGUF-002 naming the tensors that have no exact counterpart."""
         import torch
 
-        from qconvert.ir.model import TensorInfo
+        from qconvert.plugin import TensorInfo
 
         self._processor = tensor_processor(path, reader, config)
         names = tensor_names(path, config, self._processor)
@@ -213,7 +211,7 @@ def tensor_names(path: Path, config: Mapping[str, Any], processor: Any) -> dict[
     """GGUF name -> transformers name of every tensor that the model can have."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    from qconvert.load.skeleton import build_skeleton
+    from qconvert.plugin import build_skeleton
 
     module, _ = build_skeleton(config)
     try:

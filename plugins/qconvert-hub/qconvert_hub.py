@@ -13,15 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qconvert import hookimpl
-from qconvert.errors import InputError
+from qconvert.plugin import InputError, hookimpl
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
-    from qconvert.ir.model import Model
-    from qconvert.ir.report import Report
-    from qconvert.recipe import Recipe
+    from qconvert.plugin import Model, Recipe, Report
 
 ROOT = "QCONVERT_HUB"  # a folder of repositories, in place of the hub
 PUBLISH = "QCONVERT_HUB_PUBLISH"  # the repository, or the owner, that finished conversions go to
@@ -44,7 +41,7 @@ def load_model(source: str) -> Model | None:
     address = parse(source, "model")
     if address is None:
         return None
-    from qconvert.load.hugging_face import load_folder
+    from qconvert.plugin import load_folder
 
     if address.path_in_repo:
         raise _no_address(source, "a model is a whole repository, without a path in it")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from qconvert import hookimpl
+from qconvert.plugin import hookimpl
 
 if TYPE_CHECKING:
-    from qconvert.ir.report import Report
-    from qconvert.recipe import Recipe
+    from qconvert.plugin import Recipe, Report
 
 ARTIFACTS = ("report.json", "README.md", "qconvert.json")
 LONGEST_PARAMETER = 6000  # characters, MLflow's own limit
@@ -25,11 +25,9 @@ def conversion_finished(recipe: Recipe, report: Report) -> None:
         return  # MLflow would make a store in the working directory
     import mlflow  # takes a second
 
-    import qconvert
-
     name = None if os.environ.get("MLFLOW_RUN_ID") else recipe.output.name  # a run that exists keeps its name
     with nullcontext() if mlflow.active_run() else mlflow.start_run(run_name=name):
-        mlflow.set_tags({"qconvert.version": qconvert.__version__, "qconvert.passed": VERDICTS[report.passed]})
+        mlflow.set_tags({"qconvert.version": version("qconvert"), "qconvert.passed": VERDICTS[report.passed]})
         mlflow.log_params(parameters(recipe, report))
         mlflow.log_metrics(metrics(report))
         for path in (recipe.output / name for name in ARTIFACTS):

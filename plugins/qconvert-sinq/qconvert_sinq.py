@@ -23,11 +23,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qconvert import hookimpl
-from qconvert.ir.layer import Layer, LinearGroup
-from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ir.scheme import PerTensor, QuantScheme
-from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+from qconvert.plugin import (
+    Layer,
+    LinearGroup,
+    PerTensor,
+    QuantizedTensor,
+    Quantizer,
+    QuantScheme,
+    hookimpl,
+    round_to_nearest,
+)
 
 CONSTANT = 1e-6  # a row or column whose deviation is below this share of the largest holds nothing to balance
 

@@ -71,7 +71,7 @@ def _walk_of(participants: Sequence[Participant]) -> _Walk:
         observers_of(participants),
         samples,
         job.recipe.device,
-        tuned=any(participant.job.recipe.tuning is not None for participant in participants),
+        tuned=any(participant.job.tuner is not None for participant in participants),
         scaled=any(participant.chooses_scales for participant in participants),
         planned=frozenset(model_units(job.model, layers)),
     )

@@ -49,7 +49,9 @@ _ALGORITHM = (
         "with --budget.",
     ),
     click.option(
-        "--scheme", metavar="S", help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym."
+        "--scheme",
+        metavar="S",
+        help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym. Or W4A16, W8A8 and the like.",
     ),
     click.option(
         "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."

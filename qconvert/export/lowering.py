@@ -14,6 +14,9 @@ from qconvert.ir.plan import LayerPlan
 
 MICROSOFT = "com.microsoft"
 
+# Bits of a code -> the type that ONNX reads packed codes as.
+CODE_TYPES = {4: DataType.UINT4, 8: DataType.UINT8}
+
 
 class Lowering(ABC):
     """Lowers one layer after the other; what layers with a common input share is made once.
@@ -94,10 +97,9 @@ class Lowering(ABC):
         builder, name, bits, out = self.builder, plan.name, plan.scheme.bits, plan.out_features
         per_word = 32 // bits
         words = -(-plan.in_features // per_word)
-        dtype = DataType.UINT4 if bits == 4 else DataType.UINT8
         codes = builder.op(
             "Cast",
-            [builder.external(f"{name}.weight_packed", (out, words * per_word), dtype)],
+            [builder.external(f"{name}.weight_packed", (out, words * per_word), CODE_TYPES[bits])],
             f"{name}/Codes",
             to=DataType.FLOAT,
         )

@@ -18,7 +18,7 @@ REPORT = "report.json"
 CARD = "README.md"
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 # What stands before the colon in the names of the manifest's inputs that are no files of the model.
-INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "code")
+INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "tuner", "code")
 
 
 def is_model_file(name: str) -> bool:

@@ -63,14 +63,17 @@ ALIASES = {
     "W8A8": "int8-channel-a8",
 }
 
-_SCHEME = re.compile(r"int(?P<bits>4|8)(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?(?P<a8>-a8)?")
+_SCHEME = re.compile(
+    rf"int(?P<bits>{'|'.join(map(str, FORMATS))})"
+    r"(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?(?P<a8>-a8)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
     """The number format of one quantized weight.
 
-    bits: 4 or 8, of the weight.
+    bits: of the weight; they name its number format (ir/number_format.py).
     symmetric: no zero point.
     activations: how a layer's input is quantized, None for float activations.
     scale_bits: significant bits of a scale at most: loaders hold scales in the dtype of the model (Model.scale_bits). No
@@ -94,7 +97,7 @@ class QuantScheme:
             raise UsageError(
                 "QC-SCHEME-001",
                 f"'{text}' is not a scheme",
-                hint="write int4 or int8, then -tensor, -channel or -gN "
+                hint=f"write {' or '.join(each.name for each in FORMATS.values())}, then -tensor, -channel or -gN "
                 f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8: for example int4-g32-asym, "
                 "int8-channel-a8; W4A16 and W8A8 are understood, too",
             )

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qconvert.errors import InputError
 from qconvert.execution.probes import vocabulary_size
 from qconvert.ir.model import Model, TensorSource
-from qconvert.ir.task import ENCODER, Task
+from qconvert.ir.task import Task
 from qconvert.load import names, skeleton
 from qconvert.load.computed import computed_tensors
 from qconvert.load.folder import CONFIG, INDEX, carried_files, contained, no_folder, read_json, refuse_adapter
@@ -131,7 +131,7 @@ def _fit(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
         log.warning("config.json ties weights that are stored with different values: they are kept apart")
         return _fit({**config, "tie_word_embeddings": False}, source)
     missing = names.missing_names(module, stored, tied)
-    if task is ENCODER and _only_head(module, missing):
+    if not task.generates and _only_head(module, missing):
         # Many sentence encoders name the class that they were trained as, but were saved without its head.
         base = skeleton.base_class_name(config["model_type"])
         log.warning("the checkpoint holds no complete head for %s: loaded as %s", type(module).__name__, base)

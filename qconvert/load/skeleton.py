@@ -116,7 +116,7 @@ def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
             hint="set is_decoder to true if the model was trained to write text, and else architectures to the class that the "
             f"weights were trained in, e.g. {reading!a}",
         )
-    if task is ENCODER and (rotary := _rotary_embedding(module)):
+    if not task.generates and (rotary := _rotary_embedding(module)):
         reason = f"a model without a language model's head that rotates queries and keys ({rotary})"
         raise _not_converted(model_class.__name__, reason)
     if task.reads_source and not all(_stack(module, half) for half in _halves(module)):
@@ -286,7 +286,7 @@ def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
     if task.reads_source:
         return (*names, "decoder_input_ids")
     takes_types = "token_type_ids" in inspect.signature(module.forward).parameters
-    if task is ENCODER and takes_types and getattr(module.config, "type_vocab_size", 0) > 1:
+    if not task.generates and takes_types and getattr(module.config, "type_vocab_size", 0) > 1:
         return (*names, "token_type_ids")
     return names
 

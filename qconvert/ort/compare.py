@@ -23,7 +23,6 @@ from qconvert.execution.probes import (
 from qconvert.ir.batch import row_count
 from qconvert.ir.graph_names import CROSS
 from qconvert.ir.model import Model
-from qconvert.ir.task import CAUSAL_LM, ENCODER, SEQ2SEQ_LM
 from qconvert.ort.session import Values, empty
 
 # The reference's outputs for each of the probes; (what a session gives, what it should give).
@@ -79,8 +78,10 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
     references = [[output.numpy() for output in outputs] for outputs in expected]
     if not model.task.takes_text:
         return list(zip(session.run(None, feed(session, padded_batch(model))), references[0], strict=True))
-    compare = {CAUSAL_LM: _decoder_pairs, SEQ2SEQ_LM: _stepwise, ENCODER: _encoder_pairs}[model.task]
-    return [pair for side in SIDES for pair in compare(model, session, side, references)]
+    pairs_of = _encoder_pairs
+    if model.task.generates:
+        pairs_of = _stepwise if model.task.reads_source else _decoder_pairs
+    return [pair for side in SIDES for pair in pairs_of(model, session, side, references)]
 
 
 def _decoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:

@@ -177,7 +177,7 @@ def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, pro
             plan = outline(each.recipe, each.quantizer, model, template)
             each.is_planned = True
             own = samples if plan.calibrated else replace(samples, calibration=())
-            code = plugins.code_of(each.quantizer)
+            code = plugins.code_of(each.quantizer, None)  # who tunes blocks is calibrated alone
             job = Job(each.recipe, each.recipe, each.quantizer, model, template, plan, own, digests, code)
             if not each.calibrates_alone:
                 jobs.append((each, job))

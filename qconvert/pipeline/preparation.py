@@ -35,13 +35,14 @@ UNDECIDED = QuantScheme.parse("int4-channel")
 def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     """The job of a conversion. Raises what can be wrong with recipe, model, data and output before a weight is quantized."""
     checked_device(recipe.device)
-    quantizer = plugins.quantizer(recipe.worker, recipe.options)
+    quantizer, tuner = plugins.quantizer(recipe.worker, recipe.options), plugins.tuner(recipe.tuning)
     model = load_model(recipe, plugins, progress)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
     samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
     template, digests = open_model(model, samples, progress)
     plan = outline(recipe, quantizer, model, template)
-    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, plugins.code_of(quantizer))
+    code = plugins.code_of(quantizer, tuner)
+    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, code, tuner)
     return decided(job, progress)
 
 
@@ -99,7 +100,7 @@ def decided(job: Job, progress: Progress) -> Job:
     if job.recipe.quantizer != AUTO:
         return job
     # Losses are measured on float blocks, whatever is done to the quantized ones afterwards.
-    measured = replace(job, recipe=job.recipe.model_copy(update={"tuning": None, "sequential": False}))
+    measured = replace(job, recipe=job.recipe.model_copy(update={"tuning": None, "sequential": False}), tuner=None)
     recipe, assignment = allocate(calibrate([Participant(measured)]), job, progress)
     made = make_plan(job.model, job.template, recipe, job.quantizer)
     return replace(job, recipe=recipe, plan=replace(made, assignment=assignment))

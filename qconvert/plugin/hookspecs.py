@@ -1,4 +1,4 @@
-"""Every hook of qconvert. A plugin implements any of them with `from qconvert import hookimpl`.
+"""Every hook of qconvert. A plugin implements any of them with `from qconvert.plugin import hookimpl`.
 
 Nothing heavy is imported here: plugins are found before it is known whether torch is needed.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qconvert.ir.model import Model
     from qconvert.ir.report import Report
     from qconvert.plugin.quantizer import Quantizer
+    from qconvert.plugin.tuner import BlockTuner
     from qconvert.recipe import Recipe
 
 hookspec = HookspecMarker("qconvert")
@@ -26,6 +27,12 @@ API_VERSION = 1
 @hookspec
 def register_quantizers() -> list[type[Quantizer]]:  # type: ignore[empty-body]
     """Called once, when a command first needs a quantizer. Returns the Quantizer classes that the plugin brings."""
+
+
+@hookspec
+def register_tuners() -> list[type[BlockTuner]]:  # type: ignore[empty-body]
+    """Called once, when a command first needs a quantizer or a tuner of a plugin. Returns the BlockTuner classes that the
+    plugin brings."""
 
 
 @hookspec(firstresult=True)

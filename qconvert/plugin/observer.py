@@ -31,7 +31,10 @@ class Observer(ABC):
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Take in all that `other` has seen."""
+        """Take in all that `other`, of the same kind, has seen, and leave it as it is. Either may have seen nothing.
+
+        Each chunk of samples has an observer of its own; these are merged in the order of the chunks into one that began empty.
+        """
 
     @abstractmethod
     def finalize(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Options: a quantizer's dataclass fields as the user sees them, with types, defaults and the words of its docstring."""
+"""Options: the fields of a quantizer or a tuner as the user sees them, with types, defaults and the words of its docstring."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from qconvert.plugin.quantizer import Quantizer
+from typing import Any
 
 # "name: what it is", or "name, other: ..."; the lines that go on are indented.
 _DOCUMENTED = re.compile(r"(\w+(?:, \w+)*): +(\S.*)")
@@ -27,7 +24,7 @@ class Option:
     doc: str
 
 
-def options_of(kind: type[Quantizer]) -> tuple[Option, ...]:
+def options_of(kind: type[Any]) -> tuple[Option, ...]:
     """In the order of the fields."""
     documented = dict(_documented(kind))
     schema = options_schema(kind)
@@ -38,8 +35,8 @@ def options_of(kind: type[Quantizer]) -> tuple[Option, ...]:
     )
 
 
-def options_schema(kind: type[Quantizer]) -> dict[str, Any]:
-    """The JSON schema of a recipe's `options` for this quantizer."""
+def options_schema(kind: type[Any]) -> dict[str, Any]:
+    """The JSON schema of a recipe's `options` for this quantizer or tuner."""
     from pydantic import TypeAdapter
 
     schema = TypeAdapter(kind).json_schema() | {"additionalProperties": False}
@@ -50,7 +47,7 @@ def options_schema(kind: type[Quantizer]) -> dict[str, Any]:
     return schema
 
 
-def summary(kind: type[Quantizer]) -> str:
+def summary(kind: type[Any]) -> str:
     """The first paragraph of its docstring, in one line; "" without one of its own."""
     text = kind.__doc__ or ""
     if text.startswith(f"{kind.__name__}("):  # what dataclass puts in for none
@@ -63,9 +60,9 @@ def first_paragraph(docstring: str) -> str:
     return " ".join(inspect.cleandoc(docstring).partition("\n\n")[0].split())
 
 
-def _documented(kind: type[Quantizer]) -> Iterator[tuple[str, str]]:
+def _documented(kind: type[Any]) -> Iterator[tuple[str, str]]:
     """(option, its words), those of base classes first."""
-    fields = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    fields = {field.name for field in dataclasses.fields(kind) if field.init}
     for base in reversed(kind.__mro__):
         names: tuple[str, ...] = ()
         words: list[str] = []

@@ -15,16 +15,15 @@ from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTenso
 from qconvert.job import Job
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import round_to_nearest
+from qconvert.plugin.tuner import BlockTuner
 from qconvert.quantize.fold import Folded, fold
-from qconvert.quantize.tune import tune
-from qconvert.recipe.fields import Tuning
 
 
 def quantize(block: Block, job: Job) -> QuantizedBlock:
     """Quantize the layers of a block, its smoothing scales folded where they can be, and tune them where the job says so.
 
     Raises UsageError QC-CALIB-001 for layers whose input was never seen, InputError QC-WEIGHT-001 for weights that are not
-    finite; PluginError for a quantizer that breaks its contract.
+    finite; PluginError for a quantizer or a tuner that breaks its contract.
     """
     block.require_seen()
     quantizer = job.quantizer
@@ -41,9 +40,9 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
         if layer.name in folded.smoothing_scales:
             tensor = dataclasses.replace(tensor, smoothing_scale=folded.smoothing_scales[layer.name])
         tensors[layer.name] = tensor
-    if block.samples is not None and job.recipe.tuning is not None:
+    if block.samples is not None and job.tuner is not None:
         samples = DifferentiableBlock(job.model, block.name, block.samples, job.recipe.device)
-        tensors |= _tuned(folded, tensors, samples, job.recipe.tuning)
+        tensors |= _tuned(folded, tensors, samples, job.tuner)
     layers = tuple(
         QuantizedLayer(layer.name, tensors[layer.name], _relative_error(layer, tensors[layer.name]))
         for layer in folded.block.layers
@@ -52,11 +51,14 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
 
 
 def _tuned(
-    folded: Folded, tensors: Mapping[str, QuantizedTensor], samples: DifferentiableBlock, tuning: Tuning
+    folded: Folded, tensors: Mapping[str, QuantizedTensor], samples: DifferentiableBlock, tuner: BlockTuner
 ) -> dict[str, QuantizedTensor]:
     """The linears of a block, tuned; convolutions and embeddings keep their codes."""
     layers = {layer.name: layer for layer in folded.block.layers if layer.kind in ("linear", "conv1d")}
-    return tune(layers, {name: tensors[name] for name in layers}, samples, folded.tensors, tuning) if layers else {}
+    if not layers:
+        return {}
+    start = {name: tensors[name] for name in layers}
+    return contract.tune(tuner, folded.block.name, layers, start, samples, folded.tensors)
 
 
 def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:

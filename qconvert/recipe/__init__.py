@@ -27,7 +27,9 @@ class Recipe(Part):
         "the nearest to float, or int8 activations; what the recipe sets itself goes before",
     )
     quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer, a plugin's, or auto, with a budget")
-    scheme: SchemeField | None = Field(None, description="number format, e.g. int4-g32-asym; unset: the quantizer's default")
+    scheme: SchemeField | None = Field(
+        None, description="number format, e.g. int4-g32-asym, or W4A16, W8A8 and the like; unset: the quantizer's default"
+    )
     budget: BudgetField | None = Field(
         None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
     )

@@ -11,12 +11,16 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     WithJsonSchema,
+    model_serializer,
+    model_validator,
 )
 
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.budget import Budget
 from qconvert.ir.scheme import QuantScheme
+from qconvert.vocabulary import TUNER
 
 
 def _parse_scheme(value: object) -> object:
@@ -96,9 +100,30 @@ class DataSpec(Part):
 
 
 class Tuning(Part):
-    """How long the scales and roundings of each repeated block are moved towards the float block's output."""
+    """How each repeated block is moved towards the float block's output once its layers are quantized."""
 
     steps: int = Field(20, ge=1, description="steps of signed gradient descent, at most")
     seconds: float | None = Field(
         None, gt=0, description="time for each block, at most; what is reached in it depends on the machine"
     )
+    tuner: str = Field(TUNER, description=f"algorithm: {TUNER}, which takes steps and seconds, or a plugin's")
+    options: dict[str, Any] = Field({}, description="options of a plugin's tuner, by name")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options of the tuner."""
+        return {"steps": self.steps, "seconds": self.seconds} if self.tuner == TUNER else self.options
+
+    @model_validator(mode="after")
+    def _take_options_of_the_tuner(self) -> Self:
+        foreign = {"options"} if self.tuner == TUNER else {"steps", "seconds"}
+        if given := sorted(foreign & self.model_fields_set):
+            own = "steps and seconds" if self.tuner == TUNER else "options"
+            raise ValueError(f"the tuner {self.tuner} takes {own}, not {', '.join(given)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_foreign_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = ("steps", "seconds") if self.tuner == TUNER else ("tuner", "options")
+        written: dict[str, Any] = handler(self)
+        return {name: written[name] for name in fields}

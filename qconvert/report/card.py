@@ -18,6 +18,7 @@ from qconvert.report import wording
 from qconvert.targets import graph_files, targets_of
 from qconvert.targets.cpu import CPU
 from qconvert.targets.cuda import CUDA
+from qconvert.targets.target import Target
 
 RUN: dict[TaskName, str] = {
     "causal-lm": """\
@@ -122,7 +123,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     targets = targets_of(recipe.targets)
     first, *others = targets
     yield f"In this folder, with `pip install '{first.package}'{' transformers' if task.takes_text else ''}`:"
-    yield f"```python\n{_on_cuda(RUN[report.task], recipe) if first.half_precision else RUN[report.task]}\n```"
+    yield f"```python\n{RUN[report.task] if first is CPU else _on(first, RUN[report.task], recipe)}\n```"
     if report.context_length is not None:
         limit = f"at most {report.context_length} tokens, as many as the model has positions"
         yield f"A prompt and its answer together are {limit}. ONNX Runtime may refuse more."
@@ -166,15 +167,16 @@ def _recommended(report: Report) -> Iterator[str]:
             yield "```python\n" + "\n".join([*lines, "# ort.InferenceSession(FILE, options, providers=...)"]) + "\n```"
 
 
-def _on_cuda(code: str, recipe: Recipe) -> str:
-    """The same program for the other graph. Its caches are made by ONNX Runtime, because numpy has no bfloat16."""
+def _on(target: Target, code: str, recipe: Recipe) -> str:
+    """The same program for another target's graph. Narrow caches are made by ONNX Runtime, because numpy has no bfloat16."""
+    code = re.sub(r"(model|encoder|decoder)\.onnx", lambda file: target.graph_file(file[1]), code)
+    code = code.replace(CPU.provider, target.provider)
+    if not target.half_precision:
+        return code
     number = ONNX_NUMBERS[recipe.cuda_dtype]
-    return (
-        re.sub(r"(model|encoder|decoder)\.onnx", rf"\1.{CUDA.variant}.onnx", code)
-        .replace(CPU.provider, CUDA.provider)
-        .replace(EMPTY_CACHE, f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {recipe.cuda_dtype}\nlogits")
-        .replace(ENCODER_RUN, ENCODER_RUN_ON_CUDA)
-    )
+    return code.replace(
+        EMPTY_CACHE, f"ort.OrtValue.ortvalue_from_shape_and_type(shape, {number})  # {recipe.cuda_dtype}\nlogits"
+    ).replace(ENCODER_RUN, ENCODER_RUN_ON_CUDA)
 
 
 def _evidence(report: Report) -> str:

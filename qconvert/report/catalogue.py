@@ -15,7 +15,7 @@ TITLES = ("name", "kind", "distribution", "version", "API", "data", "schemes")
 
 
 def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> RenderableType:
-    """One row per quantizer, loader, finder of data and finisher; below, what is broken and why."""
+    """One row per quantizer, tuner, loader, finder of data and finisher; below, what is broken and why."""
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in TITLES:
         rows.add_column(title, overflow="fold", no_wrap=title != "schemes")
@@ -36,7 +36,7 @@ def page(entry: Entry) -> RenderableType:
     parts: list[RenderableType] = [*lines, Text(), *map(Text, facts)]
     if entry.options:
         parts += [Text(), _options(entry)]
-    elif entry.default_scheme is not None:
+    elif entry.kind in ("quantizer", "tuner"):
         parts += [Text(), Text("It has no options.")]
     if entry.expected_failures:
         parts += [Text(), Text("Checks of the conformance suite that it is known to fail:", "bold")]

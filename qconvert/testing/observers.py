@@ -49,14 +49,15 @@ def check_observers_merge_associatively(quantizer: Quantizer) -> None:
 
 
 def check_observers_merge_with_empty(quantizer: Quantizer) -> None:
-    """An observer that has seen nothing adds nothing, and takes over all: a worker may have had no rows."""
+    """One that begins empty and takes in chunk after chunk, as qconvert does, has seen all; one without rows adds nothing."""
     for kind in quantizer.observers:
         expected = _seen(kind, slice(None)).finalize()
-        left, right = kind(), _seen(kind, slice(None))
-        left.merge(_seen(kind, slice(None)))
-        right.merge(kind())
-        _require_equal(kind, left.finalize(), expected, "an empty one that takes in 64 rows")
-        _require_equal(kind, right.finalize(), expected, "64 rows that take in an empty one")
+        total, full = kind(), _seen(kind, slice(None))
+        for chunk in _each(kind):
+            total.merge(chunk)
+        full.merge(kind())
+        _require_equal(kind, total.finalize(), expected, f"an empty one that takes in {len(PARTS)} chunks")
+        _require_equal(kind, full.finalize(), expected, "64 rows that take in an empty one")
 
 
 def check_observers_leave_each_other(quantizer: Quantizer) -> None:

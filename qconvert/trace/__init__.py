@@ -11,12 +11,12 @@ from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, Template
 from qconvert.trace.cache import TraceCache
-from qconvert.trace.capture import FORMS, Captured
+from qconvert.trace.capture import Captured
 from qconvert.trace.check import TOLERANCE, reference, relative_error
 from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
 from qconvert.trace.groups import input_groups
 from qconvert.trace.opaque import representatives
-from qconvert.trace.signature import Form
+from qconvert.trace.signature import FORMS, Form
 from qconvert.trace.stamp import stamp
 
 logger = logging.getLogger("qconvert")

@@ -14,23 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.ir.model import Model
-from qconvert.ir.task import CAUSAL_LM, ENCODER, MODULE, SEQ2SEQ_LM, Task
 from qconvert.ir.template import DOMAIN
 from qconvert.supervision.startup import uncollected
-from qconvert.trace import attention, encoder_decoder
+from qconvert.trace import encoder_decoder
 from qconvert.trace import opaque as opaque_nodes
-from qconvert.trace.signature import Form, Signature, signature
+from qconvert.trace.signature import FUSED, Form, Signature, signature
 
 OPSET = 23
-
-FORMS: dict[Task, tuple[Form, ...]] = {
-    CAUSAL_LM: (Form(fused=True, rotary=True), Form(fused=True)),
-    SEQ2SEQ_LM: (Form(fused=True),),
-    ENCODER: (Form(fused=True), Form(fused=False)),
-    MODULE: (Form(fused=False),),
-}
-# Per task the name of the attention that emits ONNX Runtime's op.
-FUSED = {CAUSAL_LM: attention.DECODER, SEQ2SEQ_LM: attention.ENCODER_DECODER, ENCODER: attention.ENCODER}
 
 
 @dataclass(frozen=True)

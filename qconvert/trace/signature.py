@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qconvert.execution.outputs import encoder_outputs, tensors_in
 from qconvert.execution.probes import first_position
 from qconvert.ir.model import Model
-from qconvert.ir.task import CAUSAL_LM, ENCODER, MODULE
+from qconvert.ir.task import CAUSAL_LM, ENCODER, MODULE, SEQ2SEQ_LM, Task
+from qconvert.trace import attention
 from qconvert.trace.attention import NoCache, attention_context, rotary_caches, rotation_left_to_attention
 from qconvert.trace.padding import TokensFirst
 
@@ -42,6 +43,16 @@ class Form:
         return f"with attention as one operator{' that rotates' if self.rotary else ''}"
 
 
+# Per task the ways to trace it, in the order in which they are tried, and the attention that emits ONNX Runtime's op.
+FORMS: dict[Task, tuple[Form, ...]] = {
+    CAUSAL_LM: (Form(fused=True, rotary=True), Form(fused=True)),
+    SEQ2SEQ_LM: (Form(fused=True),),
+    ENCODER: (Form(fused=True), Form(fused=False)),
+    MODULE: (Form(fused=False),),
+}
+FUSED = {CAUSAL_LM: attention.DECODER, SEQ2SEQ_LM: attention.ENCODER_DECODER, ENCODER: attention.ENCODER}
+
+
 @dataclass(frozen=True)
 class Signature:
     """wrapper: takes `arguments` and the parameters, by name. shapes: the dynamic dimensions of the arguments, as
@@ -56,8 +67,7 @@ class Signature:
 
 def signature(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
     """Of the one graph of a model. module: the shortened skeleton with `blocks` only; outputs: names of what it gives."""
-    make = {CAUSAL_LM: _causal_lm, ENCODER: _encoder, MODULE: _module}[model.task]
-    return make(model, module, blocks, form, outputs)
+    return SIGNATURES[model.task](model, module, blocks, form, outputs)
 
 
 class Wrapper(nn.Module):
@@ -164,3 +174,7 @@ def _module(model: Model, module: nn.Module, blocks: list[str], form: Form, outp
     inputs = model.example_rows(BATCH)
     shapes = {"inputs": {name: None if name in model.shared_inputs else {0: "batch_size"} for name in inputs}}
     return Signature(_Module(module, form), {"inputs": inputs}, shapes, list(inputs), outputs)
+
+
+# Per task that is one graph, what makes its signature.
+SIGNATURES = {CAUSAL_LM: _causal_lm, ENCODER: _encoder, MODULE: _module}

@@ -13,7 +13,7 @@ from qconvert.execution.divergence import kl_divergence, log_probabilities
 from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity
-from qconvert.ir.task import ENCODER, Task
+from qconvert.ir.task import Task
 from qconvert.ort.compare import feed
 from qconvert.verify.finite import first_not_finite, require_finite_float
 
@@ -89,7 +89,7 @@ class _TokenMeter:
 class _VectorMeter:
     """Mean cosine and largest difference; for classifiers also the share of rows with the same largest output.
 
-    Encoders are compared by their mean-pooled sentence vectors, modules by their rows.
+    Text encoders are compared by the mean of their tokens' vectors where they give one for each, all else by its rows.
     """
 
     def __init__(self, task: Task) -> None:
@@ -100,13 +100,13 @@ class _VectorMeter:
 
     def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
         found, expected = (x.reshape(len(x), -1) if x.ndim == 1 else x for x in (found.float(), expected.float()))
-        mask = batch["attention_mask"].unsqueeze(-1) if self.task is ENCODER else None
+        mask = batch["attention_mask"].unsqueeze(-1) if self.task.takes_text and found.ndim == 3 else None
         if mask is not None:  # padding may be NaN
             found, expected = (x.where(mask.bool(), 0) for x in (found, expected))
         difference = (found - expected).abs()
         if mask is not None:
             found, expected = (x.sum(1) / mask.sum(1) for x in (found, expected))
-        elif found.ndim == 2 and found.shape[1] > 1:
+        elif "top1" not in self.task.unmeasured and found.ndim == 2 and found.shape[1] > 1:
             self.same = (self.same or 0) + int((found.argmax(-1) == expected.argmax(-1)).sum())
         self.max_abs = max(self.max_abs, float(difference.max()))
         cosine = torch.nn.functional.cosine_similarity(found.flatten(1).double(), expected.flatten(1).double())

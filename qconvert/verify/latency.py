@@ -21,7 +21,6 @@ from qconvert.execution.probes import position_limit, vocabulary_size
 from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency, Trial
-from qconvert.ir.task import ENCODER
 from qconvert.ort.compare import feed, next_inputs
 from qconvert.ort.session import SessionSettings
 from qconvert.targets import TARGETS
@@ -128,14 +127,14 @@ def workload(model: Model, batches: Sequence[Batch]) -> tuple[Batch, int, int]:
     if model.task.continues_prompts:
         ids = (torch.arange(prompt)[None] * 7919 + 5) % vocabulary_size(model)
         inputs: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    elif model.task is ENCODER:
-        ids = (torch.arange(ENCODER_BATCH * length).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
-        inputs = {name: torch.zeros_like(ids) for name in model.input_names}
-        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif model.task.reads_source:
         ids = (torch.arange(prompt)[None] * 7919 + 5) % vocabulary_size(model)
         start = torch.tensor([[model.decoder_start]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": start}
+    elif model.task.takes_text:
+        ids = (torch.arange(ENCODER_BATCH * length).reshape(ENCODER_BATCH, -1) * 7919 + 5) % vocabulary_size(model)
+        inputs = {name: torch.zeros_like(ids) for name in model.input_names}
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
         inputs = batches[0]
     return inputs, prompt, new_tokens

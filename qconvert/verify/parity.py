@@ -37,6 +37,8 @@ from qconvert.ort import compare
 from qconvert.ort.session import joined, memory_session, run_named
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
+from qconvert.targets.cpu import CPU
+from qconvert.targets.target import Target
 from qconvert.verify.finite import require_finite_float
 
 TOLERANCE = 1e-4
@@ -78,17 +80,17 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
     return max(compare.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 
 
-def _graphs(artifact: ArtifactReader) -> dict[str, onnx_ir.Model]:
-    """The graphs for the CPU provider, fresh from disk, by part."""
-    return {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task).items()}
+def _graphs(artifact: ArtifactReader, target: Target) -> dict[str, onnx_ir.Model]:
+    """The graphs for one target, fresh from disk, by part."""
+    return {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task, target).items()}
 
 
-def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
+def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]], target: Target = CPU) -> float:
     """Part 1: largest relative difference of the graphs with float activations to torch.
 
     expected: `torch_outputs` on the dequantized weights.
     """
-    graphs = _graphs(artifact)
+    graphs = _graphs(artifact, target)
     for model in graphs.values():
         restore_all_positions(model.graph)
         for node in list(model.graph):
@@ -105,7 +107,8 @@ def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]
         layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
-    session = joined({part: memory_session(model, read, folder=artifact.folder) for part, model in graphs.items()})
+    sessions = {part: memory_session(model, read, folder=artifact.folder, target=target.name) for part, model in graphs.items()}
+    session = joined(sessions)
     return compare.relative_error(artifact.model, session, expected)
 
 
@@ -142,13 +145,16 @@ def cluster_parity(artifact: ArtifactReader) -> float:
     return worst_cluster(artifact)[0]
 
 
-def worst_cluster(artifact: ArtifactReader) -> tuple[float, str]:
+def worst_cluster(artifact: ArtifactReader, target: Target = CPU) -> tuple[float, str]:
     """Part 2: (largest relative difference of an int8-activation cluster to its emulation, what differs by that)."""
-    graphs = _graphs(artifact)
+    graphs = _graphs(artifact, target)
     clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
     if not clusters:
         return 0.0, ""
-    session = joined({part: memory_session(model, artifact.read, folder=artifact.folder) for part, model in graphs.items()})
+    sessions = {
+        part: memory_session(model, artifact.read, folder=artifact.folder, target=target.name) for part, model in graphs.items()
+    }
+    session = joined(sessions)
     inputs = compare.feed(session, probes.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []

@@ -99,8 +99,8 @@ class TargetCheck:
         """(largest relative difference, what differs by that)."""
         pairs = [pair for path in self.paths.values() for pair in self._last_position(path)]
         errors = [(compare.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
-        whole = graph_parity(self.artifact, dequantized), "outputs, with float activations,"
-        return max(whole, worst_cluster(self.artifact), *errors)
+        whole = graph_parity(self.artifact, dequantized, self.target), "outputs, with float activations,"
+        return max(whole, worst_cluster(self.artifact, self.target), *errors)
 
     def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:
         """(what the graphs give, what they should): torch's outputs, and their own at the last positions."""

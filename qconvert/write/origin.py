@@ -22,6 +22,7 @@ from qconvert.ir.template import Template
 from qconvert.job import Job
 from qconvert.plugin.host.distribution import Code, requirements
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.tuner import BlockTuner
 from qconvert.storage.digest import sha256, tensor_bytes
 
 # The distributions whose version can change the output.
@@ -59,7 +60,8 @@ def origin_of(job: Job) -> Origin:
         **{name: digest for name, digest in job.digests.items() if name.partition(":")[0] not in unread},
         **sample_digests(job.samples.calibration),
         **graph_digests(job.model, job.template),
-        **option_digests(job.quantizer),
+        **option_digests(job.quantizer, "option"),
+        **({} if job.tuner is None else option_digests(job.tuner, "tuner")),
         **{f"code:{code.distribution.name}": code.digest for code in job.code},
     }
     return Origin(inputs, versions(job.code), machine(job.recipe.device))
@@ -112,11 +114,11 @@ def _bare(traced: onnx_ir.Model, model: Model) -> bytes:
     return content
 
 
-def option_digests(quantizer: Quantizer) -> dict[str, str]:
-    """Of the files that a quantizer's options name: those of type Path."""
-    fields = dataclasses.fields(quantizer)  # type: ignore[arg-type]
-    options = {field.name: getattr(quantizer, field.name) for field in fields}
-    files = {f"option:{name}": value for name, value in options.items() if isinstance(value, Path) and value.is_file()}
+def option_digests(part: Quantizer | BlockTuner, kind: str) -> dict[str, str]:
+    """Of the files that the options of a quantizer or a tuner name: those of type Path."""
+    fields = dataclasses.fields(part)  # type: ignore[arg-type]
+    options = {field.name: getattr(part, field.name) for field in fields}
+    files = {f"{kind}:{name}": value for name, value in options.items() if isinstance(value, Path) and value.is_file()}
     return file_digests(files)
 
 

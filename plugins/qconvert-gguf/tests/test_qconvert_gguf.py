@@ -13,8 +13,7 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
-from qconvert.errors import InputError
-from qconvert.ir.model import Model
+from qconvert.plugin import InputError, Model
 
 TOKENS = torch.arange(12).reshape(2, 6)
 CONFIG = transformers.LlamaConfig(

@@ -21,9 +21,7 @@ from local_hub import COMMIT, LocalHub
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import qconvert
-from qconvert.errors import InputError
-from qconvert.ir.report import Report, SampleCounts, Size
-from qconvert.recipe import Recipe
+from qconvert.plugin import InputError, Recipe, Report, SampleCounts, Size
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 REPORT = Report(

@@ -13,9 +13,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 import qconvert
-from qconvert.ir.report import Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
-from qconvert.plugin.host.manager import PluginManager
-from qconvert.recipe import Recipe
+from qconvert.plugin import Fidelity, GateResult, Latency, Parity, Recipe, Report, SampleCounts, Size
+from qconvert.testing import plugin_manager
 
 REPORT = Report(
     passed=False,
@@ -156,7 +155,7 @@ def test_a_store_that_fails_is_a_warning(
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: qconvert-mlflow\nVersion: 0.1.0\n")
         (info / "entry_points.txt").write_text("[qconvert]\nmlflow = qconvert_mlflow\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-    PluginManager(()).conversion_finished(recipe, REPORT)
+    plugin_manager().conversion_finished(recipe, REPORT)
     warnings = [text for text in map(str, (record.getMessage() for record in caplog.records)) if "after the conversion" in text]
     assert len(warnings) == 1
     assert "plugin qconvert-mlflow 0.1.0 failed" in warnings[0]

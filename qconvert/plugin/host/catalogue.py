@@ -12,25 +12,29 @@ from qconvert.errors import QConvertError
 from qconvert.plugin import hookspecs
 from qconvert.plugin.host import contract
 from qconvert.plugin.host.discovery import BrokenPlugin, Plugin, hook_functions
+from qconvert.plugin.host.families import Registered
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.options import Option, first_paragraph, options_of, options_schema, summary
 from qconvert.recipe import Recipe
+from qconvert.vocabulary import TUNER
 
 if TYPE_CHECKING:
     from qconvert.plugin.quantizer import Quantizer
+    from qconvert.plugin.tuner import BlockTuner
 
 KINDS = {"load_model": "loader", "find_data": "data", "conversion_finished": "finisher"}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One quantizer, loader of models, finder of data, or finisher.
+    """One quantizer, tuner, loader of models, finder of data, or finisher.
 
-    name: of a quantizer, else the plugin's module.
+    name: of a quantizer or a tuner, else the plugin's module.
     value: the entry point, the module of a built-in, or the file.
     api: the version of the plugin API that it is written for.
     doc, source: what it says of itself in a line; its module's whole docstring, where the source is cited.
-    default_scheme, schemes, calibrated, options: of a quantizer; schemes names those that it takes, "gN" for any group size.
+    default_scheme, schemes, calibrated: of a quantizer; schemes names those that it takes, "gN" for any group size.
+    options: of a quantizer or a tuner.
     expected_failures: check of the conformance suite -> why it is known to fail.
     """
 
@@ -54,15 +58,16 @@ class Entry:
 
 
 def entries(plugins: PluginManager) -> tuple[Entry, ...]:
-    """Quantizers by name, then the others. What is broken is in `plugins.broken` afterwards."""
+    """Quantizers by name, tuners by name, then the others. What is broken is in `plugins.broken` afterwards."""
     quantizers = [_quantizer(kind, plugin) for _, found in sorted(plugins.quantizers.items()) for kind, plugin in found]
+    tuners = [_tuner(kind, plugin) for _, found in sorted(plugins.tuners.items()) for kind, plugin in found]
     others = [
         Entry(plugin.value, word, *plugin.distribution, plugin.value, _api(plugin), *_docs(plugin.implementation))
         for plugin in plugins.plugins
         for hook, word in KINDS.items()
         if hook in hook_functions(plugin.implementation)
     ]
-    return (*quantizers, *others)
+    return (*quantizers, *tuners, *others)
 
 
 def document(found: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> dict[str, Any]:
@@ -86,20 +91,36 @@ def _broken_document(broken: BrokenPlugin) -> dict[str, str]:
 
 
 def recipe_schema(plugins: PluginManager) -> dict[str, Any]:
-    """The JSON schema of a recipe, with the options of every quantizer that is there."""
+    """The JSON schema of a recipe, with the options of every quantizer and of every plugin's tuner that is there."""
     schema = Recipe.model_json_schema()
-    schema["allOf"] = [
-        {
-            "if": {"properties": {"quantizer": {"const": name}}, "required": ["quantizer"]},
-            "then": {"properties": {"options": options_schema(found[0][0])}},
-        }
-        for name, found in sorted(plugins.quantizers.items())
-    ]
+    schema["allOf"] = _options_by_name("quantizer", plugins.quantizers)
+    tuners = {name: found for name, found in plugins.tuners.items() if name != TUNER}
+    schema["$defs"]["Tuning"]["allOf"] = _options_by_name("tuner", tuners)
     return schema
 
 
-def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
+def _options_by_name(field: str, registered: Registered) -> list[dict[str, Any]]:
+    """What `options` may hold for each name in `field`."""
+    return [
+        {
+            "if": {"properties": {field: {"const": name}}, "required": [field]},
+            "then": {"properties": {"options": options_schema(found[0][0])}},
+        }
+        for name, found in sorted(registered.items())
+    ]
+
+
+def _tuner(kind: type[BlockTuner], plugin: Plugin) -> Entry:
+    facts = (*plugin.distribution, plugin.value, _api(plugin), summary(kind), _module_doc(kind))
+    return Entry(kind.name, "tuner", *facts, options=options_of(kind))
+
+
+def _module_doc(kind: type[Any]) -> str:
     module = inspect.getmodule(kind)
+    return inspect.cleandoc(module.__doc__ or "") if module else ""
+
+
+def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
     return Entry(
         kind.name,
         "quantizer",
@@ -107,7 +128,7 @@ def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
         plugin.value,
         _api(plugin),
         summary(kind),
-        inspect.cleandoc(module.__doc__ or "") if module else "",
+        _module_doc(kind),
         str(kind.default_scheme),
         tuple(_schemes(kind)),
         bool(kind.observers),

@@ -1,4 +1,4 @@
-"""Holds quantizers and their observers to their contract, before anything is written.
+"""Holds quantizers, their observers and tuners to their contract, before anything is written.
 
 What a plugin raises, changes or returns wrongly becomes a PluginError that names plugin, version and layer.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +23,9 @@ from qconvert.plugin.host.discovery import FAILURES
 from qconvert.plugin.host.distribution import builtin, distribution_of
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.tuner import BlockTuner, SampledBlock
+
+Part = Quantizer | Observer | BlockTuner
 
 
 def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
@@ -40,7 +43,7 @@ def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
     """
     where = ", ".join(layer.name for layer in group.layers)
-    with _guarded(quantizer, "prepare", where, group.layers, group.stats):
+    with _guarded(quantizer, "prepare", where, _inputs(group.layers, group.stats)):
         prepared = quantizer.prepare(group, schemes)
     if not isinstance(prepared, LinearGroup):
         raise _broken(quantizer, where, f"prepare returned {type(prepared).__name__}, not a LinearGroup")
@@ -61,10 +64,36 @@ def quantize(quantizer: Quantizer, layer: Layer, scheme: QuantScheme) -> Quantiz
 
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
     """
-    with _guarded(quantizer, "quantize", layer.name, (layer,)):
+    with _guarded(quantizer, "quantize", layer.name, _inputs((layer,))):
         tensor = quantizer.quantize(layer, scheme)
     # The scheme as it was asked for: an equal one may lack its scale_bits.
     return dataclasses.replace(checked(tensor, layer, scheme, quantizer), scheme=scheme)
+
+
+def tune(
+    tuner: BlockTuner,
+    block: str,
+    layers: Mapping[str, Layer],
+    tensors: Mapping[str, QuantizedTensor],
+    samples: SampledBlock,
+    fixed: Mapping[str, Tensor],
+) -> dict[str, QuantizedTensor]:
+    """`tuner.tune(layers, tensors, samples, fixed)` for the layers of `block`, checked.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
+    """
+    inputs = [*_inputs(tuple(layers.values())), *fixed.values(), *samples.targets, *samples.importance]
+    inputs += [part for tensor in tensors.values() for part in _parts(tensor)]
+    with _guarded(tuner, "tune", block, inputs):
+        tuned = tuner.tune(layers, tensors, samples, fixed)
+    if not isinstance(tuned, Mapping):
+        raise _broken(tuner, block, f"tune returned {type(tuned).__name__}, not a mapping from names to tensors")
+    if tuned.keys() != tensors.keys():
+        raise _broken(tuner, block, f"tune returned tensors for {sorted(map(str, tuned))}, not for {sorted(tensors)}")
+    for name, start in tensors.items():
+        for problem in _tuning_problems(tuned[name], start, layers[name].weight.shape):
+            raise _broken(tuner, block, f"{name!a}: {problem}")
+    return {name: dataclasses.replace(tuned[name], scheme=start.scheme) for name, start in tensors.items()}
 
 
 def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> None:
@@ -96,15 +125,17 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
 
     Raises PluginError QC-PLUGIN-008 with the first thing that is wrong.
     """
-    for problem in _problems(tensor, layer.weight.shape, scheme, quantizer):
+    for problem in _problems(tensor, layer.weight.shape, scheme, may_have_outliers=quantizer.has_outliers):
         raise _broken(quantizer, layer.name, problem)
     return tensor
 
 
-def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, quantizer: Quantizer) -> Iterator[str]:
+def _problems(
+    tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, *, may_have_outliers: bool
+) -> Iterator[str]:
     """What is wrong, in the order in which one check relies on those before it."""
     if not isinstance(tensor, QuantizedTensor):
-        yield f"quantize returned {type(tensor).__name__}, not a QuantizedTensor"
+        yield f"it returned {type(tensor).__name__}, not a QuantizedTensor"
     if tensor.scheme != scheme:
         yield f"asked for {scheme}, it quantized to {tensor.scheme}"
     out_features, in_features = weight_shape
@@ -117,9 +148,27 @@ def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantSc
         if problem:
             yield problem
     if tensor.outliers is not None:
-        if not quantizer.has_outliers:
+        if not may_have_outliers:
             yield "it returned outliers, but does not declare has_outliers"
         yield from _outlier_problems(tensor.outliers, out_features, in_features)
+
+
+def _tuning_problems(tensor: QuantizedTensor, start: QuantizedTensor, weight_shape: torch.Size) -> Iterator[str]:
+    """What is wrong with what a tuner made of `start`, in the order in which one check relies on those before it."""
+    yield from _problems(tensor, weight_shape, start.scheme, may_have_outliers=True)
+    if not _same(tensor.smoothing_scale, start.smoothing_scale):
+        yield "its smoothing_scale is another one, but what comes before the layer has been divided by that which it was given"
+    before, after = start.outliers, tensor.outliers
+    if before is None or after is None:
+        unchanged = before is after
+    else:
+        unchanged = _same(after.columns, before.columns) and _same(after.weight, before.weight)
+    if not unchanged:
+        yield "its outliers are not those that it was given"
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
@@ -129,7 +178,7 @@ def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: Qua
         row, group = unusable.nonzero()[0].tolist()
         yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
     if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
-        yield "scale is not rounded to what is stored; apply qconvert.ir.affine.round_scale before computing codes"
+        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
 
 
 def _zero_point_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
@@ -174,23 +223,32 @@ def _smoothing_scale_problem(scale: Tensor, in_features: int) -> str | None:
     return None
 
 
-@contextmanager
-def _guarded(
-    quantizer: Quantizer, method: str, where: str, layers: tuple[Layer, ...], shared: CalibrationStats | None = None
-) -> Iterator[None]:
-    """Turns what the plugin raises into a PluginError, and sees whether it wrote to its inputs."""
-    inputs = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+def _inputs(layers: Sequence[Layer], shared: CalibrationStats | None = None) -> list[Tensor]:
+    """Every tensor of some layers, and of the statistics that they share."""
     statistics = {id(stats): stats for stats in (shared, *(layer.stats for layer in layers)) if stats is not None}
-    inputs += [tensor for stats in statistics.values() for tensor in stats.values.values()]
+    found = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+    return found + [tensor for stats in statistics.values() for tensor in stats.values.values()]
+
+
+def _parts(tensor: QuantizedTensor) -> list[Tensor]:
+    """Every tensor of a quantized one."""
+    outliers = () if tensor.outliers is None else (tensor.outliers.columns, tensor.outliers.weight)
+    found = (tensor.q, tensor.scale, tensor.zero_point, tensor.smoothing_scale, *outliers)
+    return [part for part in found if part is not None]
+
+
+@contextmanager
+def _guarded(part: Quantizer | BlockTuner, method: str, where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Turns what the plugin raises into a PluginError, and sees whether it wrote to its inputs."""
     before = [_checksum(tensor) for tensor in inputs]
-    with _blamed(quantizer, method, where):
+    with _blamed(part, method, where):
         yield
     if before != [_checksum(tensor) for tensor in inputs]:
-        raise _broken(quantizer, where, f"{method} changed its input in place; it must work on copies")
+        raise _broken(part, where, f"{method} changed its input in place; it must work on copies")
 
 
 @contextmanager
-def _blamed(part: Quantizer | Observer, method: str, where: str) -> Iterator[None]:
+def _blamed(part: Part, method: str, where: str) -> Iterator[None]:
     """Raises PluginError QC-PLUGIN-007 for what the plugin raises; its own QConvertErrors pass."""
     try:
         with calls.calling(distribution_of(part), f"{method} {where!a}"):
@@ -203,7 +261,7 @@ def _blamed(part: Quantizer | Observer, method: str, where: str) -> Iterator[Non
         raise PluginError(
             "QC-PLUGIN-007",
             f"{_title(part)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",
-            hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
+            hint=_hint(part),
         ) from error
 
 
@@ -212,13 +270,19 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _broken(part: Quantizer | Observer, where: str, problem: str) -> PluginError:
+def _broken(part: Part, where: str, problem: str) -> PluginError:
     return PluginError(
         "QC-PLUGIN-008",
         f"{_title(part)} broke its contract at {where!a}: {problem}",
-        hint="report it to the plugin's author, or keep the layer in float: --rule 'NAME=float'",
+        hint=_hint(part),
     )
 
 
-def _title(part: Quantizer | Observer) -> str:
-    return f"{'quantizer' if isinstance(part, Quantizer) else 'observer'} '{part.name}' of {distribution_of(part)}"
+def _title(part: Part) -> str:
+    word = "quantizer" if isinstance(part, Quantizer) else "tuner" if isinstance(part, BlockTuner) else "observer"
+    return f"{word} '{part.name}' of {distribution_of(part)}"
+
+
+def _hint(part: Part) -> str:
+    way_out = "leave out tuning" if isinstance(part, BlockTuner) else "keep the layer in float: --rule 'NAME=float'"
+    return f"report it to the plugin's author, or {way_out}"

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from qconvert.errors import PluginError, QConvertError, UsageError
+from qconvert.errors import PluginError, QConvertError
 from qconvert.plugin import hookspecs
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
 from qconvert.plugin.host.distribution import Code, Distribution, builtin, code_digest, distribution_of
-from qconvert.vocabulary import AUTO
+from qconvert.plugin.host.families import FAMILIES, QUANTIZERS, TUNERS, Family, Registered
+from qconvert.vocabulary import TUNER
 
 if TYPE_CHECKING:
     from qconvert.ir.model import Model
     from qconvert.ir.report import Report
     from qconvert.plugin.quantizer import Quantizer
+    from qconvert.plugin.tuner import BlockTuner
     from qconvert.recipe import Recipe
-
-    Registered = dict[str, list[tuple[type[Quantizer], Plugin]]]
+    from qconvert.recipe.fields import Tuning
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ BUILTINS = (
     "qconvert.quantizers.llm_int8",
     "qconvert.quantizers.smoothquant",
 )
-# Of their quantizers, those that need calibration data: told here, so that nobody has to import torch to know.
+BUILTIN_TUNERS = ("qconvert.tuners.signround",)
+# Of the quantizers, those that need calibration data: told here, so that nobody has to import torch to know.
 CALIBRATED = ("awq", "gptq", "llm-int8", "smoothquant")
 
 
@@ -66,7 +68,7 @@ class PluginManager:
         self._loader: Plugin | None = None
         self._hooks = pluggy.PluginManager("qconvert")
         self._hooks.add_hookspecs(hookspecs)
-        self._builtins = tuple(builtins)
+        self._builtins = {QUANTIZERS: tuple(builtins), TUNERS: BUILTIN_TUNERS}
         # All are imported before anything is said: where one crashes the process, this begins again without it.
         for found in tuple(discovered(files)):
             if isinstance(found, BrokenPlugin):
@@ -83,18 +85,19 @@ class PluginManager:
         Raises UsageError QC-PLUGIN-002 if none did, QC-PLUGIN-004 for wrong options; PluginError QC-PLUGIN-001 if none
         did but a broken plugin may have been meant to, QC-PLUGIN-003 if two did, QC-PLUGIN-005 if it can't be built.
         """
-        found = self.quantizers.get(name, [])
-        if not found:
+        if name not in self.quantizers:
             raise self.unknown(name)
-        if len(found) > 1:
-            owners = " and ".join(f"{plugin.distribution} ({plugin.value})" for _, plugin in found)
-            raise PluginError(
-                "QC-PLUGIN-003",
-                f"two plugins bring a quantizer '{name}': {owners}",
-                hint="uninstall one of them, or rename its quantizer",
-            )
-        kind, plugin = found[0]
-        return _build(kind, plugin, options)
+        quantizer: Quantizer = QUANTIZERS.build(self.quantizers[name], options)
+        return quantizer
+
+    def tuner(self, tuning: Tuning | None) -> BlockTuner | None:
+        """The tuner that a recipe asks for, None for a recipe that asks for none. Raises what `quantizer` raises."""
+        if tuning is None:
+            return None
+        if tuning.tuner not in self.tuners:
+            raise self.unknown(tuning.tuner, TUNERS)
+        tuner: BlockTuner = TUNERS.build(self.tuners[tuning.tuner], tuning.settings)
+        return tuner
 
     @property
     def load_models(self) -> bool:
@@ -145,59 +148,75 @@ class PluginManager:
         """Name and version of the distribution that a quantizer came from."""
         return distribution_of(quantizer)
 
-    def code_of(self, quantizer: Quantizer) -> tuple[Code, ...]:
-        """The code that the bytes of an artifact come from: that of its quantizer, and of the plugin that loaded the model."""
-        found = [Code(distribution_of(quantizer), code_digest(type(quantizer).__module__))]
+    def code_of(self, quantizer: Quantizer, tuner: BlockTuner | None) -> tuple[Code, ...]:
+        """The code that the bytes of an artifact come from: of its quantizer, its tuner and the loader of the model."""
+        parts = (quantizer,) if tuner is None else (quantizer, tuner)
+        found = [Code(distribution_of(part), code_digest(type(part).__module__)) for part in parts]
         if self._loader is not None:
             implementation = self._loader.implementation
             module = getattr(implementation, "__name__", type(implementation).__module__)
             found.append(Code(self._loader.distribution, code_digest(module)))
-        return tuple(found)
+        return tuple(dict.fromkeys(found))
 
-    def require(self, name: str) -> None:
-        """Raises what `quantizer` raises for a name that nobody brings; qconvert's own need not be imported for that."""
-        if name not in self._own_names and name not in self._brought:
-            raise self.unknown(name)
+    def require(self, name: str, tuning: Tuning | None = None) -> None:
+        """Raises what `quantizer` and `tuner` raise for a name that nobody brings; qconvert's own need not be imported for
+        that."""
+        for family, wanted in ((QUANTIZERS, name), (TUNERS, tuning.tuner if tuning else TUNER)):
+            if wanted not in self._own_names(family) and wanted not in self._brought[family]:
+                raise self.unknown(wanted, family)
 
     def needs_data(self, name: str) -> bool:
         """Whether the quantizer `name` needs calibration data."""
-        if name in self._own_names:
+        if name in self._own_names(QUANTIZERS):
             return name in CALIBRATED
-        return any(kind.observers for kind, _ in self._brought.get(name, ()))
+        return any(kind.observers for kind, _ in self._brought[QUANTIZERS].get(name, ()))
 
     @cached_property
     def quantizers(self) -> Registered:
-        """name -> who registered it. More than one is an error only for the user who asks for that name."""
-        own = [Plugin(import_module(name), builtin(), name) for name in self._builtins]
+        """Every quantizer by name, and who registered it."""
+        return self._all(QUANTIZERS)
+
+    @cached_property
+    def tuners(self) -> Registered:
+        """Every tuner by name, and who registered it."""
+        return self._all(TUNERS)
+
+    def _all(self, family: Family) -> Registered:
+        own = [Plugin(import_module(name), builtin(), name) for name in self._builtins[family]]
         for plugin in own:
             self._register(plugin)
         self.plugins = [*own, *(plugin for plugin in self.plugins if plugin not in own)]
-        return self._registered(own) | self._brought
+        return self._registered(own)[family] | self._brought[family]
 
-    @property
-    def _own_names(self) -> set[str]:
-        """Of qconvert's own quantizers: each has that of its module."""
-        return {name.rpartition(".")[2].replace("_", "-") for name in self._builtins}
+    def _own_names(self, family: Family) -> set[str]:
+        """Of qconvert's own parts: each has that of its module."""
+        return {name.rpartition(".")[2].replace("_", "-") for name in self._builtins[family]}
 
     @cached_property
-    def _brought(self) -> Registered:
-        """`quantizers`, of third parties alone. The names of built-ins are theirs: a plugin that takes one is set aside."""
+    def _brought(self) -> dict[Family, Registered]:
+        """What third parties bring. The names of built-ins are theirs: a plugin that takes one is set aside."""
         return self._registered([plugin for plugin in self.plugins if plugin.distribution != builtin()])
 
-    def _registered(self, plugins: Sequence[Plugin]) -> Registered:
-        registered: Registered = {}
+    def _registered(self, plugins: Sequence[Plugin]) -> dict[Family, Registered]:
+        registered: dict[Family, Registered] = {family: {} for family in FAMILIES}
         for plugin in plugins:
             try:
-                kinds = [kind for result in self._ask(plugin, "register_quantizers") for kind in _quantizer_types(result)]
-                if plugin.distribution != builtin():
-                    _refuse_taken(kinds, self._own_names)
+                brought = {family: self._classes(plugin, family) for family in FAMILIES}
             except FAILURES as error:
                 self._set_aside(broken(plugin.distribution, plugin.value, error, plugin.implementation))
                 self.plugins.remove(plugin)
                 continue
-            for kind in kinds:
-                registered.setdefault(kind.name, []).append((kind, plugin))
+            for family, kinds in brought.items():
+                for kind in kinds:
+                    registered[family].setdefault(kind.name, []).append((kind, plugin))
         return registered
+
+    def _classes(self, plugin: Plugin, family: Family) -> list[type[Any]]:
+        """What a plugin brings of a family. Raises what the plugin raises, TypeError and ValueError."""
+        kinds = [kind for result in self._ask(plugin, family.hook) for kind in family.classes(result)]
+        if plugin.distribution != builtin():
+            family.refuse_taken(kinds, self._own_names(family))
+        return kinds
 
     def _first(self, hook: str, source: str, problems: Callable[[object], Iterator[str]]) -> tuple[Plugin | None, Any]:
         """The first plugin that knows `source` and what it returns, held to its contract; None twice if none does."""
@@ -243,7 +262,7 @@ class PluginManager:
             )
         functions = hook_functions(implementation)
         if not functions:
-            raise LookupError("it implements no hook: decorate its functions with @qconvert.hookimpl")
+            raise LookupError("it implements no hook: decorate its functions with @qconvert.plugin.hookimpl")
         known = [name for name in dir(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
         for name in functions.keys() - set(known):  # a misspelt hook would otherwise never be called, in silence
             close = difflib.get_close_matches(name, known, n=1)
@@ -260,85 +279,13 @@ class PluginManager:
         self.broken.append(found)
         logger.warning("plugin %s is left out", found)
 
-    def unknown(self, name: str) -> QConvertError:
-        """What to tell a user who asks for a plugin that is not there: QC-PLUGIN-001 or QC-PLUGIN-002."""
-        known = sorted({*self._own_names, *self._brought})
-        close = difflib.get_close_matches(name, known, n=1)
-        listing = f"known are {', '.join(known)}"
-        if self.broken:
-            return PluginError(
-                "QC-PLUGIN-001",
-                f"no quantizer {name!r}; a plugin that may bring it is broken: {'; '.join(map(str, self.broken))}",
-                hint=f"repair or uninstall that plugin; {listing}",
-            )
-        return UsageError(
-            "QC-PLUGIN-002",
-            f"no quantizer {name!r}",
-            hint=f"did you mean '{close[0]}'? {listing}"
-            if close
-            else f"install the plugin that brings it, or choose another: {listing}",
-        )
+    def unknown(self, name: str, family: Family = QUANTIZERS) -> QConvertError:
+        """What to tell a user who asks for a name that nobody brings: QC-PLUGIN-001 or QC-PLUGIN-002."""
+        known = sorted({*self._own_names(family), *self._brought[family]})
+        return family.unknown(name, known, self.broken)
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """What tells whether a folder was written to: name -> size and time of every file."""
     found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path.relative_to(folder).as_posix(): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
-
-
-def _quantizer_types(result: object) -> Iterator[type[Quantizer]]:
-    """The classes that a `register_quantizers` returned. Raises TypeError for what isn't a usable Quantizer class."""
-    from qconvert.ir.scheme import QuantScheme
-    from qconvert.plugin.quantizer import Quantizer
-
-    if not isinstance(result, list | tuple):
-        raise TypeError(f"register_quantizers returned {type(result).__name__}, not a list of Quantizer classes")
-    for kind in result:
-        if not (isinstance(kind, type) and issubclass(kind, Quantizer)):
-            raise TypeError(f"register_quantizers returned {kind!r}, which is no Quantizer class")
-        if not (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):
-            raise TypeError(f"{kind.__name__} is no frozen dataclass")
-        if not isinstance(getattr(kind, "name", None), str) or not isinstance(
-            getattr(kind, "default_scheme", None), QuantScheme
-        ):
-            raise TypeError(f"{kind.__name__} lacks a name (str) or a default_scheme (QuantScheme)")
-        yield kind
-
-
-def _refuse_taken(kinds: Sequence[type[Quantizer]], taken: set[str]) -> None:
-    """Raises ValueError for a name that third parties can't have."""
-    for kind in kinds:
-        if kind.name in taken or kind.name == AUTO:
-            raise ValueError(f"its quantizer '{kind.name}' has a name of qconvert's own; give it another")
-
-
-def _build(kind: type[Quantizer], plugin: Plugin, options: Mapping[str, object]) -> Quantizer:
-    """The quantizer with its options validated against the dataclass fields."""
-    from pydantic import TypeAdapter, ValidationError
-
-    fields = [field for field in dataclasses.fields(kind) if field.init]  # type: ignore[arg-type]
-    signature = ", ".join(f"{field.name} ({_type_name(field.type)})" for field in fields) or "none"
-    hint = f"options of {kind.name} are: {signature}"
-    unknown = sorted(set(options) - {field.name for field in fields})
-    if unknown:
-        raise UsageError("QC-PLUGIN-004", f"quantizer '{kind.name}' has no option {', '.join(map(repr, unknown))}", hint=hint)
-    try:
-        with calls.calling(plugin.distribution, f"set up '{kind.name}'"):
-            return TypeAdapter(kind).validate_python(dict(options))
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or kind.name}: {item['msg']}, got {item['input']!r}" for item in error.errors()
-        )
-        raise UsageError("QC-PLUGIN-004", f"options of quantizer '{kind.name}': {problems}", hint=hint) from error
-    except QConvertError:
-        raise
-    except FAILURES as error:
-        raise PluginError(
-            "QC-PLUGIN-005",
-            f"quantizer '{kind.name}' of {plugin.distribution} could not be set up: {reason(error)}",
-            hint="report it to the plugin's author",
-        ) from error
-
-
-def _type_name(annotation: object) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)

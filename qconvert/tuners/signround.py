@@ -1,4 +1,4 @@
-"""Tune: move the scales and the roundings of one block until its output is closest to the float block's.
+"""SignRound: move the scales and the roundings of one block until its output is closest to the float block's.
 
     w^ = (q - z) s',   q = clamp(round(w / s' + z + v)),   s' = s a
 
@@ -13,62 +13,78 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qconvert.execution.unit import DifferentiableBlock
 from qconvert.ir import affine
 from qconvert.ir.layer import Layer
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.recipe.fields import Tuning
+from qconvert.plugin import hookimpl
+from qconvert.plugin.tuner import BlockTuner, Forward, SampledBlock
 
 HELD_OUT = 8  # one batch in so many judges
 PATIENCE = 2  # judgements without a gain that end the tuning
 JUDGE_EVERY = 5  # steps between two judgements
 SCALE_STEP = 0.1  # how far a scale moves where a rounding moves by one
 
-Forward = Callable[[int, Mapping[str, Tensor]], Tensor]
+
+@hookimpl
+def register_tuners() -> list[type[BlockTuner]]:
+    return [SignRound]
 
 
-def tune(
-    layers: Mapping[str, Layer],
-    tensors: Mapping[str, QuantizedTensor],
-    samples: DifferentiableBlock,
-    fixed: Mapping[str, Tensor],
-    tuning: Tuning,
-) -> dict[str, QuantizedTensor]:
-    """`tensors` with tuned codes and scales, or as they were where nothing helped on the batches that are held out.
+@dataclass(frozen=True)
+class SignRound(BlockTuner):
+    """Signed gradient descent on roundings and scales, judged on samples that are held out.
 
-    layers, tensors: by name, those of one block; int8 activations are computed in float here.
-    fixed: tensors of the block that differ from the source, because a smoothing scale was folded into them.
+    steps: how many of them, at most.
+    seconds: time for each block, at most; what is reached in it depends on the machine.
     """
-    variables = {name: _Variables(layers[name].weight, tensor) for name, tensor in tensors.items()}
-    count = len(samples.targets)
-    judges = range(count - max(1, count // HELD_OUT), count)
-    teachers = range(judges.start) or judges  # a single batch has to do both
-    deadline = time.monotonic() + tuning.seconds if tuning.seconds else None
-    with samples.running(fixed) as forward:
-        least = _loss(forward, tensors, samples, judges)
-        best, gainless = dict(tensors), 0
-        for step in range(tuning.steps):
-            batch = teachers[step % len(teachers)]
-            output = forward(batch, {name: each.weight() for name, each in variables.items()})
-            torch.autograd.backward(_error(output, samples, batch))
-            rate = (1 - step / tuning.steps) / tuning.steps
-            for each in variables.values():
-                each.move(rate)
-            late = deadline is not None and time.monotonic() > deadline
-            if late or (step + 1) % JUDGE_EVERY == 0 or step + 1 == tuning.steps:
-                found = {name: each.tensor() for name, each in variables.items()}
-                loss = _loss(forward, found, samples, judges)
-                gainless = 0 if loss < least else gainless + 1
-                if loss < least:
-                    least, best = loss, found
-                if late or gainless == PATIENCE:
-                    break
-    return best
+
+    steps: int = 20
+    seconds: float | None = None
+
+    name = "signround"
+
+    def tune(
+        self,
+        layers: Mapping[str, Layer],
+        tensors: Mapping[str, QuantizedTensor],
+        samples: SampledBlock,
+        fixed: Mapping[str, Tensor],
+    ) -> dict[str, QuantizedTensor]:
+        """`tensors` with tuned codes and scales, or as they were where nothing helped on the batches that are held out.
+
+        Int8 activations are computed in float here.
+        """
+        variables = {name: _Variables(layers[name].weight, tensor) for name, tensor in tensors.items()}
+        count = len(samples.targets)
+        judges = range(count - max(1, count // HELD_OUT), count)
+        teachers = range(judges.start) or judges  # a single batch has to do both
+        deadline = time.monotonic() + self.seconds if self.seconds else None
+        with samples.running(fixed) as forward:
+            least = _loss(forward, tensors, samples, judges)
+            best, gainless = dict(tensors), 0
+            for step in range(self.steps):
+                batch = teachers[step % len(teachers)]
+                output = forward(batch, {name: each.weight() for name, each in variables.items()})
+                torch.autograd.backward(_error(output, samples, batch))
+                rate = (1 - step / self.steps) / self.steps
+                for each in variables.values():
+                    each.move(rate)
+                late = deadline is not None and time.monotonic() > deadline
+                if late or (step + 1) % JUDGE_EVERY == 0 or step + 1 == self.steps:
+                    found = {name: each.tensor() for name, each in variables.items()}
+                    loss = _loss(forward, found, samples, judges)
+                    gainless = 0 if loss < least else gainless + 1
+                    if loss < least:
+                        least, best = loss, found
+                    if late or gainless == PATIENCE:
+                        break
+        return best
 
 
 class _Variables:
@@ -118,15 +134,13 @@ class _Variables:
         return dataclasses.replace(self.start, q=self._codes(scale).reshape(self.start.q.shape).to(torch.int8), scale=scale)
 
 
-def _error(output: Tensor, samples: DifferentiableBlock, batch: int) -> Tensor:
+def _error(output: Tensor, samples: SampledBlock, batch: int) -> Tensor:
     """Squared error relative to the output, mean over all tokens."""
     square = (output - samples.targets[batch]).square().mean(-1)
     return (square * samples.importance[batch]).mean()
 
 
 @torch.no_grad()
-def _loss(
-    forward: Forward, tensors: Mapping[str, QuantizedTensor], samples: DifferentiableBlock, batches: Sequence[int]
-) -> float:
+def _loss(forward: Forward, tensors: Mapping[str, QuantizedTensor], samples: SampledBlock, batches: Sequence[int]) -> float:
     weights = {name: tensor.dequantize() for name, tensor in tensors.items()}
     return sum(float(_error(forward(batch, weights), samples, batch)) for batch in batches)

@@ -1,0 +1,1 @@
+"""The built-in tuners of blocks: one algorithm, one file. They register through the hook that third parties use."""
