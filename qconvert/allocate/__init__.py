@@ -24,7 +24,8 @@ __all__ = ["allocate"]
 
 
 def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Recipe, Assignment]:
-    """The recipe that a recipe with a budget comes down to, with a rule for every layer, and what it is expected to lose.
+    """Decide on a scheme for every layer: return the recipe that a recipe with a budget comes down to, with a rule for every
+    layer, and what it is expected to lose.
 
     blocks: with the statistics that the quantizer wants, see `calibrate`.
     job: its plan is that of the recipe before anything is decided; layers that a rule names are as it says.

@@ -49,7 +49,7 @@ class Weighed:
 
 
 def measure_losses(blocks: Iterable[Block], job: Job, waiting: Sequence[Choice], progress: Progress) -> list[Weighed]:
-    """Costs and losses of all choices, in the order of the blocks."""
+    """Measure what each scheme costs and loses at every choice, in the order of the blocks."""
     model, plan = job.model, job.plan
     choice_of = {name: choice for choice in waiting for name in choice.layers}
     wavefront = Wavefront(model, _few(model, job.samples.calibration), job.recipe.device)

@@ -56,7 +56,9 @@ class Wavefront:
         (self._waiting if self._next < len(self.model.blocks) else self._outside).append(replaced)
 
     def losses(self) -> Tensor:
-        """[variants, tokens], in the order in which they were added: KL in nats of what writes text, else `relative_square`."""
+        """Return what each variant loses at each token, [variants, tokens], in the order in which they were added: KL in nats
+        for models that write text, else `relative_square`.
+        """
         self.enter("")
         found = []
         with self._late_logits():
@@ -122,7 +124,7 @@ class Wavefront:
 
 
 def relative_square(found: Tensor, expected: Tensor) -> Tensor:
-    """Square of the relative error of states [tokens, values]: [tokens]."""
+    """Return the square of the relative error of states [tokens, values]: [tokens]."""
     found, expected = found.double(), expected.double()
     return (found - expected).square().sum(-1) / expected.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 

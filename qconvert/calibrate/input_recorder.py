@@ -43,7 +43,7 @@ class InputRecorder:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Within the context, what goes into the layers is seen."""
+        """Watch what goes into the layers within the context."""
         hooks = [
             self.model.module.get_submodule(group.layers[0]).register_forward_pre_hook(partial(self._see, index))
             for index, group in enumerate(self.groups)
@@ -94,7 +94,7 @@ class InputRecorder:
         return self.layers[group.layers[0]].kind == "embedding"
 
     def finalize(self) -> list[CalibrationStats | None]:
-        """Per group; None for embeddings, no values where no row was seen."""
+        """Return the statistics of each group; None for embeddings, and without values where no row was seen."""
         return [
             None
             if self._is_embedding(group)

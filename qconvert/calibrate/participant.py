@@ -26,7 +26,7 @@ class Participant:
 
     @cached_property
     def units(self) -> Mapping[str, Sequence[InputGroup]]:
-        """Unit -> the groups of its planned layers, of the units that are not done."""
+        """The groups of planned layers of each unit that is not done, by the unit's name."""
         every = groups_by_unit(self.job.model, self.job.plan.layers, self.job.template.groups)
         return {unit: groups for unit, groups in every.items() if unit not in self.done}
 
@@ -36,7 +36,7 @@ class Participant:
         return type(self.job.quantizer).prepare is not Quantizer.prepare
 
     def part_of(self, block: Block) -> Block:
-        """What this job needs of a block of `calibrate`: what it would be given if it were the only one.
+        """Return of a block what this job would be given by `calibrate` if it were the only one.
 
         It has copies, so that a quantizer that writes to its input harms no other.
         """
@@ -54,7 +54,7 @@ class Participant:
 
 
 def observers_of(participants: Sequence[Participant]) -> tuple[type[Observer], ...]:
-    """Those of all quantizers, each once. Raises PluginError QC-COMPARE-005 if two have one name."""
+    """Return the observers of all quantizers, each once. Raises PluginError QC-COMPARE-005 if two have one name."""
     found: dict[str, tuple[type[Observer], Quantizer]] = {}
     for quantizer in (participant.job.quantizer for participant in participants):
         for observer in quantizer.observers:

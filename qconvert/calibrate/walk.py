@@ -31,8 +31,8 @@ Written = Callable[[], ReadParameter]
 
 
 def calibrate(participants: Sequence[Participant], written: Written | None = None) -> Iterator[Block]:
-    """The units of a model in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a
-    time, each with all that one of the participants needs of it.
+    """Yield the units of a model, each as every participant needs it: the repeated blocks in forward order, then "" for what
+    lies outside them. Each is made when it is asked for.
 
     Units without a planned layer are left out. With quantizers that have no observers and choose no smoothing scales, and
     nothing to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the
@@ -78,7 +78,7 @@ def _walk_of(participants: Sequence[Participant]) -> _Walk:
 
 
 def model_units(model: Model, layers: Mapping[str, LayerPlan]) -> list[str]:
-    """The units that hold planned layers, in forward order."""
+    """Return the units that hold planned layers, in forward order."""
     holding = {model.block_of(name) for name in layers}
     return [unit for unit in (*model.blocks, "") if unit in holding]
 

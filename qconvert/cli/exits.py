@@ -25,12 +25,14 @@ INTERRUPTED = 130
 
 
 def verdict(report: Report) -> int:
-    """0 for passed and for not verified (which the user asked for), 1 for a missed gate. Failed parity is an error."""
+    """Return the exit code of a status: 0 for passed and for not verified (which the user asked for), 1 for a missed gate.
+    Failed parity is an error.
+    """
     return GATE_MISSED if report.passed is False else 0
 
 
 def worst(comparison: Comparison) -> int:
-    """The highest exit code that one of its recipes would have had by itself."""
+    """Return the highest exit code that one of the comparison's recipes would have had by itself."""
     return max(
         entry.error.exit_code if entry.error else verdict(entry.report) if entry.report else 0 for entry in comparison.entries
     )

@@ -18,7 +18,7 @@ AUTO_CLASSES = (
 
 
 def auto_class(model: Model) -> str:
-    """The name to import from transformers; that of the model's own class where no auto class gives it."""
+    """Return the name to import from transformers; that of the model's own class where no auto class gives it."""
     own = type(model.module)
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping

@@ -40,6 +40,7 @@ class CpuLowering(Lowering):
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
+        """Return the value that the nodes for an opaque `node` give; the nodes are in the builder."""
         x = node.inputs[0]
         assert x is not None
         module = node.attributes["module"].as_string()
@@ -56,6 +57,7 @@ class CpuLowering(Lowering):
                 return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
 
     def stored_float(self, name: str) -> Value:
+        """Return the stored tensor `name` in float32, cast where it is narrower."""
         return self.builder.float32(self.builder.external(name))
 
     def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:

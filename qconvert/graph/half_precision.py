@@ -23,7 +23,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def out_of_range(name: str, largest: float, dtype: str, limit: float) -> UsageError:
-    """The error QC-CUDA-002 for a tensor with a number that becomes infinite.
+    """Return the error QC-CUDA-002 for a tensor with a number that becomes infinite.
 
     dtype: "float16", as users write it. limit: its largest number.
     """

@@ -21,10 +21,11 @@ class RowCodes(NamedTuple):
 
     @property
     def symmetric(self) -> bool:
+        """Whether the codes lie around 0, with no zero point to take off."""
         return self.zero_point == SYMMETRIC_ROWS.zero_point
 
     def step_of(self, rows: Tensor) -> Tensor:
-        """[..., 1], of rows [..., in]."""
+        """Return the scale of each row of `rows` [..., in]: [..., 1]."""
         largest = (rows.abs() if self.symmetric else rows).amax(-1, keepdim=True)
         return (largest * torch.tensor(1 / self.steps, dtype=torch.float32)).clamp(min=self.least_step)
 
@@ -45,5 +46,7 @@ ROWS_AFTER = {
 
 
 def row_codes(made_by: str | None) -> RowCodes:
-    """For what a linear reads. made_by: the type of the node that gives it; None where it is not known, or scaled."""
+    """Return how the rows that a linear reads are quantized. made_by: the type of the node that gives them; None where it is
+    not known, or scaled.
+    """
     return ROWS_AFTER.get(made_by or "", SYMMETRIC_ROWS)

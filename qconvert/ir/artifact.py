@@ -22,13 +22,13 @@ INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "code"
 
 
 def is_model_file(name: str) -> bool:
-    """Whether one of the manifest's inputs is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
+    """Return whether one of the manifest's inputs is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
     kind, colon, _ = name.partition(":")
     return not colon or kind not in INPUT_KINDS
 
 
 def is_code(name: str) -> bool:
-    """Whether a file beside a model is code, which is never run, or says what was installed: the output holds neither."""
+    """Return whether a file beside a model is code, which is never run, or says what was installed: the output holds neither."""
     path = PurePosixPath(name)
     return path.suffix in CODE or any(part.endswith((".dist-info", ".egg-info")) for part in path.parts)
 

@@ -43,5 +43,5 @@ class Budget:
         return self.text
 
     def quantized_bytes(self, weights: int, other_bytes: int) -> int:
-        """The most that `weights` quantized weights may take beside `other_bytes` of float tensors."""
+        """Return the most that `weights` quantized weights may take beside `other_bytes` of float tensors."""
         return int(self.amount - other_bytes if self.in_bytes else self.amount * weights / 8 // 1)

@@ -32,7 +32,7 @@ def require_finite(name: str, weight: Tensor) -> None:
 
 
 def not_finite(where: str) -> InputError:
-    """The error QC-FLOAT-001 for what a model computes from finite weights.
+    """Return the error QC-FLOAT-001 for a model that computes NaN or infinity from finite weights.
 
     where: "comes out of the float model for evaluation sample 3".
     """

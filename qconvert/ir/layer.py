@@ -109,7 +109,7 @@ class Block:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All linears of all groups."""
+        """The linears of all groups."""
         return tuple(layer for group in self.groups for layer in group.layers)
 
     def require_seen(self) -> None:

@@ -33,12 +33,12 @@ class LayerPlan:
 
     @property
     def form(self) -> LayerForm:
-        """What it becomes."""
+        """The form that the layer is quantized to."""
         return LayerForm.of(self.kind, self.scheme)
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:
-        """Suffix -> what model.safetensors holds for it, in compressed-tensors' layout."""
+        """The tensors that model.safetensors holds for the layer, in compressed-tensors' layout, by their suffix."""
         scheme, out, width = self.scheme, self.out_features, self.in_features
         groups = width // scheme.group_size(width)
         scale = TensorInfo(scheme.scale_dtype, (out, groups))
@@ -58,6 +58,7 @@ class LayerPlan:
 
     @property
     def nbytes(self) -> int:
+        """The bytes that the layer takes in model.safetensors."""
         return sum(info.nbytes for info in self.disk_tensors.values())
 
 
@@ -84,7 +85,7 @@ class Assignment:
     predicted_error: float | None = None
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of it; what a task has no use for is absent."""
+        """Return it as JSON; what a task has no use for is absent."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -118,11 +119,11 @@ class Plan:
     unread: Mapping[str, str] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> LayerPlan | None:
-        """The planned layer that the module `name` computes with, None where it stays float."""
+        """Return the planned layer that the module `name` computes with, None where it stays float."""
         return self.layers.get(self.shared.get(name, name))
 
     def form_of(self, name: str) -> LayerForm:
-        """What the module `name` becomes."""
+        """Return the form that the module `name` is quantized to."""
         layer = self.layer_of(name)
         if layer is None:
             return LayerForm.FLOAT

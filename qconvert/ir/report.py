@@ -22,6 +22,8 @@ class _Part(BaseModel):
 
 
 class SampleCounts(_Part):
+    """How many samples were drawn for each purpose."""
+
     calibration: int
     evaluation: int
 
@@ -146,6 +148,8 @@ class Evidence(_Part):
 
 
 class GateResult(_Part):
+    """A gate, the value that was measured for it (None where nothing was), and whether it was kept."""
+
     metric: str
     comparison: Literal["<=", ">="]
     limit: float
@@ -202,7 +206,7 @@ class Report(_Part):
         return any(gate.metric in Fidelity.model_fields for gate in self.gates)
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of report.json."""
+        """Return the JSON document of report.json."""
         document = self.model_dump(mode="json")
         for section, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ()), ("layers", ())):
             document[section] = [

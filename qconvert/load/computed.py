@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 def computed_tensors(module: PreTrainedModel, missing: Iterable[str]) -> dict[str, Tensor]:
-    """Those of the missing parameters and persistent buffers that transformers would not miss either: name -> value, float32.
+    """Return the missing parameters and persistent buffers that transformers computes rather than loads, by name, in float32.
 
     They are what their class declares as absent from files (Marian's positions, BART's final_logits_bias) or builds as
     frozen (Pegasus's positions), and what it initialises in the same way each time.

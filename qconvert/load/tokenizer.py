@@ -111,7 +111,7 @@ def _inserted(files: Mapping[str, Path | bytes]) -> Callable[[str], bool]:
 
 
 def text_encoder(files: Mapping[str, Path | bytes], folder: Path | None = None) -> TextEncoder | None:
-    """The encoder of the tokenizer among `files`, None if there is none.
+    """Return the encoder of the tokenizer among `files`, None if there is none.
 
     folder: where transformers may look for tokenizers other than tokenizer.json.
     """

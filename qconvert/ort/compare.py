@@ -32,7 +32,7 @@ Pairs = Iterator[tuple[np.ndarray[Any, Any], ...]]
 
 
 def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """max |found - expected| / max |expected|; infinite where shapes differ or a value is not finite."""
+    """Return max |found - expected| / max |expected|; infinite where shapes differ or a value is not finite."""
     if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
         return float("inf")
     found, expected = found.astype(np.float64), expected.astype(np.float64)  # truth values and codes have no differences
@@ -40,7 +40,7 @@ def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, An
 
 
 def feed(session: Any, batch: Mapping[str, Tensor]) -> Values:
-    """The session's inputs from a batch, with empty KV caches where it has them."""
+    """Return the session's inputs from a batch, with empty KV caches where it has them."""
     inputs = {name: value.numpy() for name, value in batch.items()}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
@@ -49,7 +49,7 @@ def feed(session: Any, batch: Mapping[str, Tensor]) -> Values:
 
 
 def next_inputs(session: Any, inputs: Values, found: Sequence[np.ndarray[Any, Any]], tokens: np.ndarray[Any, Any]) -> Values:
-    """The inputs of the step after a run of a decoder: it reads `tokens` [rows, n] on the caches that the run gave.
+    """Return the inputs of the step after a run of a decoder: it reads `tokens` [rows, n] on the caches that the run gave.
 
     inputs, found: what went into the run and came out of it.
     """
@@ -65,12 +65,12 @@ def next_inputs(session: Any, inputs: Values, found: Sequence[np.ndarray[Any, An
 
 
 def relative_error(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> float:
-    """Largest difference between the session's outputs and the reference, each relative to its largest |output|."""
+    """Return the largest difference between the session's outputs and the reference, each relative to its largest |output|."""
     return max(largest_difference(found, reference) for found, reference in compared(model, session, expected))
 
 
 def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> list[tuple[np.ndarray[Any, Any], ...]]:
-    """(output of the session, what it should be), row by row for text models.
+    """Run the session, and return (its output, what it should be), row by row for text models.
 
     expected: the reference's outputs (see execution.block_runner.graph_outputs) for each of `probes(model)`.
     The session gets the batch padded on the right, and then on the left; those that write text take steps on its cache.

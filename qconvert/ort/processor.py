@@ -23,7 +23,9 @@ FEATURES = {"dot_product": {"asimddp"}}
 
 @cache
 def processor() -> Processor:
-    """Name and features by the system, and whether signed products saturate by trying one in ONNX Runtime."""
+    """Return the processor's name and features as the system tells them, and whether signed products saturate, which is tried
+    in ONNX Runtime.
+    """
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
     known = {"flags": FLAGS, "Features": FEATURES}
     found = {

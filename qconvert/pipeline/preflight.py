@@ -49,7 +49,7 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
 
 
 def check_comparison(recipes: Mapping[str, Recipe]) -> PluginManager:
-    """`check` for what concerns all recipes of a comparison; what concerns one alone stops no other."""
+    """Check, as `check` does, what concerns all recipes of a comparison; what concerns one alone stops no other."""
     first = next(iter(recipes.values()))
     plugins, folder = plugins_of(first), first.output.parent
     if folder.exists() and not folder.is_dir():
@@ -66,7 +66,8 @@ def check_comparison(recipes: Mapping[str, Recipe]) -> PluginManager:
 
 
 def check_published(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> PluginManager:
-    """`check` for what `verify` is given. A float source that is missing is for later: the folder's own files come first.
+    """Check, as `check` does, what `verify` is given. A float source that is missing is for later: the folder's own files come
+    first.
 
     Raises InputError QC-READ-001 for a folder that no run has written, and as `check` for plugins, data and gates.
     """
@@ -82,7 +83,7 @@ def check_published(folder: Path, targets: Sequence[str], evaluation: str | None
 
 
 def plugins_of(recipe: Recipe) -> PluginManager:
-    """All plugins that a recipe may use. Their calls are limited to its time from now on."""
+    """Return all plugins that a recipe may use. Their calls are limited to its time from now on."""
     calls.limit_calls(recipe.plugin_timeout)
     return plugin_manager(recipe.plugins)
 

@@ -41,7 +41,8 @@ class Fitting:
     shared: Mapping[str, str]
 
     def fit(self, layers: Layers) -> tuple[Layers, list[KeptFloat]]:
-        """The layers in schemes that fit, with a reason where it is not the one that was asked for, and what stays in float.
+        """Return the layers in schemes that fit, with a reason where it is not the one that was asked for, and what stays in
+        float.
 
         1. A group that does not divide the width of a layer gives way to the largest smaller one that does, else to one scale
            per channel. What neither quantizer nor kernels take stays in float.
@@ -65,7 +66,7 @@ class Fitting:
         return fitted, [KeptFloat(name=name, reason=reasons[name]) for name in layers if name not in fitted]
 
     def layout_refuses(self, layers: Iterable[LayerPlan]) -> str | None:
-        """Why transformers could not load these layers from one folder, as half a sentence; None if it can, or need not."""
+        """Return why transformers could not load these layers from one folder, as half a sentence; None if it can, or need not."""
         if self.recipe.layout == "onnx" or self.model.config is None:
             return None
         return compressed_tensors.transformers_refuses(layers, outliers=self.quantizer.has_outliers)

@@ -28,7 +28,7 @@ class Option:
 
 
 def options_of(kind: type[Quantizer]) -> tuple[Option, ...]:
-    """In the order of the fields."""
+    """Return a quantizer's options in the order of its fields."""
     documented = dict(_documented(kind))
     schema = options_schema(kind)
     required = schema.get("required", ())
@@ -39,7 +39,7 @@ def options_of(kind: type[Quantizer]) -> tuple[Option, ...]:
 
 
 def options_schema(kind: type[Quantizer]) -> dict[str, Any]:
-    """The JSON schema of a recipe's `options` for this quantizer."""
+    """Return the JSON schema of a recipe's `options` for this quantizer."""
     from pydantic import TypeAdapter
 
     schema = TypeAdapter(kind).json_schema() | {"additionalProperties": False}
@@ -51,7 +51,7 @@ def options_schema(kind: type[Quantizer]) -> dict[str, Any]:
 
 
 def summary(kind: type[Quantizer]) -> str:
-    """The first paragraph of its docstring, in one line; "" without one of its own."""
+    """Return the first paragraph of its docstring, in one line; "" without one of its own."""
     text = kind.__doc__ or ""
     if text.startswith(f"{kind.__name__}("):  # what dataclass puts in for none
         return ""
@@ -59,7 +59,7 @@ def summary(kind: type[Quantizer]) -> str:
 
 
 def first_paragraph(docstring: str) -> str:
-    """In one line."""
+    """Return the first paragraph of a text in one line."""
     return " ".join(inspect.cleandoc(docstring).partition("\n\n")[0].split())
 
 

@@ -39,7 +39,7 @@ def tune(
     fixed: Mapping[str, Tensor],
     tuning: Tuning,
 ) -> dict[str, QuantizedTensor]:
-    """`tensors` with tuned codes and scales, or as they were where nothing helped on the batches that are held out.
+    """Return `tensors` with tuned codes and scales, or as they were where nothing helped on the batches that are held out.
 
     layers, tensors: by name, those of one block; int8 activations are computed in float here.
     fixed: tensors of the block that differ from the source, because a smoothing scale was folded into them.

@@ -29,7 +29,7 @@ class Gate(Part):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of `str`. Raises UsageError QC-RECIPE-003."""
+        """Parse what `str` gives. Raises UsageError QC-RECIPE-003."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None:

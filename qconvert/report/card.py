@@ -88,7 +88,7 @@ ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
-    """Markdown: what it is, how to run and load it, the evidence, and how to make it again."""
+    """Return the card in Markdown: what the artifact is, how to run and load it, the evidence, and how to make it again."""
     sections = (
         f"# {_plain(model_name)}, {wording.title(report)}",
         f"Made by qconvert from `{_code(model_name)}` with the quantizer `{_code(report.quantizer)}`: "

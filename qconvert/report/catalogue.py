@@ -15,7 +15,7 @@ TITLES = ("name", "kind", "distribution", "version", "API", "data", "schemes")
 
 
 def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> RenderableType:
-    """One row per quantizer, loader, finder of data and finisher; below, what is broken and why."""
+    """Return a table with one row per quantizer, loader, finder of data and finisher; below, what is broken and why."""
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in TITLES:
         rows.add_column(title, overflow="fold", no_wrap=title != "schemes")
@@ -27,7 +27,7 @@ def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> Renderabl
 
 
 def page(entry: Entry) -> RenderableType:
-    """All that is known of one of them."""
+    """Return a page with all that is known of one quantizer, loader, finder of data or finisher."""
     lines = [Text(entry.name, "bold"), Text(entry.doc)] if entry.doc else [Text(entry.name, "bold")]
     facts = [f"{entry.kind} of {entry.distribution} {entry.version} ({entry.value}), plugin API {entry.api}"]
     if entry.default_scheme is not None:

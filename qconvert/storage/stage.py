@@ -73,11 +73,11 @@ class Stage:
         return self.folder.stat().st_ino
 
     def done_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks that an earlier run of the same digest has written; "" is what lies outside blocks."""
+        """Return the names of the blocks that an earlier run of the same digest has written; "" is what lies outside blocks."""
         return tuple(record["block"] for record in self.journal.records() if "block" in record)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Name -> place in `folder` of every tensor of the done blocks."""
+        """Return where each tensor of the done blocks lies in `folder`, by name."""
         return {
             name: stored_tensor(file, entry)
             for record in self.journal.records()
@@ -86,6 +86,7 @@ class Stage:
         }
 
     def tensors_of(self, file: str) -> dict[str, StoredTensor]:
+        """Return the tensors of the done blocks that lie in `file`, by name."""
         return {name: tensor for name, tensor in self.tensors().items() if tensor.file == file}
 
     def require_space(self, needed_bytes: int) -> None:

@@ -37,7 +37,7 @@ class Channel:
         self._memory[: self.HEAD.size + len(data)] = self.HEAD.pack(len(data), crc32(data)) + data
 
     def state(self) -> dict[str, Any] | None:
-        """What was told last, None before that and while it is being written.
+        """Return what was told last, None before that and while it is being written.
 
         call: the call that a plugin is in (plugin/host/calls.py), or None. exit: the exit code of a command that is done, and
         left: what still runs. until: when that call, or the process, has to be over, in seconds of time.monotonic.

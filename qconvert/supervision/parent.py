@@ -57,6 +57,7 @@ class Ending:
 
     @property
     def how(self) -> str:
+        """How the process ended, as the predicate of a sentence: "crashed with SIGSEGV"."""
         if "how" in self.call:
             return str(self.call["how"])
         if self.timed_out:
@@ -65,13 +66,17 @@ class Ending:
 
 
 def is_needed(arguments: Sequence[str]) -> bool:
-    """Not for help, not in the process that is watched, not where a debugger is to see the command."""
+    """Return whether the command needs a process that watches it: not for help, not in the watched process itself, and not
+    where a debugger is to see the command.
+    """
     asks = not arguments or any(argument in ("--help", "--version") for argument in arguments)
     return os.name == "posix" and not asks and WATCH not in os.environ and "QCONVERT_DEBUG" not in os.environ
 
 
 def begin() -> None:
-    """What the command's process does first. It is no process of the terminal's foreground, but may write to it."""
+    """Prepare the command's process before it does anything else. It is no process of the terminal's foreground, but may write
+    to it.
+    """
     if WATCH in os.environ:
         become_watched()
         end_with_parent()

@@ -41,13 +41,13 @@ CPU = Target(
 
 
 def stored_outliers(weight: Tensor) -> Tensor:
-    """Float columns in half the space where the quantizer has rounded them to float16 already."""
+    """Return float columns as they are stored: in half the space where the quantizer has rounded them to float16 already."""
     half = weight.half()
     return half if torch.equal(half.float(), weight) else weight
 
 
 def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """Suffix -> tensor that the graph for the CPU provider needs beside `plan.disk_tensors`.
+    """Return the tensors that the graph for the CPU provider needs beside `plan.disk_tensors`, by suffix.
 
     kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
     kernel_scale [out, blocks]: the scale repeated per block.

@@ -36,9 +36,9 @@ class Target:
     provider_options: tuple[dict[str, Any], ...]
 
     def graph_file(self, part: str) -> str:
-        """The file of the graph of a part of a model (see Task.parts)."""
+        """Return the file of the graph of a part of a model (see Task.parts)."""
         return f"{part}.{self.variant}.onnx" if self.variant else f"{part}.onnx"
 
     def is_padded(self, layer: LayerPlan) -> bool:
-        """Whether the shared bytes do not fit the kernel's blocks, so that it needs a padded copy."""
+        """Return whether the shared bytes do not fit the kernel's blocks, so that it needs a padded copy."""
         return layer.in_features % self.block_size(layer) != 0

@@ -22,8 +22,9 @@ OUT, WIDTH = 6, 64
 
 
 def half_steps(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half a step, 0 in groups of
-    zeros; [out, in] float64."""
+    """Return the largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half a step, 0
+    in groups of zeros; [out, in] float64.
+    """
     scale, _ = affine.choose_qparams(weight, scheme)
     groups = affine.grouped(weight, scheme)
     half = torch.where((groups != 0).any(-1), scale.double().abs() / 2, 0.0)

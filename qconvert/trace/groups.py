@@ -20,7 +20,8 @@ ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]) -> tuple[InputGroup, ...]:
-    """All linears and convolutions of a model's graphs, linears of one block that read one value together, in forward order.
+    """Return all linears and convolutions of a model's graphs, linears of one block that read one value together, in forward
+    order.
 
     A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride. Linears of
     several blocks may read one value (an encoder's output); they are quantized at different times, so nothing of the one

@@ -55,7 +55,9 @@ class Signature:
 
 
 def signature(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
-    """Of the one graph of a model. module: the shortened skeleton with `blocks` only; outputs: names of what it gives."""
+    """Return the signature of a model with one graph. module: the shortened skeleton with `blocks` only; outputs: names of what
+    it gives.
+    """
     make = {CAUSAL_LM: _causal_lm, ENCODER: _encoder, MODULE: _module}[model.task]
     return make(model, module, blocks, form, outputs)
 
@@ -69,14 +71,17 @@ class Wrapper(nn.Module):
         self.module, self.form = module, form
 
     def call(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the model with these parameters in the place of its own."""
         return torch.func.functional_call(self.module, parameters, args, kwargs)
 
 
 def layer_indices(blocks: list[str]) -> list[int]:
+    """Return the position of each block in its stack, from its name."""
     return [int(name.rpartition(".")[2]) for name in blocks]
 
 
 def cache_names(prefix: str, indices: list[int]) -> list[str]:
+    """Return the names of keys and values in a graph, those of one block together."""
     return [f"{prefix}.{index}.{part}" for index in indices for part in ("key", "value")]
 
 

@@ -11,7 +11,7 @@ from qconvert.ir.finite import not_finite
 
 
 def first_not_finite(output: Tensor, batch: Batch) -> int | None:
-    """The first row of an output [rows, ...] that holds NaN or infinity, and not where tokens of `batch` are padding."""
+    """Return the first row of an output [rows, ...] that holds NaN or infinity, except where tokens of `batch` are padding."""
     wrong = ~torch.isfinite(output)
     if "attention_mask" in batch and output.ndim == 3:  # [rows, tokens, values]
         wrong &= batch["attention_mask"][..., None].bool()

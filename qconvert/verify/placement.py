@@ -42,7 +42,7 @@ def measure_placement(files: Mapping[str, Path], target: str, batch: Batch) -> P
 
 
 def placement(events: Iterable[Mapping[str, Any]], target: str) -> Placement:
-    """What the events of a profile say of one run."""
+    """Return what the events of a profile say of one run."""
     ran = [event for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
     work = [event for event in ran if event["args"]["op_name"] not in COPIES]
     elsewhere = [event for event in work if event["args"]["provider"] != PROVIDERS[target]]

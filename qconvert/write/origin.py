@@ -53,7 +53,7 @@ class Origin:
 
 
 def origin_of(job: Job) -> Origin:
-    """What the bytes of a job's artifact depend on, beside its recipe."""
+    """Return what the bytes of a job's artifact depend on, beside its recipe."""
     unread = () if job.plan.calibrated else ("calibration",) if job.recipe.verify else ("calibration", "evaluation")
     inputs = {
         **{name: digest for name, digest in job.digests.items() if name.partition(":")[0] not in unread},
@@ -66,7 +66,7 @@ def origin_of(job: Job) -> Origin:
 
 
 def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
-    """Name -> hex sha256 of the content. Raises InputError QC-WRITE-005 for a file that can't be read."""
+    """Return the hex sha256 of each file's content by name. Raises InputError QC-WRITE-005 for a file that can't be read."""
 
     def digest(path: Path | bytes) -> str:
         try:
@@ -83,7 +83,7 @@ def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
 
 
 def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
-    """Of the samples that were drawn: of text that comes with Python, of what a tokenizer makes of a file, of examples."""
+    """Digest the samples that were drawn: of text that comes with Python, of what a tokenizer makes of a file, of examples."""
     digest = hashlib.sha256()
     for batch in calibration:
         for name, tensor in batch.items():
@@ -93,7 +93,7 @@ def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
 
 
 def graph_digests(model: Model, template: Template) -> dict[str, str]:
-    """Of what a factory's module computes, whose code may lie in many files: part -> digest; {} for models of a library."""
+    """Digest what a factory's module computes, whose code may lie in many files: part -> digest; {} for models of a library."""
     if model.task.takes_text:
         return {}
     return {f"graph:{part}": hashlib.sha256(_bare(graph, model)).hexdigest() for part, graph in template.graphs.items()}
@@ -113,7 +113,7 @@ def _bare(traced: onnx_ir.Model, model: Model) -> bytes:
 
 
 def option_digests(quantizer: Quantizer) -> dict[str, str]:
-    """Of the files that a quantizer's options name: those of type Path."""
+    """Digest the files that a quantizer's options name: those of type Path."""
     fields = dataclasses.fields(quantizer)  # type: ignore[arg-type]
     options = {field.name: getattr(quantizer, field.name) for field in fields}
     files = {f"option:{name}": value for name, value in options.items() if isinstance(value, Path) and value.is_file()}
@@ -121,7 +121,7 @@ def option_digests(quantizer: Quantizer) -> dict[str, str]:
 
 
 def versions(used: Iterable[Code]) -> dict[str, str]:
-    """Of Python, of what qconvert computes with, and of the plugins that are used and what they need."""
+    """Return the versions of Python, of what qconvert computes with, and of the plugins that are used and what they need."""
     found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     for code in used:
         found |= {**requirements(code.distribution.name), code.distribution.name: code.distribution.version}
@@ -129,7 +129,7 @@ def versions(used: Iterable[Code]) -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """The processor, how many threads share a product, and what a user has set for either.
+    """Return the processor, how many threads share a product, and what a user has set for either.
 
     Measured with gptq on MiniLM: one thread or two, AVX2 or AVX-512 give other codes, all as good.
     """

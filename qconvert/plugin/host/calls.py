@@ -32,14 +32,14 @@ _said: set[tuple[Distribution | str, ...]] = set()  # warnings are not repeated
 
 
 def limit_calls(seconds: float) -> None:
-    """From now on, every call of a plugin may take this long."""
+    """Limit every call of a plugin to this time from now on."""
     global _seconds
     _seconds = seconds
 
 
 @contextmanager
 def calling(distribution: Distribution, call: str) -> Iterator[None]:
-    """While code of a plugin runs: `call` says what is asked of it, e.g. "quantize 'model.layers.0.mlp.up_proj'".
+    """Guard code of a plugin within the context; `call` says what is asked of it, e.g. "quantize 'model.layers.0.mlp.up_proj'".
 
     Settings of the process are put back, with a warning. What the code raises is an Exception or a SystemExit, but for Ctrl-C:
     libraries in Rust panic with another BaseException. Where the process is watched, the call may take 90 % of the memory that

@@ -49,12 +49,12 @@ class Entry:
     expected_failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the entry as JSON."""
         return dataclasses.asdict(self)
 
 
 def entries(plugins: PluginManager) -> tuple[Entry, ...]:
-    """Quantizers by name, then the others. What is broken is in `plugins.broken` afterwards."""
+    """Return the quantizers by name, then the others. What is broken is in `plugins.broken` afterwards."""
     quantizers = [_quantizer(kind, plugin) for _, found in sorted(plugins.quantizers.items()) for kind, plugin in found]
     others = [
         Entry(plugin.value, word, *plugin.distribution, plugin.value, _api(plugin), *_docs(plugin.implementation))
@@ -66,7 +66,7 @@ def entries(plugins: PluginManager) -> tuple[Entry, ...]:
 
 
 def document(found: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> dict[str, Any]:
-    """`qconvert plugins list --json` (schema 1)."""
+    """Return what `qconvert plugins list --json` prints (schema 1)."""
     return {
         "schema": 1,
         "api": hookspecs.API_VERSION,
@@ -86,7 +86,7 @@ def _broken_document(broken: BrokenPlugin) -> dict[str, str]:
 
 
 def recipe_schema(plugins: PluginManager) -> dict[str, Any]:
-    """The JSON schema of a recipe, with the options of every quantizer that is there."""
+    """Return the JSON schema of a recipe, with the options of every quantizer that is there."""
     schema = Recipe.model_json_schema()
     schema["allOf"] = [
         {

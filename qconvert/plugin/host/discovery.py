@@ -64,7 +64,7 @@ class Plugin:
 
 
 def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
-    """Every plugin of this environment that QCONVERT_PLUGINS allows, by name, and then those of `files`.
+    """Yield every plugin of this environment that QCONVERT_PLUGINS allows, by name, and then those of `files`.
 
     Raises UsageError QC-PLUGIN-009 for a file that does not exist.
     """
@@ -85,18 +85,18 @@ def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
 
 
 def broken(distribution: Distribution, value: str, error: BaseException, implementation: object = None) -> BrokenPlugin:
-    """What is to be said of a plugin that raised `error`; `implementation`: what was imported, if it came to that."""
+    """Describe a plugin that raised `error`; `implementation`: what was imported, if it came to that."""
     tail = "".join(traceback.format_exception(error, limit=-3))
     return BrokenPlugin(distribution, value, reason(error), _location(error, implementation), tail)
 
 
 def reason(error: BaseException) -> str:
-    """In one line."""
+    """Return the reason for an error in one line."""
     return f"{type(error).__name__}: {in_one_line(error)}"
 
 
 def hook_functions(implementation: object) -> dict[str, Callable[..., Any]]:
-    """The functions of a plugin that @hookimpl marks, by name."""
+    """Return the functions of a plugin that @hookimpl marks, by name."""
     found = ((name, getattr(implementation, name, None)) for name in dir(implementation))
     return {name: function for name, function in found if getattr(function, f"{GROUP}_impl", None) and callable(function)}
 

@@ -27,6 +27,7 @@ class PluginSource:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that the plugin's source names."""
         return self._source.tensors
 
     def read(self, name: str) -> Tensor:
@@ -58,7 +59,7 @@ class PluginSource:
 
 
 def model_problems(model: object) -> Iterator[str]:
-    """What is wrong with what `load_model` returned, in the order in which one check relies on those before it."""
+    """Yield what is wrong with what `load_model` returned, in the order in which one check relies on those before it."""
     from qconvert.ir.model import Model  # here: who asks for data needs no torch
 
     if not isinstance(model, Model):
@@ -85,7 +86,7 @@ def model_problems(model: object) -> Iterator[str]:
 
 
 def data_problems(path: object) -> Iterator[str]:
-    """What is wrong with what `find_data` returned."""
+    """Yield what is wrong with what `find_data` returned."""
     if not isinstance(path, Path):
         yield f"it returned {type(path).__name__}, not a Path"
     elif not path.is_file():

@@ -49,7 +49,7 @@ CALIBRATED = ("awq", "gptq", "llm-int8", "smoothquant")
 
 
 def plugin_manager(files: Sequence[Path] = ()) -> PluginManager:
-    """All plugins of this environment, and those of `files`."""
+    """Return the manager of all plugins of this environment, and of those in `files`."""
     return PluginManager(BUILTINS, files)
 
 
@@ -78,7 +78,7 @@ class PluginManager:
                 self._set_aside(broken(found.distribution, found.value, error, found.implementation))
 
     def quantizer(self, name: str, options: Mapping[str, object]) -> Quantizer:
-        """The quantizer that registered as `name`, with the user's options.
+        """Return the quantizer that registered as `name`, with the user's options.
 
         Raises UsageError QC-PLUGIN-002 if none did, QC-PLUGIN-004 for wrong options; PluginError QC-PLUGIN-001 if none
         did but a broken plugin may have been meant to, QC-PLUGIN-003 if two did, QC-PLUGIN-005 if it can't be built.
@@ -102,7 +102,7 @@ class PluginManager:
         return any("load_model" in hook_functions(plugin.implementation) for plugin in self.plugins)
 
     def load_model(self, source: str) -> Model | None:
-        """What the first plugin that knows `source` makes of it, None if none does.
+        """Load `source` with the first plugin that knows it; None if none does.
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no complete Model; its own QConvertErrors pass.
         """
@@ -116,7 +116,7 @@ class PluginManager:
         return dataclasses.replace(model, source=PluginSource(model.source, plugin.distribution))
 
     def find_data(self, source: str) -> Path | None:
-        """The file that the first plugin which knows `source` names for it, None if none does.
+        """Return the file that the first plugin which knows `source` names for it, None if none does.
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no file; its own QConvertErrors pass.
         """
@@ -142,11 +142,13 @@ class PluginManager:
                 )
 
     def distribution_of(self, quantizer: Quantizer) -> Distribution:
-        """Name and version of the distribution that a quantizer came from."""
+        """Return name and version of the distribution that a quantizer came from."""
         return distribution_of(quantizer)
 
     def code_of(self, quantizer: Quantizer) -> tuple[Code, ...]:
-        """The code that the bytes of an artifact come from: that of its quantizer, and of the plugin that loaded the model."""
+        """Return the code that the bytes of an artifact come from: that of its quantizer, and of the plugin that loaded the
+        model.
+        """
         found = [Code(distribution_of(quantizer), code_digest(type(quantizer).__module__))]
         if self._loader is not None:
             implementation = self._loader.implementation
@@ -160,14 +162,14 @@ class PluginManager:
             raise self.unknown(name)
 
     def needs_data(self, name: str) -> bool:
-        """Whether the quantizer `name` needs calibration data."""
+        """Return whether the quantizer `name` needs calibration data."""
         if name in self._own_names:
             return name in CALIBRATED
         return any(kind.observers for kind, _ in self._brought.get(name, ()))
 
     @cached_property
     def quantizers(self) -> Registered:
-        """name -> who registered it. More than one is an error only for the user who asks for that name."""
+        """The plugins that registered each name. More than one is an error only for the user who asks for that name."""
         own = [Plugin(import_module(name), builtin(), name) for name in self._builtins]
         for plugin in own:
             self._register(plugin)
@@ -261,7 +263,7 @@ class PluginManager:
         logger.warning("plugin %s is left out", found)
 
     def unknown(self, name: str) -> QConvertError:
-        """What to tell a user who asks for a plugin that is not there: QC-PLUGIN-001 or QC-PLUGIN-002."""
+        """Return the error QC-PLUGIN-001 or QC-PLUGIN-002 for a user who asks for a plugin that is not there."""
         known = sorted({*self._own_names, *self._brought})
         close = difflib.get_close_matches(name, known, n=1)
         listing = f"known are {', '.join(known)}"

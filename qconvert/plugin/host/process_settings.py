@@ -32,7 +32,7 @@ class Setting:
 
 @contextmanager
 def settings_kept() -> Iterator[list[str]]:
-    """Within, foreign code runs. What it has changed is put back, and the names of that are then in the list."""
+    """Put back what foreign code changes within the context; the names of what was changed are in the list afterwards."""
     before = [(setting, setting.read()) for setting in settings()]
     had_torch = "torch" in sys.modules
     changed: list[str] = []
@@ -55,7 +55,7 @@ def _has_put_back(setting: Setting, before: Any) -> bool:
 
 
 def settings() -> tuple[Setting, ...]:
-    """Those of Python, and of torch and numpy once torch is imported."""
+    """Return the settings of Python, and of torch and numpy once torch is imported."""
     return (*_PYTHON, *_torch()) if "torch" in sys.modules else _PYTHON
 
 
