@@ -78,7 +78,7 @@ class TargetError(QConvertError):
 
 
 def printable(text: str) -> str:
-    """Return `text` in one line, harmless on a terminal: with control characters or the like in it, all but ASCII is escaped."""
+    """Return `text` in one line, harmless on a terminal: where it holds control characters or the like, only ASCII stays."""
     if text.isprintable():
         return text
     return "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in text)

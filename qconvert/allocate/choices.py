@@ -1,4 +1,4 @@
-"""What there is to choose from: layers that get one scheme together, and what each scheme costs them."""
+"""The choices of an allocation: layers that get one scheme together, and what each scheme costs them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Mod
 
 
 def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
-    """As soon as it is known: measuring takes its time."""
+    """Raise QC-BUDGET-005 if transformers could load no folder with mixed schemes. Called before losses are measured, which
+    takes minutes.
+    """
     mixed = dict(plan.layers)
     for index, choice in enumerate(found):
         scheme = choice.schemes[index % len(choice.schemes)]

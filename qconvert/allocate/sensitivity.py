@@ -1,4 +1,4 @@
-"""What every scheme would cost and lose at every layer.
+"""The sensitivity of every layer: what it would cost and lose in every scheme.
 
 The loss at one scheme is measured, with the weights that the quantizer makes of it: how far they are from plain rounding
 differs between layers by a factor of five. The other schemes then follow, because what they lose more or less is nearly the
@@ -42,7 +42,7 @@ SAMPLED_CHANNELS = 128
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """options: one per scheme of the choice."""
+    """A choice with what each of its schemes costs and loses. options: one per scheme of the choice."""
 
     choice: Choice
     options: tuple[Option, ...]

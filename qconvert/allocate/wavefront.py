@@ -1,4 +1,4 @@
-"""How much the output of a model changes where a part of it is quantized, for every part, in one pass over its blocks.
+"""The change in a model's output for every part of it that is quantized, measured in one pass over its blocks.
 
 A few samples run through the float model. Behind each block, for every part of it, a variant of them sets out that has seen
 this part quantized, and runs on through the float blocks beside the others: one block's weights are in memory at a time,
@@ -94,7 +94,8 @@ class Wavefront:
 
     @contextmanager
     def _late_logits(self) -> Iterator[None]:
-        """Within the context, the output head sees the latter half of each row alone: what has a context to speak of.
+        """Let the output head see only the latter half of each row within the context: the tokens that have a context to speak
+        of.
 
         It spares half of the head, which is much of the work where a vocabulary is large.
         """
@@ -109,8 +110,9 @@ class Wavefront:
             hook.remove()
 
     def _judged(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What of the outputs counts, each [tokens, values]: of logits their log probabilities; of a module all that it
-        returns is one token."""
+        """Return the outputs that are compared, each [tokens, values]: the log probabilities of logits; all that a module
+        returns counts as one token.
+        """
         if not self.model.task.takes_text:
             return [output.reshape(1, -1) for output in outputs]
         mask = self.batch["attention_mask"].bool().to(outputs[0].device)
@@ -131,7 +133,7 @@ def relative_square(found: Tensor, expected: Tensor) -> Tensor:
 
 @contextmanager
 def _swapped(module: nn.Module, replaced: Replaced, device: str) -> Iterator[None]:
-    """Within the context, parameters are what `replaced` says."""
+    """Put `replaced` in the place of parameters within the context."""
     before = {}
     for name, tensor in replaced.items():
         owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Which tokens of a batch count, and how much."""
+"""The importance of the tokens of a batch: which of them count, and how much."""
 
 from __future__ import annotations
 

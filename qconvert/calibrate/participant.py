@@ -1,4 +1,4 @@
-"""What each of several conversions of one model needs of the blocks that are calibrated for all of them."""
+"""The share that each of several conversions of one model takes of blocks that are calibrated for all of them."""
 
 from __future__ import annotations
 

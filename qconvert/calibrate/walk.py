@@ -117,13 +117,13 @@ class _Walk:
         return self.scaled and any(group.producer for unit in self.pending for group in self.members[unit])
 
     def unobserved(self) -> Iterator[Block]:
-        """Nothing is run."""
+        """Yield the units without running any."""
         for unit in self.pending:
             groups = (replace(group, producer=None) for group in self.members[unit])
             yield Block(unit, tuple(linear_group(self.model, self.layers, group, None) for group in groups))
 
     def observed(self) -> Iterator[Block]:
-        """Every block runs on what the float blocks before it put out."""
+        """Yield the units, each block run on what the float blocks before it put out."""
         runner = self._started()
         for index, unit in self._path():
             runner.enter(index)
@@ -136,7 +136,9 @@ class _Walk:
                     runner.run_block(index)
 
     def sequential(self, written: Written) -> Iterator[Block]:
-        """Every block runs on what the quantized blocks before it put out, and is tuned towards what the float ones do."""
+        """Yield the units, each block run on what the quantized blocks before it put out, and tuned towards what the float ones
+        do.
+        """
         runner = self._started()
         floats = _FloatOutputs(runner) if self.tuned else None
         for index, unit in self._path():
@@ -168,7 +170,7 @@ class _Walk:
         return iter(list(enumerate(units))[: units.index(self.pending[-1]) + 1])
 
     def _products(self) -> AbstractContextManager[None]:
-        """What blocks run in. What tuning approaches is the float block's output itself."""
+        """Let blocks compute coarse products, unless they are tuned: tuning approaches the float block's output itself."""
         return nullcontext() if self.tuned else coarse_products()
 
     def _block(self, runner: BlockRunner, index: int) -> Block:

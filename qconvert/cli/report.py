@@ -1,4 +1,4 @@
-"""What `run` and `verify` say at the end."""
+"""The last words of `run` and `verify`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class of transformers loads a folder as the whole model that it was made from."""
+"""The class of transformers that loads a folder as the whole model that it was made from."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class BlockRunner:
             return list(tensors_in(self._forward(lane.batch)))
 
     def run_unit(self, index: int, lane: Lane) -> list[Tensor]:
-        """Run a block on a lane, or for the index beyond the last block what lies outside the blocks, and return what it gives."""
+        """Run a block on a lane, or for the index beyond the last block what lies outside them, and return what it gives."""
         return [self.call_block(index, lane)] if index < len(self._blocks) else self.run_outside(lane)
 
     def _forward(self, batch: Batch) -> Any:
@@ -152,7 +152,7 @@ class BlockRunner:
         return next(number for number, stack in enumerate(self._stacks) if index in stack)
 
     def _result(self, lane: Lane, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What a block of a stack that has been run, or is being run, gives in the place of the stack's last one."""
+        """Return what a block of a stack, already run or running, gives in the place of the stack's last one."""
         number = self._stack_of(index)
         return _with_tail(lane.ends[number] if number < len(lane.ends) else lane.state, lane.tails[number])
 

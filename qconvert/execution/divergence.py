@@ -1,4 +1,4 @@
-"""How far apart two distributions over a vocabulary are.
+"""The distance between two distributions over a vocabulary.
 
 In float64: float32 rounds what logits that are nearly equal have lost to either side of 0.
 """

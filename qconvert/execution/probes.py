@@ -1,4 +1,4 @@
-"""What a model is run on to see whether two forms of it compute the same: rows of different length, padded on either side."""
+"""The inputs on which two forms of a model are compared: rows of different length, padded on either side."""
 
 from __future__ import annotations
 

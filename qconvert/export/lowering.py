@@ -1,4 +1,6 @@
-"""What lowering is the same for every provider: the order of things, smoothing, outliers, convolutions, gathered codes."""
+"""The part of lowering that is the same for every provider: the order of things, smoothing, outliers, convolutions, gathered
+codes.
+"""
 
 from __future__ import annotations
 

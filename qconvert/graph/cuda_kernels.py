@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider has kernels for, as data, and whether a graph is made for them.
+"""The kernels that ONNX Runtime's CUDA provider has, as data, and the check that a graph is made for them.
 
 cuda_kernels.json holds the kernels of one version of ONNX Runtime and says where it has them from. A kernel that serves an
 operator from some version on does not serve that operator's later versions, so the table is made for one opset.

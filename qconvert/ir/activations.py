@@ -1,4 +1,4 @@
-"""How int8 activations lie on their codes."""
+"""The codes of int8 activations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RowCodes(NamedTuple):
-    """How int8 activations lie on the codes 0 to 255: code = round(x / step) + zero_point, with a step for each row.
+    """The codes 0 to 255 of int8 activations: code = round(x / step) + zero_point, with a step for each row.
 
     steps: that the largest of a row is divided into; the largest magnitude where rows have both signs.
     least_step: no step is smaller, so that the lowest value has a code.

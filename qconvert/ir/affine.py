@@ -64,7 +64,9 @@ def extremes(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, ...]:
 
 
 def _signed_maximum(groups: Tensor) -> Tensor:
-    """In each group [..., n], w[argmax |w|]: [...]; of two that differ in sign alone the first. argmax takes thrice the time."""
+    """Return w[argmax |w|] of each group [..., n]: [...]; of two that differ in sign alone the first. argmax takes thrice the
+    time.
+    """
     smallest, largest = groups.amin(-1), groups.amax(-1)
     signed = torch.where(largest > -smallest, largest, smallest)
     tied = (largest == -smallest) & (largest > 0)

@@ -28,7 +28,7 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """Raises UsageError QC-BUDGET-001 for a text that is no budget."""
+        """Parse '4.5' (average bits) or '90MB'. Raises UsageError QC-BUDGET-001 for a text that is no budget."""
         match = _BUDGET.fullmatch(text)
         if match is None or not Fraction(match["number"]):
             raise UsageError(

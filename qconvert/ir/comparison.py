@@ -17,7 +17,7 @@ PLOT = "compare.png"
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe.
+    """One recipe of a comparison, and what came of it.
 
     scheme: of the layers that no rule names.
     report: None where there is no artifact.
@@ -62,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All recipes, in the order in which they were given."""
+    """The recipes that were tried on one model, in the order in which they were given."""
 
     model: str
     task: Task

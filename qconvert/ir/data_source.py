@@ -1,4 +1,4 @@
-"""Where samples come from, as users name it: a file of a kind that is read, or the text that comes with Python."""
+"""Sources of samples, as users name them: a file of a kind that is read, or the text that comes with Python."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from qconvert.ir.batch import Batch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockCall:
-    """All that a block is called with, but for the hidden state: masks and position embeddings differ by block.
+    """The arguments of a block, but for the hidden state: masks and position embeddings differ by block.
 
     positional: whether the hidden state is the first positional argument.
     """

@@ -18,7 +18,7 @@ from qconvert.ir.task import TASKS, Task
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor, without reading it."""
+    """The dtype and shape of a tensor, as a header gives them without its data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -114,7 +114,7 @@ class Model:
 
     @property
     def scale_bits(self) -> int:
-        """The significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype that config.json names."""
+        """The significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype in config.json."""
         dtype = None if self.config is None else getattr(getattr(self.module, "config", None), "dtype", None)
         return 8 if dtype == torch.bfloat16 else 11 if dtype == torch.float16 else 24
 

@@ -16,7 +16,7 @@ from qconvert.ir.scheme import QuantScheme
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer that will be quantized.
+    """One layer that will be quantized, and how.
 
     out_features, in_features: of the weight after transposing (Conv1D) or flattening (Conv2d).
     weight_read: whether the model's own code looks at the weight, beside calling the layer.
@@ -72,7 +72,7 @@ class KeptFloat:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What `auto` decided. average_bits: of all quantized weights. schemes: name -> number of layers.
+    """The schemes that a budget decided on. average_bits: of all quantized weights. schemes: name -> number of layers.
 
     predicted_kl in nats, for models that write text; predicted_error: of the output, relative, for others. Both are sums over
     what each layer loses alone, on calibration data.
@@ -91,7 +91,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will happen to every tensor of the model.
+    """The fate of every tensor of a model: quantized by a scheme, or kept in float for a reason.
 
     scheme: the scheme of the layers that no rule names.
     layers: by name, in the model's order.

@@ -38,7 +38,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """How the input of a layer is quantized.
+    """The way in which the input of a layer is quantized.
 
     dynamic: whether its scales are computed at run time; else they come from calibration.
     granularity: "token" for one scale per row, "tensor" for one for all.

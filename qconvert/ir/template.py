@@ -54,7 +54,7 @@ class Template:
     weights_read: frozenset[str] = frozenset()
 
     def parameters_read(self) -> set[str]:
-        """Return the names of the parameters that the graphs compute with, and of other initializers."""
+        """Return the names of the parameters that the graphs compute with, among names of other initializers."""
         names: set[str] = set()
         for model in self.graphs.values():
             names |= set(model.graph.initializers)

@@ -187,7 +187,7 @@ class MemorySource:
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """What two tensors have in common if and only if they are the same view of the same memory."""
+    """Return a key that two tensors have in common if and only if they are the same view of the same memory."""
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 

@@ -144,7 +144,7 @@ def _no_weights(folder: Path) -> InputError:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
+    """Raise InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
     if not os.path.lexists(folder / ADAPTER):
         for name in ADAPTER_WEIGHTS:
             if os.path.lexists(folder / name):

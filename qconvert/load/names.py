@@ -112,7 +112,7 @@ def missing_names(module: PreTrainedModel, stored: Mapping[str, str], tied: Mapp
 
 
 def check_shapes(module: PreTrainedModel, source: RenamedSource) -> None:
-    """Raises InputError QC-INPUT-016 naming the tensors whose shape or kind of number is not what the config says."""
+    """Raise InputError QC-INPUT-016 naming the tensors whose shape or kind of number is not what the config says."""
     wrong = []
     for name, place in module.state_dict().items():
         if (info := source.tensors.get(name)) is None:
@@ -130,7 +130,7 @@ def check_shapes(module: PreTrainedModel, source: RenamedSource) -> None:
 
 
 def refuse_missing(module: PreTrainedModel, missing: list[str]) -> None:
-    """Raises InputError QC-INPUT-015 naming the parameters that nothing is stored for."""
+    """Raise InputError QC-INPUT-015 naming the parameters that nothing is stored for."""
     if missing:
         names = listed([ascii(name) for name in missing])
         raise InputError(

@@ -1,4 +1,4 @@
-"""From config.json to a module without weights: transformers' own classes only, no code of the checkpoint."""
+"""Modules without weights made from a config.json: of transformers' own classes only, no code of the checkpoint runs."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def _task(model_class: type[PreTrainedModel]) -> Task:
 
 
 def refuse_empty_layers(config: Mapping[str, Any], tensors: int) -> None:
-    """Raises InputError QC-INPUT-015 where a config counts far more layers than there are tensors to fill them: building
-    them alone could take hours. Tenfold, since layers may share their weights (ALBERT).
+    """Raise InputError QC-INPUT-015 where a config counts far more layers than there are tensors to fill them: building them
+    alone could take hours. Ten times as many are far more, since layers may share their weights (ALBERT).
     """
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -222,7 +222,7 @@ def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _experts(module: nn.Module) -> str | None:
-    """Where the experts of a mixture are, None in other models."""
+    """Return where the experts of a mixture are, None in other models."""
     names = {name: type(part).__name__ for name, part in module.named_modules() if name}
     named = (name for name in names if name.rpartition(".")[2] == "experts")
     return next(named, None) or next((name for name, kind in names.items() if re.search("Moe|MoE|Experts", kind)), None)
@@ -235,8 +235,10 @@ def _sees_later_tokens(module: nn.Module) -> bool:
 
 
 def _rotary_embedding(module: nn.Module) -> str | None:
-    """Where the angles come from, None in models with positions of other kinds. Only decoders' attention rotates by itself;
-    torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for any number of rows."""
+    """Return the module that the rotation's angles come from, None in models with positions of other kinds. Only decoders'
+    attention rotates by itself; torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for any number
+    of rows.
+    """
     return next((name for name, _ in module.named_modules() if "rotary_emb" in name), None)
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger("qconvert")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tokenizer:
-    """What the tokenizers of both libraries have in common.
+    """The part that the tokenizers of both libraries have in common.
 
     encode: see TextEncoder. decode: the text of token ids, special ones not left out.
     ids: token -> id, of the whole vocabulary. added: ids of the tokens that are found in a text before it is split.

@@ -62,7 +62,7 @@ def _expendable(module: PreTrainedModel, name: str, info: TensorInfo) -> str | N
 
 
 def _no_place(module: PreTrainedModel, names: list[str], stored: int, missing: Collection[str]) -> InputError:
-    """What kind of tensors they are, as far as their names tell."""
+    """Name the kind of such tensors, as far as their names tell it."""
     model = type(module).__name__
     if adapter := [name for name in names if _ADAPTER.search(name)]:
         return InputError(

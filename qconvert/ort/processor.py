@@ -48,7 +48,7 @@ def _entry(cpuinfo: str, key: str) -> str:
 
 
 def _name() -> str:
-    """Where Linux does not say: what macOS or Python call the processor."""
+    """Return what macOS or Python call the processor, where Linux's file does not say it."""
     if platform.system() == "Darwin":
         asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()

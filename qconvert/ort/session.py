@@ -65,8 +65,9 @@ def empty(shape: Sequence[int], kind: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop, which is faster unless
-    somebody else wants their cores."""
+    """The settings of a session. threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop,
+    which is faster unless somebody else wants their cores.
+    """
 
     threads: int = 0
     spinning: bool = True

@@ -172,7 +172,7 @@ class Named:
 
 
 def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, progress: Progress) -> list[tuple[Attempt, Job]]:
-    """What is calibrated together. Every attempt that can be planned is marked so."""
+    """Return the jobs that are calibrated together. Every attempt that can be planned is marked so."""
     samples = _samples(model, attempts, plugins)
     template, digests = open_model(model, samples, progress)
     jobs = []
@@ -189,7 +189,7 @@ def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, pro
 
 
 def _samples(model: Model, attempts: Sequence[Attempt], plugins: PluginManager) -> Samples:
-    """What the recipes that are calibrated together are calibrated on."""
+    """Draw the samples for all recipes that are calibrated together."""
     together = [each for each in attempts if not each.calibrates_alone]
     if not together:
         return Samples((), ())

@@ -1,4 +1,4 @@
-"""What is wrong with a job at first sight: found from recipe, config and folder before torch, or a model, is loaded.
+"""The checks that need no more than recipe, config and folder: they come before torch, or a model, is loaded.
 
 Nothing heavy is imported here. What only a model can tell is refused when it is loaded, before it is traced.
 """
@@ -125,7 +125,7 @@ def _is_path(model: str) -> bool:
 
 
 def _task(model: str) -> Task | None:
-    """What kind of model a source is, where that is plain without loading it."""
+    """Return the kind of model that a source is, where that is plain without loading it."""
     if model.startswith(FACTORY):
         return MODULE
     place = _place(model)

@@ -1,4 +1,4 @@
-"""From a recipe to a job: load, trace, plan, and decide on the schemes where a budget asks for that."""
+"""The way from a recipe to a job: load, trace, plan, and decide on the schemes where a budget asks for that."""
 
 from __future__ import annotations
 

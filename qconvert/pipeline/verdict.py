@@ -1,4 +1,4 @@
-"""From plan, written files and evidence to the report, and from the report to the verdict."""
+"""The way from plan, written files and evidence to the report, and from the report to the verdict."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def without_source(folder: Path, reason: InputError) -> InputError:
 
 
 def refuse_unverified(report: Report, recipe: Recipe) -> None:
-    """Raises TargetError QC-TARGET-001 if a requested target could not be run here and the user did not allow that."""
+    """Raise TargetError QC-TARGET-001 if a requested target could not be run here and the user did not allow that."""
     missing = [part for part in report.parity if part.status == "not-run"]
     if missing and not recipe.allow_unverified:
         reasons = "; ".join(f"{part.target}: {part.reason}" for part in missing)

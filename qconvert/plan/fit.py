@@ -24,7 +24,7 @@ Layers = dict[str, LayerPlan]
 
 @dataclass(frozen=True)
 class _Misfit:
-    """What the width of a layer is no multiple of. hint: what to do where a rule names the layer."""
+    """A reason why the width of a layer does not fit. hint: what to do where a rule names the layer."""
 
     code: str
     reason: str
@@ -33,7 +33,7 @@ class _Misfit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitting:
-    """What fits under one recipe. shared: output head -> the embedding whose tensor it reads too."""
+    """The layers that fit under one recipe. shared: output head -> the embedding whose tensor it reads too."""
 
     recipe: Recipe
     quantizer: Quantizer
@@ -66,7 +66,7 @@ class Fitting:
         return fitted, [KeptFloat(name=name, reason=reasons[name]) for name in layers if name not in fitted]
 
     def layout_refuses(self, layers: Iterable[LayerPlan]) -> str | None:
-        """Return why transformers could not load these layers from one folder, as half a sentence; None if it can, or need not."""
+        """Return why transformers can't load these layers from one folder, as half a sentence; None if it can, or need not."""
         if self.recipe.layout == "onnx" or self.model.config is None:
             return None
         return compressed_tensors.transformers_refuses(layers, outliers=self.quantizer.has_outliers)
@@ -120,7 +120,7 @@ class Fitting:
         return rule is not None and rule.pattern in {text for each in names for text in (each, glob.escape(each))}
 
     def _bytes(self, layers: Layers, quantized: Layers) -> int:
-        """Of all layers on disk, where those of `quantized` are and the others stay in float."""
+        """Return the bytes of all layers on disk, if those of `quantized` are quantized so and the others stay in float."""
         source, stored_name = self.model.source.tensors, self.model.stored_name
         floats = [source[stored_name(f"{name}.weight")].nbytes for name in layers if name not in quantized]
         return sum(floats) + sum(layer.nbytes for layer in quantized.values())

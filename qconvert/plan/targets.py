@@ -1,4 +1,4 @@
-"""What targets have to say before anything is quantized: whether there are kernels, and what a graph adds to the disk."""
+"""The demands of targets before anything is quantized: whether there are kernels, and what a graph adds to the disk."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _DOCUMENTED = re.compile(r"(\w+(?:, \w+)*): +(\S.*)")
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """kind: its type in words. default: None together with `required` where there is none."""
+    """An option of a quantizer. kind: its type in words. default: None together with `required` where there is none."""
 
     name: str
     kind: str
@@ -79,7 +79,7 @@ def _documented(kind: type[Quantizer]) -> Iterator[tuple[str, str]]:
 
 
 def _words(schema: dict[str, Any]) -> str:
-    """What a value may be: "integer", "number or null", "one of none, mse"."""
+    """Word the values that an option may have: "integer", "number or null", "one of none, mse"."""
     if "anyOf" in schema:
         return " or ".join(map(_words, schema["anyOf"]))
     if "enum" in schema:

@@ -11,7 +11,7 @@ from qconvert.plugin.observer import Observer
 
 
 def scaled(group: LinearGroup, scale: Tensor, observers: tuple[type[Observer], ...]) -> LinearGroup:
-    """Return the group for inputs that are divided by `scale` [in]: weights multiplied by it, the layers' statistics divided."""
+    """Return the group for inputs divided by `scale` [in]: weights multiplied by it, the layers' statistics divided."""
     layers = tuple(
         dataclasses.replace(layer, weight=layer.weight * scale, stats=divided(layer.stats, scale, observers))
         for layer in group.layers

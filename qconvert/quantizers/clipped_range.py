@@ -58,7 +58,7 @@ class ClippedRange:
 
 
 def clamp_to_percentile(weight: Tensor, scheme: QuantScheme, percentile: float) -> Tensor:
-    """Return weight [out, in], what exceeds a group's percentile set to it.
+    """Clamp weight [out, in] to the percentile of its magnitudes in each tensor, channel or group of the scheme.
 
     A group where that would leave nothing but zeros stays as it is.
     """

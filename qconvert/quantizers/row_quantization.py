@@ -1,4 +1,4 @@
-"""What int8 kernels make of the rows that a linear reads: codes with one step per row."""
+"""The rows that a linear reads as int8 kernels see them: codes with one step per row."""
 
 from __future__ import annotations
 

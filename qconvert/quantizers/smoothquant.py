@@ -109,13 +109,13 @@ class SmoothQuantQuantizer(Quantizer):
 
 
 def _producer_channels(group: LinearGroup, width: int) -> Tensor:
-    """For each input channel [in], which producer channel it is a copy of: copies get one scale."""
+    """Return of which producer channel each input channel [in] is a copy: copies get one scale."""
     copies = group.producer.channels if group.producer else None
     return torch.arange(width) if copies is None else torch.tensor(copies)
 
 
 def _largest(magnitude: Tensor, channels: Tensor) -> Tensor:
-    """Per producer channel, the largest magnitude [in] of its copies."""
+    """Return the largest magnitude that each producer channel has among its copies [in]."""
     return torch.zeros(int(channels.max()) + 1).scatter_reduce(0, channels, magnitude, "amax")
 
 

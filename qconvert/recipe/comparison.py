@@ -71,7 +71,7 @@ def _name(entry: dict[str, Any], taken: set[str]) -> str:
 
 
 def tried(text: str) -> dict[str, Any]:
-    """Parse 'QUANTIZER' or 'QUANTIZER:SCHEME' of the command line into an entry of 'recipes'. Raises UsageError QC-COMPARE-004."""
+    """Parse 'QUANTIZER' or 'QUANTIZER:SCHEME' into an entry of 'recipes'. Raises UsageError QC-COMPARE-004."""
     quantizer, separator, scheme = text.partition(":")
     if not quantizer or (separator and not scheme):
         raise UsageError(

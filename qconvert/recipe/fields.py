@@ -67,7 +67,7 @@ class Part(BaseModel):
 
 
 class Rule(Part):
-    """Which scheme the layers that match `pattern` (fnmatch on the full module name) get; the first match wins."""
+    """A scheme for the layers that match `pattern` (fnmatch on the full module name); the first match wins."""
 
     pattern: str = Field(description="fnmatch on the full module name, e.g. '*.mlp.*'")
     scheme: RuleSchemeField = Field(description="a scheme, or 'float', which keeps the layer in float")
@@ -88,7 +88,7 @@ class Rule(Part):
 
 
 class DataSpec(Part):
-    """Where samples come from and how many are taken."""
+    """The source of samples, and how many of them are taken."""
 
     source: str | None = Field(
         None,
@@ -100,7 +100,7 @@ class DataSpec(Part):
 
 
 class Tuning(Part):
-    """How long the scales and roundings of each repeated block are moved towards the float block's output."""
+    """The length of tuning, which moves the scales and roundings of each repeated block towards the float block's output."""
 
     steps: int = Field(20, ge=1, description="steps of signed gradient descent, at most")
     seconds: float | None = Field(

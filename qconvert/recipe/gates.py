@@ -45,7 +45,7 @@ class Gate(Part):
 
 
 def refuse_gates(gates: Sequence[Gate], task: Task | None) -> None:
-    """Raises UsageError QC-GATE-002 for gates on a metric that a task does not have. task: None where it is not known yet."""
+    """Raise UsageError QC-GATE-002 for gates on a metric that a task does not have. task: None where it is not known yet."""
     lacking = [str(gate) for gate in gates if task is not None and gate.metric in task.unmeasured]
     if task is not None and lacking:
         measured = [metric for metric in get_args(Metric) if metric not in task.unmeasured]

@@ -143,7 +143,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
 
 
 def _dequantized(report: Report) -> str:
-    """What transformers makes of the weights."""
+    """Say what transformers makes of the weights."""
     without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
     schemes = {layer.scheme.replace("-tensor", "-channel") for layer in report.layers}  # the layout has one form for both
     late = len(schemes) > 1 or any(scheme.startswith("int8-g") for scheme in schemes)

@@ -63,7 +63,7 @@ def table(plan: Plan) -> RenderableType:
 
 
 def _cuda(plan: Plan) -> list[str]:
-    """What the table of CUDA kernels says of the layers."""
+    """Say what the table of CUDA kernels tells of the layers."""
     described = [target.describe for target in targets_of(plan.targets) if target.describe is not None]
     if not described:
         return []

@@ -117,7 +117,7 @@ def latency(part: Latency) -> str:
 
 
 def busy(part: Latency) -> str:
-    """Say that the times which follow include those of other programs; "" where they do not."""
+    """Say that other programs took part of the cores while this was measured; "" where they did not."""
     if not part.busy:
         return ""
     why = "" if part.others_share is None else f": other programs took {part.others_share:.0%} of its cores' time"
@@ -140,7 +140,7 @@ def settings(part: Latency | Trial) -> str:
 
 
 def speed(part: Latency) -> str:
-    """Say plainly whether the artifact is slower than float, unless a busy machine made it slower."""
+    """Say plainly whether the artifact is slower than float; of a busy machine only the ratio of processor times is said."""
     if part.speedup is None:
         return ""
     if part.busy:

@@ -1,4 +1,4 @@
-"""How a quantized layer lies in model.safetensors: compressed-tensors' layout, and what its readers can't take.
+"""The layout of a quantized layer in model.safetensors, that of compressed-tensors, and the limits of its readers.
 
     pack-quantized   weight_packed, weight_scale, weight_shape [, weight_zero_point packed along the outputs]
     int-quantized    weight (int8), weight_scale [, weight_zero_point]: layers with int8 activations
@@ -142,7 +142,7 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
 
 
 def _trait(needy: LayerPlan) -> str:
-    """What makes a layer one that must be dequantized."""
+    """Name what makes a layer one that must be dequantized."""
     if needy.form.is_embedding:
         return "is an embedding"
     if not needy.scheme.symmetric:

@@ -90,7 +90,7 @@ class Stage:
         return {name: tensor for name, tensor in self.tensors().items() if tensor.file == file}
 
     def require_space(self, needed_bytes: int) -> None:
-        """Raises ResourceError QC-DISK-001 if the disk can't take `needed_bytes`, less what the stage holds already."""
+        """Raise ResourceError QC-DISK-001 if the disk can't take `needed_bytes`, less what the stage holds already."""
         held = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.root).free
         if needed_bytes - held > free:

@@ -1,4 +1,4 @@
-"""What a process is to the one that started it.
+"""The side of a process that another one started, and may watch.
 
 Nothing heavy is imported: the process that watches over a command starts with this.
 """

@@ -1,4 +1,4 @@
-"""What a watched process tells the one that watches."""
+"""The messages from a watched process to the one that watches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SET_ASIDE = "QCONVERT_SET_ASIDE"
 
 
 class Channel:
-    """What a watched process is doing, in memory that it shares with the one that watches.
+    """A note of what a watched process is doing, in memory that it shares with the one that watches.
 
     A pipe would be one of the process's files, and plugins close and write to files that they did not open.
     """

@@ -38,7 +38,7 @@ SHOW_CURSOR = "\x1b[?25h"  # ECMA-48 DECTCEM: progress bars hide it
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the command's process ended: its exit code, negative for a signal, and what it told last (process.Channel.state).
+    """The end of the command's process: its exit code, negative for a signal, and what it told last (messages.Channel.state).
 
     told: {} where it could not open the channel.
     timed_out: it was ended because the call that it was in, or its end, took too long.
@@ -137,7 +137,7 @@ def _shared_file() -> Iterator[Path]:
 
 
 def _follow(channel: Channel, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bool]:
-    """What the command's process told last before it ended, or that it took too long for."""
+    """Return what the command's process told last before it ended, or that its call took too long."""
     told: dict[str, Any] = {}
     while True:
         ended = _has_ended(child)

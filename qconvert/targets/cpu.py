@@ -1,4 +1,4 @@
-"""What ONNX Runtime's kernels want beside the shared bytes of model.safetensors; it goes into the sidecar.
+"""The tensors that ONNX Runtime's kernels want beside the shared bytes of model.safetensors; they go into the sidecar.
 
 weight-only linear   MatMulNBits: B = weight_packed itself where the width is a multiple of the block,
                      scales per block, zero points packed along the blocks

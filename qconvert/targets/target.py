@@ -12,7 +12,7 @@ from qconvert.vocabulary import TargetName
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """One provider. How a layer is lowered for it is said in qconvert/export.
+    """One execution provider that graphs are made for. How a layer is lowered for it is said in qconvert/export.
 
     name: what users type. provider: ONNX Runtime's name. device: where it keeps values, as ONNX Runtime names it.
     package: the distribution of ONNX Runtime that has it, from the oldest version that runs the graphs.

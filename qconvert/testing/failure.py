@@ -1,4 +1,4 @@
-"""What a check raises, and how it says where."""
+"""The failure of a check, and the place that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What quantizers are tried on: tiny linears with inputs, and the two calls that qconvert makes.
+"""The samples that quantizers are tried on: tiny linears with inputs, and the two calls that qconvert makes.
 
 All numbers come from generators with fixed seeds; the global random state is neither read nor changed.
 """
@@ -74,7 +74,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of one layer.
+    """One layer before and after quantization.
 
     layer: as `quantize` got it, its weight scaled. rows: [n, in], what it then reads.
     weight: [out, in] as it was. tensor: with the smoothing scale, if any.

@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check.
+    """The result of one check.
 
     status: "expected" is a failure that the quantizer declares, message then holds its reason.
     message: "" where it passed.

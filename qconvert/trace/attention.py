@@ -25,7 +25,7 @@ DECODER, ENCODER, ENCODER_DECODER = "qconvert-decoder", "qconvert-encoder", "qco
 
 @dataclass
 class AttentionContext:
-    """What the attention of every block needs from the graph around it, for the duration of one trace.
+    """The values that the attention of every block needs from the graph around it, for the duration of one trace.
 
     past: layer index -> (key, value) [batch, kv_heads, past, head_size]; present likewise, filled by the blocks.
     last_place: [batch] int32, where in the cache the last column of this run goes; total: int32 scalar, length of the rows.
@@ -52,7 +52,7 @@ _context = AttentionContext()
 
 @contextmanager
 def attention_context() -> Iterator[AttentionContext]:
-    """Begin a fresh context for one trace."""
+    """Give the trace within the context an AttentionContext of its own."""
     global _context
     previous, _context = _context, AttentionContext()
     try:

@@ -1,4 +1,4 @@
-"""Whether traced graphs compute what the model computes: the traced blocks are run both ways on real weights."""
+"""The check that traced graphs compute what the model computes: the traced blocks are run both ways on real weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which linears share an input, and who produces it: read off the graph, no architecture tables."""
+"""The linears that share an input, and its producer: read off the graph, no architecture tables."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]
 
 
 def _read_by(nodes: Sequence[onnx_ir.Node]) -> tuple[onnx_ir.Value, ...]:
-    """What the calls of one layer read, each value once."""
+    """Return the values that the calls of one layer read, each once."""
     return tuple(dict.fromkeys(value for node in nodes if (value := node.inputs[0]) is not None))
 
 

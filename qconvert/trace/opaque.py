@@ -89,7 +89,7 @@ def _opaque_conv(name: str, conv: nn.Conv2d) -> Opaque:
 
 
 def kind_of(block: nn.Module) -> tuple[Any, ...]:
-    """Return what makes two blocks the same computation: classes, plain attributes and parameter shapes, all but their index."""
+    """Return what makes two blocks the same computation: classes, plain attributes and parameter shapes, all but an index."""
     parts: list[Any] = []
     for name, module in block.named_modules():
         attributes = {

@@ -1,4 +1,4 @@
-"""What a graph takes and gives, per task: the module that the exporter sees, example inputs, names.
+"""The inputs and outputs of a graph, per task: the module that the exporter sees, example inputs, names.
 
 Encoder-decoders, which are two graphs, are in encoder_decoder.py.
 """
@@ -44,8 +44,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Signature:
-    """wrapper: takes `arguments` and the parameters, by name. shapes: the dynamic dimensions of the arguments, as
-    torch.export wants them. inputs, outputs: names in the graph, in the order of the wrapper's tensors."""
+    """The inputs and outputs of one graph, and the module that is traced for it.
+
+    wrapper: takes `arguments` and the parameters, by name. shapes: the dynamic dimensions of the arguments, as torch.export
+        wants them. inputs, outputs: names in the graph, in the order of the wrapper's tensors.
+    """
 
     wrapper: nn.Module
     arguments: dict[str, Any]

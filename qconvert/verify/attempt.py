@@ -1,4 +1,4 @@
-"""From a difference, or from a check that could not be made, to the verdict of a parity."""
+"""The verdict of a parity, made of a difference or of a check that could not be made."""
 
 from __future__ import annotations
 

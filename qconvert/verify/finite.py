@@ -1,5 +1,6 @@
-"""Outputs that are no finite numbers: of the artifact, which has failed then, or of the float model, which leaves nothing to
-compare with."""
+"""Outputs with NaN or infinity: those of the artifact, which has failed then, and those of the float model, which leave nothing
+to compare with.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def first_not_finite(output: Tensor, batch: Batch) -> int | None:
 
 
 def require_finite_float(output: Tensor, batch: Batch, data: str, before: int = 0) -> None:
-    """Raises InputError QC-FLOAT-001 where an output of the float model is not finite.
+    """Raise InputError QC-FLOAT-001 where an output of the float model is not finite.
 
     data: what the rows of `batch` are samples of. before: samples that came before them.
     """

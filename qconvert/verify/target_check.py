@@ -39,7 +39,7 @@ Outputs = Sequence[tuple[Tensor, ...]]
 
 
 class TargetCheck:
-    """What is measured of an artifact on one target.
+    """The measurements of an artifact on one target, from its files.
 
     paths: part -> the file of its graph.
     not_run: why it can't be run, None where it can.

@@ -1,4 +1,4 @@
-"""What model.safetensors holds, known before anything is quantized."""
+"""The contents of model.safetensors, known before anything is quantized."""
 
 from __future__ import annotations
 

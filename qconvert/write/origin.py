@@ -1,4 +1,4 @@
-"""What the bytes of an artifact depend on, beside its recipe: files, data, code, versions, and the machine."""
+"""The origin of an artifact's bytes, beside its recipe: files, data, code, versions, and the machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ STEERING = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the manifest holds of it, and a resumed run must have in common with the run before.
+    """The state of everything that an artifact's bytes depend on beside its recipe: the manifest holds it, and a resumed run
+    must have it in common with the run before.
 
     inputs: name -> hex sha256. The model's files have their own names, all else one with a kind and a colon before it
         (qconvert.ir.artifact.INPUT_KINDS), such as "calibration:text.txt".
@@ -83,7 +84,9 @@ def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
 
 
 def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
-    """Digest the samples that were drawn: of text that comes with Python, of what a tokenizer makes of a file, of examples."""
+    """Return one digest of the samples that calibrate, {} without any: of text that comes with Python, of what a tokenizer
+    makes of a file, of examples.
+    """
     digest = hashlib.sha256()
     for batch in calibration:
         for name, tensor in batch.items():
@@ -145,7 +148,7 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def _processor_name() -> str:
-    """As Linux tells it; elsewhere what Python knows."""
+    """Return the name that Linux gives the processor; elsewhere the one that Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

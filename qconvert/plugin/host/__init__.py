@@ -1,1 +1,1 @@
-"""What qconvert does with plugins: finds them, calls them, and holds what they return to their contract."""
+"""The host of plugins: it finds them, calls them, and holds what they return to their contract."""

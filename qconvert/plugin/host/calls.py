@@ -161,7 +161,7 @@ def _data_bytes() -> int:
 
 
 def _available_bytes() -> int:
-    """Of the machine, or of the control group (a container) if that has less."""
+    """Return the memory available in the machine, or in the control group (a container) if that has less, in bytes."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError):  # no control group, or "max"

@@ -117,7 +117,9 @@ def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
 
 
 def _schemes(kind: type[Quantizer]) -> Iterator[str]:
-    """Those that it takes with its default options; a quantizer that can't be made without options tells its default."""
+    """Return the schemes that a quantizer takes with its default options; one that can't be made without options tells its
+    default.
+    """
     from qconvert.ir.scheme import QuantScheme
 
     try:

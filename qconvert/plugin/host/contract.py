@@ -107,7 +107,7 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
 
 
 def _problems(tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, quantizer: Quantizer) -> Iterator[str]:
-    """What is wrong, in the order in which one check relies on those before it."""
+    """Yield what is wrong, in the order in which one check relies on those before it."""
     if not isinstance(tensor, QuantizedTensor):
         yield f"quantize returned {type(tensor).__name__}, not a QuantizedTensor"
     if tensor.scheme != scheme:
@@ -213,7 +213,7 @@ def _blamed(part: Quantizer | Observer, method: str, where: str) -> Iterator[Non
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of all bytes; crc32 is as fast as memory (4 GB/s measured) and sees permutations, which a sum does not."""
+    """Return the crc32 of all bytes: as fast as memory (4 GB/s measured), and it sees permutations, which a sum does not."""
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -56,7 +56,7 @@ class BrokenPlugin:
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """One that was imported. implementation: a module, or any object with hook implementations."""
+    """A plugin that was imported. implementation: a module, or any object with hook implementations."""
 
     implementation: Any
     distribution: Distribution
@@ -91,7 +91,7 @@ def broken(distribution: Distribution, value: str, error: BaseException, impleme
 
 
 def reason(error: BaseException) -> str:
-    """Return the reason for an error in one line."""
+    """Return the type of an error and what it says, in one line."""
     return f"{type(error).__name__}: {in_one_line(error)}"
 
 
@@ -138,7 +138,7 @@ def _chosen(found: Iterable[EntryPoint]) -> tuple[list[EntryPoint], list[str]]:
 
 
 def _normalized(name: str) -> str:
-    """As package indexes compare names (PEP 503)."""
+    """Return a name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -148,7 +148,9 @@ def _set_aside() -> Iterator[BrokenPlugin]:
 
 
 def _location(error: BaseException, implementation: object) -> str:
-    """Where in the plugin: a line that can't be parsed, the hook that the error names, or the last line that ran."""
+    """Return where in the plugin the fault is: a line that can't be parsed, the hook that the error names, or the last line
+    that ran.
+    """
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
     for name, function in hook_functions(implementation).items():

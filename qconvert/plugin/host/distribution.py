@@ -1,4 +1,4 @@
-"""Where a plugin comes from: the name and version that messages and the manifest give."""
+"""The origin of a plugin: the name and version that messages and the manifest give."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = "qconvert_files"  # the package that plugins read from a file, `--plugin
 
 
 class Distribution(NamedTuple):
-    """str: "qconvert-kmeans 1.2"."""
+    """An installed distribution, or what stands for one; as text "qconvert-kmeans 1.2"."""
 
     name: str
     version: str
@@ -93,7 +93,7 @@ def code_digest(module: str) -> str:
 
 
 def requirements(name: str) -> dict[str, str]:
-    """Return the version of each distribution that an installed one says that it needs; {} where there is no such distribution."""
+    """Return the version of each distribution that an installed one says it needs; {} where there is no such distribution."""
     found = {}
     with contextlib.suppress(PackageNotFoundError):
         for text in requires(name) or []:

@@ -157,7 +157,7 @@ class PluginManager:
         return tuple(found)
 
     def require(self, name: str) -> None:
-        """Raises what `quantizer` raises for a name that nobody brings; qconvert's own need not be imported for that."""
+        """Raise what `quantizer` raises for a name that nobody brings; qconvert's own need not be imported for that."""
         if name not in self._own_names and name not in self._brought:
             raise self.unknown(name)
 
@@ -178,7 +178,7 @@ class PluginManager:
 
     @property
     def _own_names(self) -> set[str]:
-        """Of qconvert's own quantizers: each has that of its module."""
+        """Return the names of qconvert's own quantizers: each has that of its module."""
         return {name.rpartition(".")[2].replace("_", "-") for name in self._builtins}
 
     @cached_property
@@ -283,7 +283,7 @@ class PluginManager:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells whether a folder was written to: name -> size and time of every file."""
+    """Return the size and time of every file by name, which tell whether a folder was written to."""
     found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path.relative_to(folder).as_posix(): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 

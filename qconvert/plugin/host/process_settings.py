@@ -23,7 +23,7 @@ OURS = "qconvert"  # the logger whose warnings a user sees
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """name: for the warning. put_back: takes what `read` gave."""
+    """A setting of the process that foreign code may change. name: for the warning. put_back: takes what `read` gave."""
 
     name: str
     read: Callable[[], Any]
@@ -73,7 +73,9 @@ def _torch() -> Iterator[Setting]:
 
 
 def _torch_as_imported() -> list[tuple[Setting, Any]]:
-    """Those of torch and numpy whose value after the import is the same everywhere, for code that imports torch itself."""
+    """Return the settings of torch and numpy whose value after the import is the same everywhere, for code that imports torch
+    itself.
+    """
     import torch
 
     values = {
@@ -95,7 +97,9 @@ def _default_device() -> object:
 
 
 def _precision() -> tuple[str | None, str, str]:
-    """Of all products (None where torch does not tell it, as another was set by itself), of those on the CPU, and on CUDA."""
+    """Return the precision of all products (None where torch does not tell it, as another was set by itself), of those on the
+    CPU, and on CUDA.
+    """
     import torch
 
     every = None
@@ -136,7 +140,7 @@ def _set_affinity(before: set[int]) -> None:
 
 
 def _signals() -> dict[str, Any]:
-    """By name what happens, and whether SIGALRM is under way."""
+    """Return what happens at each signal by name, and whether SIGALRM is under way."""
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
     return {**handlers, "": hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > 0}
 
@@ -178,7 +182,7 @@ def _set_errors(before: list[Any]) -> None:
 
 
 def _logging() -> dict[str, Any]:
-    """What decides whether a warning of qconvert's is shown: of the root, and of its own loggers by name."""
+    """Return what decides whether a warning of qconvert's is shown: of the root, and of its own loggers by name."""
     ours = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == OURS]
     loggers = (logging.root, *map(logging.getLogger, ours))
     found = {each.name: (each.level, each.disabled, each.propagate, list(each.handlers)) for each in loggers}
