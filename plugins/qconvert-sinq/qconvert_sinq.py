@@ -100,7 +100,7 @@ def normalized_rows(weight: Tensor) -> Tensor:
 
 
 def imbalance(weight: Tensor) -> float:
-    """Return the largest standard deviation of a row or column of weight [out, in] over the smallest; constant ones left out."""
+    """Return the largest standard deviation of a row or column of weight [out, in] over the smallest but for constants."""
     deviations = torch.cat([weight.std(dim, correction=0) for dim in (0, 1)])
     deviations = deviations[deviations > CONSTANT * deviations.max()]
     return float(deviations.max() / deviations.min()) if len(deviations) else 1.0

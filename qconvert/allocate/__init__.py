@@ -60,7 +60,7 @@ def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Rec
 
 
 def _decided(recipe: Recipe, schemes: dict[str, QuantScheme]) -> Recipe:
-    """With the scheme that most layers get as the recipe's, and a rule in front for each that gets another one."""
+    """Return the recipe with the scheme that most layers get, and a rule in front for each layer that gets another one."""
     (default, _), *_ = Counter(schemes.values()).most_common()
     rules = [Rule(pattern=glob.escape(name), scheme=scheme) for name, scheme in schemes.items() if scheme != default]
     return recipe.decided(default, rules)
@@ -73,7 +73,7 @@ def _room(plan: Plan, waiting: Sequence[Choice], budget: Budget) -> int:
 
 
 def _fixed_bytes(plan: Plan, waiting: Sequence[Choice]) -> int:
-    """Of the layers whose scheme a rule says."""
+    """Return the bytes of the layers whose scheme a rule says."""
     free = {name for choice in waiting for name in choice.layers}
     return sum(stored_bytes(layer) for name, layer in plan.layers.items() if name not in free)
 

@@ -76,8 +76,9 @@ def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Mod
 
 
 def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
-    """Raise QC-BUDGET-005 if transformers could load no folder with mixed schemes. Called before losses are measured, which
-    takes minutes.
+    """Raise QC-BUDGET-005 if transformers could load no folder with mixed schemes.
+
+    Called before losses are measured, which takes minutes.
     """
     mixed = dict(plan.layers)
     for index, choice in enumerate(found):

@@ -94,8 +94,7 @@ class Wavefront:
 
     @contextmanager
     def _late_logits(self) -> Iterator[None]:
-        """Let the output head see only the latter half of each row within the context: the tokens that have a context to speak
-        of.
+        """Let the output head see only the latter half of each row within the context: tokens that have a context to speak of.
 
         It spares half of the head, which is much of the work where a vocabulary is large.
         """
@@ -110,8 +109,9 @@ class Wavefront:
             hook.remove()
 
     def _judged(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return the outputs that are compared, each [tokens, values]: the log probabilities of logits; all that a module
-        returns counts as one token.
+        """Return the outputs that are compared, each [tokens, values]: logits as log probabilities.
+
+        All that a module returns counts as one token.
         """
         if not self.model.task.takes_text:
             return [output.reshape(1, -1) for output in outputs]

@@ -136,9 +136,7 @@ class _Walk:
                     runner.run_block(index)
 
     def sequential(self, written: Written) -> Iterator[Block]:
-        """Yield the units, each block run on what the quantized blocks before it put out, and tuned towards what the float ones
-        do.
-        """
+        """Yield the units, each block run on what the quantized blocks before it put out, and tuned towards the float ones."""
         runner = self._started()
         floats = _FloatOutputs(runner) if self.tuned else None
         for index, unit in self._path():

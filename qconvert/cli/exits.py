@@ -25,8 +25,9 @@ INTERRUPTED = 130
 
 
 def verdict(report: Report) -> int:
-    """Return 0 for an artifact that passed or was not verified (which the user asked for), 1 for a missed gate. Failed parity
-    is an error.
+    """Return 0 for an artifact that passed or was not verified (which the user asked for), 1 for a missed gate.
+
+    Failed parity is an error.
     """
     return GATE_MISSED if report.passed is False else 0
 

@@ -130,8 +130,9 @@ class BlockRunner:
 
     @torch.no_grad()
     def run_outside(self, lane: Lane) -> list[Tensor]:
-        """Run everything but the blocks, heads included, on one lane: the blocks give the lane's hidden state. Returns all
-        tensors that the model returns, [] if it was stopped. The weights of "" must be in place.
+        """Run everything but the blocks, heads included, on one lane: the blocks give the lane's hidden state.
+
+        Returns all tensors that the model returns, [] if it was stopped. The weights of "" must be in place.
         """
         with self._stand_ins(partial(self._result, lane), self._blocks):
             return list(tensors_in(self._forward(lane.batch)))

@@ -52,8 +52,9 @@ def encoder_outputs(module: nn.Module, call: Callable[..., Any], batch: Batch) -
 
 
 def _exported(task: Task, module: nn.Module, output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the part of a model's outputs that its graph gives. What is no tensor is no output: caches, the states of all
-    layers.
+    """Return the part of a model's outputs that its graph gives.
+
+    What is no tensor is no output: caches, the states of all layers.
     """
     found = {name: value for name, value in output.items() if isinstance(value, Tensor) and name != OF_THE_ENCODER}
     if others := [name for name in found if name not in task.outputs]:

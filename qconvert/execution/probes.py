@@ -52,8 +52,7 @@ def first_position(module: nn.Module) -> int:
 
 
 def probes(model: Model) -> list[Batch]:
-    """Return the inputs that the reference is run on: each row of token ids by itself, without padding; or as many example
-    inputs.
+    """Return the inputs that the reference is run on: each row of token ids by itself, unpadded; or as many example inputs.
 
     For encoders and encoder-decoders the rows follow as one batch, padded on the left: where that moves positions (BERT,
     BART), torch gives other numbers than for the row alone. A decoder's positions are those of the row alone.

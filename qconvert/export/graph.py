@@ -126,7 +126,7 @@ class GraphBuilder:
 
 
 def _adjacent(tensors: Sequence[onnx_ir.ExternalTensor]) -> bool:
-    """Whether the tensors of one type lie one behind the other in one file."""
+    """Return whether the tensors of one type lie one behind the other in one file."""
     return all(
         after.location == before.location
         and after.dtype == before.dtype

@@ -1,11 +1,11 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
-int8 activations  row form: every row is quantized with a step of its own (activations.RowCodes), once for all linears that
-                  read it; then MatMulIntegerToFloat on the codes, and the step put back
-outliers          the row form on what is left when the outlier columns are masked out, plus their float product
+int8 activations  dynamic per-token int8 (W8A8): every row is quantized with a scale of its own (activations.RowCodes), once
+                  for all linears that read it; then MatMulIntegerToFloat on the codes, times the scale
+outliers          the same on what is left when the outlier columns are masked out, plus their float product
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
-                  int8 activations (of a head that shares the bytes, in row form): gathered codes, cast and scaled
+                  int8 activations, of a head that shares the bytes: gathered codes, cast and scaled
 conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
 """
 

@@ -45,8 +45,9 @@ class CudaLowering(Lowering):
         self.dtype: torch.dtype = getattr(torch, context.job.recipe.cuda_dtype)
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
-        """Return the value that the nodes for an opaque `node` give; the nodes are in the builder. Raises UsageError
-        QC-CUDA-002.
+        """Return the value that the nodes for an opaque `node` give; the nodes are in the builder.
+
+        Raises UsageError QC-CUDA-002.
         """
         x = node.inputs[0]
         assert x is not None
@@ -66,7 +67,7 @@ class CudaLowering(Lowering):
         return output if bias is None else self.builder.op("Add", [output, bias], f"{plan.name}/AddBias")
 
     def stored_float(self, name: str) -> Value:
-        """Return the stored tensor itself where it has the graph's float type; small integers are cast, and other floats have a
+        """Return the stored tensor itself where it has the graph's float type; small integers are cast, other floats have a
         copy.
         """
         stored = self.builder.stored[name]

@@ -182,7 +182,7 @@ def _widen_output(graph: onnx_ir.Graph, index: int, value: Value) -> None:
 
 
 def _is_constant(value: Value) -> bool:
-    """Whether the graph itself holds the value."""
+    """Return whether the graph itself holds the value."""
     return value.const_value is not None and not isinstance(value.const_value, onnx_ir.LazyTensor | onnx_ir.ExternalTensor)
 
 

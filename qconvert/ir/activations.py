@@ -46,7 +46,8 @@ ROWS_AFTER = {
 
 
 def row_codes(made_by: str | None) -> RowCodes:
-    """Return how the rows that a linear reads are quantized. made_by: the type of the node that gives them; None where it is
-    not known, or scaled.
+    """Return how the rows that a linear reads are quantized.
+
+    made_by: the type of the node that gives them; None where it is not known, or scaled.
     """
     return ROWS_AFTER.get(made_by or "", SYMMETRIC_ROWS)

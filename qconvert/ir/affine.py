@@ -18,8 +18,7 @@ FLOAT16_MAX = 65504.0
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices over the rows of a [rows, columns] matrix, so small that a slice's float32 copies stay in the processor's
-    cache.
+    """Yield slices over the rows of a [rows, columns] matrix, whose float32 copies stay in the processor's cache.
 
     Elementwise work on whole weights is bound by memory and by the paging in of temporaries: in slices of 512 kB it
     takes a third of the time (measured, 1536 x 576).
@@ -64,9 +63,7 @@ def extremes(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, ...]:
 
 
 def _signed_maximum(groups: Tensor) -> Tensor:
-    """Return w[argmax |w|] of each group [..., n]: [...]; of two that differ in sign alone the first. argmax takes thrice the
-    time.
-    """
+    """Return w[argmax |w|] of groups [..., n]: [...]; of two that differ in sign alone the first. argmax takes thrice as long."""
     smallest, largest = groups.amin(-1), groups.amax(-1)
     signed = torch.where(largest > -smallest, largest, smallest)
     tied = (largest == -smallest) & (largest > 0)

@@ -60,9 +60,7 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def pack_zero_point_int32(zero_point: Tensor, bits: int) -> Tensor:
-    """Pack zero points [out, groups] along the *output* axis, as compressed-tensors does: int32 [ceil(out * bits / 32),
-    groups].
-    """
+    """Pack zero points [out, groups] along the *output* axis, as compressed-tensors: int32 [ceil(out * bits / 32), groups]."""
     return pack_int32(zero_point.T.contiguous(), bits).T.contiguous()
 
 

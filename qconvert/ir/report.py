@@ -29,8 +29,9 @@ class SampleCounts(_Part):
 
 
 class Size(_Part):
-    """The bytes of an artifact. weights_bytes: every byte of tensor data that the artifact ships; ratio: weights_bytes /
-    source_bytes.
+    """The bytes of an artifact.
+
+    weights_bytes: every byte of tensor data that the artifact ships; ratio: weights_bytes / source_bytes.
     """
 
     source_bytes: int
@@ -127,8 +128,9 @@ class Latency(_Part):
 
 
 class Processor(_Part):
-    """The processor that an artifact was verified on. name: as the system gives it; architecture: "x86_64", "aarch64", "arm64"
-    ...
+    """The processor that an artifact was verified on.
+
+    name: as the system gives it; architecture: "x86_64", "aarch64", "arm64" ...
 
     avx512, vnni, amx (x86-64), dot_product (ARM64): whether it has them; None where the system does not say.
     signed_products: what its kernel makes of unsigned by signed bytes, tried (docs/processors.md).
@@ -163,8 +165,9 @@ class GateResult(_Part):
 
 
 class LayerReport(_Part):
-    """One quantized layer. relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and
-    outliers.
+    """One quantized layer.
+
+    relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers.
 
     outlier_share: of the layer's input columns, those kept in float beside the codes; None where there are none.
     reason: why the scheme is not the one that was asked for; None where it is.

@@ -128,8 +128,10 @@ class QuantScheme:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """The smallest and the largest code. Symmetric int8 leaves out -128 so that the range is balanced; symmetric int4 uses
-        all 16 codes, because its scale follows the signed maximum (ir/affine.py).
+        """The smallest and the largest code.
+
+        Symmetric int8 leaves out -128 so that the range is balanced; symmetric int4 uses all 16 codes, because its scale
+        follows the signed maximum (ir/affine.py).
         """
         return self.format.code_range(symmetric=self.symmetric)
 

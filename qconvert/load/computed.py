@@ -34,8 +34,8 @@ def computed_tensors(module: PreTrainedModel, missing: Iterable[str]) -> dict[st
 
 
 def _initial(module: PreTrainedModel, owner: nn.Module, leaf: str) -> Tensor | None:
-    """Return the value that the model's class gives a parameter at first, None where that depends on what was there before, or
-    on chance.
+    """Return the value that the model's class gives a parameter, None where that depends on what was there before, or on
+    chance.
     """
     first, second = (_initialised(module, owner, leaf, before) for before in (0.0, 1.0))
     return first if torch.equal(first, second) else None

@@ -91,8 +91,9 @@ def no_folder(path: Path) -> InputError:
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:
-    """Return the file name of every tensor of a sharded checkpoint, None for one that is a single file. No weight file is
-    opened.
+    """Return the file name of every tensor of a sharded checkpoint, None for one that is a single file.
+
+    No weight file is opened.
 
     Raises InputError QC-INPUT-002 where there are no weights, 003 for pickles only, 010 for an index that is no such
     map, 009 for one that names a path outside the folder.

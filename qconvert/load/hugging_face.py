@@ -167,7 +167,7 @@ def _fit_by_weights(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
 
 
 def _only_head(module: PreTrainedModel, missing: list[str]) -> bool:
-    """Whether all that is missing belongs to the head on top of the base model."""
+    """Return whether all that is missing belongs to the head on top of the base model."""
     prefix = f"{module.base_model_prefix}."
     return bool(missing) and module.base_model is not module and not any(name.startswith(prefix) for name in missing)
 

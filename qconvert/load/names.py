@@ -73,8 +73,9 @@ def module_names(module: PreTrainedModel, source: TensorSource) -> dict[str, str
 
 
 def resolve_ties(module: PreTrainedModel, source: TensorSource, stored: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return which parameters share a stored tensor, as parameter -> the one that owns it. What repeats it is taken out of
-    `stored`.
+    """Return which parameters share a stored tensor, as parameter -> the one that owns it.
+
+    What repeats it is taken out of `stored`.
 
     An owner that is not stored takes over the tensor of one of its aliases. Second, the parameters that the config ties
     but that are stored with other values: they are not tied (as in transformers).
@@ -100,7 +101,7 @@ def resolve_ties(module: PreTrainedModel, source: TensorSource, stored: dict[str
 
 
 def _same(source: TensorSource, first: str, second: str) -> bool:
-    """Whether two stored tensors are equal bit for bit (NaN included)."""
+    """Return whether two stored tensors are equal bit for bit (NaN included)."""
     if source.tensors[first] != source.tensors[second]:
         return False
     return torch.equal(*(source.read(name).reshape(-1).view(torch.uint8) for name in (first, second)))

@@ -208,7 +208,7 @@ def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
 
 
 def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
-    """Whether token ids are all that a model takes.
+    """Return whether token ids are all that a model takes.
 
     A family that sees or hears declares that for all its classes, its language models included (Gemma3ForCausalLM): of
     those the forward tells.
@@ -229,7 +229,7 @@ def _experts(module: nn.Module) -> str | None:
 
 
 def _sees_later_tokens(module: nn.Module) -> bool:
-    """Whether attention goes both ways, as in an encoder: a causal head alone does not change that (BertLMHeadModel)."""
+    """Return whether attention goes both ways, as in an encoder: a causal head alone does not change that (BertLMHeadModel)."""
     causal = [bool(part.is_causal) for part in module.modules() if hasattr(part, "is_causal")]
     return bool(causal) and not any(causal)
 
@@ -295,8 +295,7 @@ def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
 
 def output_head(module: PreTrainedModel, task: Task) -> str | None:
-    """Return the module name of a language model's head, or of the linear layer of a bare encoder's pooler; None of other
-    models.
+    """Return the name of a language model's head, or of the linear layer of a bare encoder's pooler; None of other models.
 
     Where an encoder has a head, its pooler gives no output but what the head reads.
     """

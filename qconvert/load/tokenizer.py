@@ -88,7 +88,7 @@ class TextEncoder:
 
 
 def _gives(tokenizer: _Tokenizer, number: int) -> bool:
-    """Whether a text gives this id without spelling out a special token. Tried with the token's own text."""
+    """Return whether a text gives this id without spelling out a special token. Tried with the token's own text."""
     word = tokenizer.encode("a")
     if number in tokenizer.added:
         return number in word
@@ -97,7 +97,7 @@ def _gives(tokenizer: _Tokenizer, number: int) -> bool:
 
 
 def _inserted(files: Mapping[str, Path | bytes]) -> Callable[[str], bool]:
-    """Whether who makes a batch or a chat puts a token in: it has a part (padding, ...), or the chat template has it."""
+    """Return whether batches or chats get a token by themselves: it has a part (padding, ...), or the chat template has it."""
     settings: list[dict[str, Any]] = []
     for name in SETTINGS:
         if name in files:

@@ -36,8 +36,7 @@ _QUANTIZED = re.compile(
 
 
 def unplaced_tensors(module: PreTrainedModel, source: RenamedSource, missing: Collection[str]) -> dict[str, str]:
-    """Return the tensors of the source that the module has no place for, each with the reason why it computes the same without
-    it.
+    """Return the tensors that the module has no place for, each with the reason why it computes the same without it.
 
     missing: the parameters that nothing is stored for, named beside the tensors that may be theirs.
     Raises InputError for a tensor that is not known to be expendable: QC-INPUT-023 where an adapter is not merged into the

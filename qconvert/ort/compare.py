@@ -84,8 +84,9 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
 
 
 def _decoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Return the pairs of each row's tokens, and of a step after them. references: of each row by itself, logits of all its
-    tokens.
+    """Return the pairs of each row's tokens, and of a step after them.
+
+    references: of each row by itself, logits of all its tokens.
     """
     inputs = feed(session, padded_batch(model, side))
     found = session.run(None, inputs)
@@ -98,8 +99,9 @@ def _decoder_pairs(model: Model, session: Any, side: Side, references: Reference
 
 
 def _encoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Return the pairs of each row's tokens, or its one vector. references: of each row by itself, then of the batch padded on
-    the left.
+    """Return the pairs of each row's tokens, or its one vector.
+
+    references: of each row by itself, then of the batch padded on the left.
     """
     found = session.run(None, feed(session, padded_batch(model, side)))
     for output, *alone, batch in zip(found, *references, strict=True):
@@ -110,8 +112,9 @@ def _encoder_pairs(model: Model, session: Any, side: Side, references: Reference
 
 
 def _stepwise(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Return the pairs of the first run and of every step after it. references: logits of all tokens, of each row's source by
-    itself, then of the batch padded on the left.
+    """Return the pairs of the first run and of every step after it.
+
+    references: logits of all tokens, of each row's source by itself, then of the batch padded on the left.
     """
     expected = np.concatenate([logits for (logits,) in references[:-1]]) if side == "right" else references[-1][0]
     tokens = torch.cat([row["decoder_input_ids"] for row in _rows(model, later=True)]).numpy()

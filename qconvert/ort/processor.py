@@ -23,8 +23,9 @@ FEATURES = {"dot_product": {"asimddp"}}
 
 @cache
 def processor() -> Processor:
-    """Return the processor's name and features as the system tells them, and whether signed products saturate, which is tried
-    in ONNX Runtime.
+    """Return the processor's name and features as the system tells them, and whether signed products saturate.
+
+    ONNX Runtime is tried for that.
     """
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
     known = {"flags": FLAGS, "Features": FEATURES}
@@ -56,7 +57,7 @@ def _name() -> str:
 
 
 def _signed_products_are_exact() -> bool:
-    """Whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see graph/integer_products.py)."""
+    """Return whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see graph/integer_products.py)."""
     x, weight = PROBE
     node = onnx_ir.node(
         "MatMulInteger", [onnx_ir.val("x", DataType.UINT8, x.shape), onnx_ir.val("w", DataType.INT8, weight.shape)]

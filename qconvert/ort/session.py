@@ -26,8 +26,9 @@ Values = dict[str, np.ndarray[Any, Any]]
 
 
 def why_unavailable(target: str) -> str | None:
-    """Return why this machine can't run a target; None if it can. A provider may be installed without a device or driver for
-    it.
+    """Return why this machine can't run a target; None if it can.
+
+    A provider may be installed without a device or driver for it.
     """
     provider = PROVIDERS[target]
     if provider not in onnxruntime.get_available_providers():
@@ -65,8 +66,10 @@ def empty(shape: Sequence[int], kind: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """The settings of a session. threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop,
-    which is faster unless somebody else wants their cores.
+    """The settings of a session.
+
+    threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop, which is faster unless somebody
+        else wants their cores.
     """
 
     threads: int = 0

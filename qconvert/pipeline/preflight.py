@@ -66,8 +66,9 @@ def check_comparison(recipes: Mapping[str, Recipe]) -> PluginManager:
 
 
 def check_published(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> PluginManager:
-    """Check, as `check` does, what `verify` is given. A float source that is missing is for later: the folder's own files come
-    first.
+    """Check, as `check` does, what `verify` is given.
+
+    A float source that is missing is for later: the folder's own files come first.
 
     Raises InputError QC-READ-001 for a folder that no run has written, and as `check` for plugins, data and gates.
     """
@@ -120,7 +121,7 @@ def _place(model: str) -> Path | None:
 
 
 def _is_path(model: str) -> bool:
-    """Whether a source can be nothing but a path, as it is written: from the root, a home, this folder or the one above."""
+    """Return whether a source can only be a path, as it is written: from the root, a home, this folder or the one above."""
     return Path(model).is_absolute() or model.split("/")[0] in (".", "..", "~")
 
 

@@ -33,8 +33,9 @@ UNDECIDED = QuantScheme.parse("int4-channel")
 
 
 def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
-    """Prepare the job of a conversion. Raises what can be wrong with recipe, model, data and output before a weight is
-    quantized.
+    """Prepare the job of a conversion.
+
+    Raises what can be wrong with recipe, model, data and output before a weight is quantized.
     """
     checked_device(recipe.device)
     quantizer = plugins.quantizer(recipe.worker, recipe.options)

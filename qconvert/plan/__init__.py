@@ -68,8 +68,9 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """Check that a model suits a recipe, as far as that is known before it is traced. Raises UsageError QC-PLAN-011,
-    QC-GATE-002.
+    """Check that a model suits a recipe, as far as that is known before it is traced.
+
+    Raises UsageError QC-PLAN-011, QC-GATE-002.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
@@ -147,7 +148,7 @@ def _head_needs_a_rule(name: str, named: Rule | None, default: QuantScheme) -> s
 
 
 def _taken_name(model: Model, layer: str) -> str | None:
-    """Whether a tensor of the model has a name which the quantized layer needs for one of its own."""
+    """Return whether a tensor of the model has a name which the quantized layer needs for one of its own."""
     own = re.compile(re.escape(layer) + r"\.((weight|kernel|outlier|cuda)_\w+|input_factor)")
     taken = next((name for name in (*model.source.tensors, *model.tied) if own.fullmatch(name)), None)
     return taken and f"the model itself has {taken}, as a tensor of the quantized layer would be called"

@@ -41,8 +41,7 @@ class Fitting:
     shared: Mapping[str, str]
 
     def fit(self, layers: Layers) -> tuple[Layers, list[KeptFloat]]:
-        """Return the layers in schemes that fit, with a reason where it is not the one that was asked for, and what stays in
-        float.
+        """Return the layers in schemes that fit, with a reason where it is not the one asked for, and what stays in float.
 
         1. A group that does not divide the width of a layer gives way to the largest smaller one that does, else to one scale
            per channel. What neither quantizer nor kernels take stays in float.
@@ -94,7 +93,7 @@ class Fitting:
         return next((dataclasses.replace(each, reason=misfit.reason) for each in possible), None)
 
     def _takes(self, layer: LayerPlan) -> bool:
-        """Whether the quantizer makes this layer; one with observers has no say in embeddings (qconvert.quantize)."""
+        """Return whether the quantizer makes this layer; one with observers has no say in embeddings (qconvert.quantize)."""
         no_say = layer.form.is_embedding and bool(self.quantizer.observers)
         return no_say or contract.refuses(self.quantizer, layer.scheme) is None
 
@@ -114,7 +113,7 @@ class Fitting:
         return found
 
     def _is_named(self, name: str) -> bool:
-        """Whether the rule of a layer is for it alone, by its name or that of the head that shares its tensor."""
+        """Return whether the rule of a layer is for it alone, by its name or that of the head that shares its tensor."""
         names = [name, *(head for head, embedding in self.shared.items() if embedding == name)]
         rule = next((found for each in names if (found := self.recipe.rule_for(each))), None)
         return rule is not None and rule.pattern in {text for each in names for text in (each, glob.escape(each))}

@@ -22,8 +22,9 @@ def modules_that_share(model: Model) -> dict[str, tuple[str, ...]]:
 
 
 def shared_heads(model: Model, recipe: Recipe, reached: Collection[str]) -> dict[str, str]:
-    """Return the output heads that read the quantized tensor of an embedding, as head -> embedding: the pairs of which a rule
-    gives one a scheme.
+    """Return the output heads that read the quantized tensor of an embedding, as head -> embedding.
+
+    A rule gives one of each pair a scheme.
 
     reached: the modules that are layers in the graph.
     Raises UsageError QC-PLAN-008 where rules want two things of one tensor.

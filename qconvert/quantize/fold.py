@@ -28,8 +28,9 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A block whose scales were folded. block: with scaled weights and statistics. tensors: float tensors that changed.
-    smoothing_scales: those that did not fold.
+    """A block whose scales were folded.
+
+    block: with scaled weights and statistics. tensors: float tensors that changed. smoothing_scales: those that did not fold.
     """
 
     block: Block

@@ -29,8 +29,8 @@ def least_squares_clip(weight: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def round_clipped(weight: Tensor, scheme: QuantScheme, energy: Tensor, min_clip: float) -> QuantizedTensor:
-    """Round weight [out, in] to the nearest codes of ranges shrunk by 1 to `min_clip`, whatever loses least where energy [in]
-    is.
+    """Round weight [out, in] to the nearest codes of ranges shrunk by 1 to `min_clip`: what loses least, weighted by energy
+    [in].
     """
     ratios = torch.linspace(1.0, min_clip, 7).tolist()
     return round_to_nearest(weight, scheme, best_clip(weight, scheme, ratios, energy))

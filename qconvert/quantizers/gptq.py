@@ -65,7 +65,7 @@ class GPTQQuantizer(Quantizer):
         return dataclasses.replace(group, smoothing_scale=best_smoothing_scale(group, schemes, self.grid))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
-        """Round column by column, later columns making up for the errors of earlier ones; without statistics, to the nearest
+        """Round column by column, later ones making up for the errors of earlier ones; without statistics, to the nearest
         codes.
         """
         if layer.stats is None:

@@ -64,9 +64,7 @@ def best_of_grid(grid: int, attempt: Callable[[float | None], tuple[float, Tenso
 
 
 def one_per_channel(values: Tensor, group: LinearGroup) -> Tensor:
-    """Return `values` [in], but inputs that are copies of one producer channel share one scale: they get their root mean
-    square.
-    """
+    """Return `values` [in], in which inputs that are copies of one producer channel all have their root mean square."""
     if group.producer is None or group.producer.channels is None:
         return values
     channels = torch.tensor(group.producer.channels)

@@ -123,9 +123,7 @@ class Recipe(Part):
         return AUTO_QUANTIZER if self.quantizer == AUTO else self.quantizer
 
     def decided(self, scheme: QuantScheme, rules: Sequence[Rule] = ()) -> Self:
-        """Return what a recipe with a budget comes down to, once it is known that layers get `scheme` unless `rules` say
-        otherwise.
-        """
+        """Return what a recipe with a budget comes down to, in which layers get `scheme` unless `rules` say otherwise."""
         changes = {"quantizer": self.worker, "budget": None, "scheme": scheme, "rules": (*rules, *self.rules)}
         return self.model_copy(update=changes)
 

@@ -24,7 +24,7 @@ class Gate(Part):
     limit: float
 
     def __str__(self) -> str:
-        """As on the command line: 'kl<=0.2'."""
+        """Return the gate as the command line takes it: 'kl<=0.2'."""
         return f"{self.metric}{self.comparison}{self.limit:.12g}"
 
     @classmethod

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def table(plan: Plan) -> RenderableType:
-    """Return a table in which layers that differ in nothing but a block's number share a row: 'model.layers.*.mlp.up_proj', a
-    pattern for --rule.
+    """Return a table of the plan.
+
+    Layers that differ in nothing but a block's number share a row: 'model.layers.*.mlp.up_proj', a pattern for --rule.
     """
     rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     rows.add_column("layer", overflow="fold")

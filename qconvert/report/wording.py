@@ -46,8 +46,9 @@ def verdict(report: Report) -> str:
 
 
 def status(part: Parity | Fidelity | Latency) -> str:
-    """Word the status of a check. Parity has a limit of its own; what is lost, and how fast it is, are measured, and left to
-    gates to judge.
+    """Word the status of a check.
+
+    Parity has a limit of its own; what is lost, and how fast it is, are measured, and left to gates to judge.
     """
     return "measured" if part.status == "passed" and not isinstance(part, Parity) else part.status
 
@@ -187,9 +188,7 @@ def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
 
 
 def other_schemes(layers: Iterable[LayerReport | LayerPlan]) -> list[tuple[str, list[str]]]:
-    """Return the layers that do not have the scheme that was asked for, by "int4-g16: REASON", in the order of first
-    appearance.
-    """
+    """Return the layers without the scheme that was asked for, by "int4-g16: REASON", in the order of first appearance."""
     return by_reason({layer.name: f"{layer.scheme}: {layer.reason}" for layer in layers if layer.reason is not None})
 
 

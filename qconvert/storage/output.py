@@ -69,7 +69,7 @@ def check_free(output: Path, force: bool) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one place, also where the file system ignores case."""
+    """Return whether two paths are one place, also where the file system ignores case."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 

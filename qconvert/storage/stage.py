@@ -59,7 +59,7 @@ class Stage:
             folder.mkdir(parents=True, exist_ok=True)
 
     def _is_damaged(self) -> bool:
-        """Whether `folder` is not what the journal says: published already (then it is the old output), or cut off."""
+        """Return whether `folder` is not what the journal says: published already (then it is the old output), or cut off."""
         for record in self.journal.records():
             if record.get("publishing", self._inode()) != self._inode():
                 return True

@@ -29,8 +29,7 @@ _channel: Channel | None = None
 
 
 def import_path() -> dict[str, str]:
-    """Return environment variables with which a process, and all that it starts, finds no modules in the current folder by
-    itself.
+    """Return environment variables that keep a process, and all that it starts, from finding modules in the current folder.
 
     That folder may be a checkpoint, or hold a script named as a library is. An empty entry of PYTHONPATH means it as well
     (`PYTHONPATH=$PYTHONPATH:/more` leaves one); what the user names stays.
@@ -46,8 +45,9 @@ def end_with_parent() -> None:
 
 
 def become_watched() -> None:
-    """Prepare this process, before it does anything else, to be watched by another. What plugins start is not watched with it,
-    hence not told of it.
+    """Prepare this process, before it does anything else, to be watched by another.
+
+    What plugins start is not watched with it, hence not told of it.
     """
     global _channel
     path = os.environ.pop(WATCH, None)

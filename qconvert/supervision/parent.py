@@ -74,8 +74,9 @@ def is_needed(arguments: Sequence[str]) -> bool:
 
 
 def begin() -> None:
-    """Prepare the command's process before it does anything else. It is no process of the terminal's foreground, but may write
-    to it.
+    """Prepare the command's process before it does anything else.
+
+    It is no process of the terminal's foreground, but may write to it.
     """
     if WATCH in os.environ:
         become_watched()

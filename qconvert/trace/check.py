@@ -38,8 +38,9 @@ def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
 def relative_error(
     model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: list[str], expected: Sequence[Mapping[str, Tensor]]
 ) -> float:
-    """Return the largest difference of traced graphs' outputs to torch's, relative to their largest value; inf if one is not
-    finite.
+    """Return the largest difference of traced graphs' outputs to torch's, relative to their largest value.
+
+    Infinite if one is not finite.
 
     graphs: part -> graph; blocks: those that they hold; expected: their `reference`.
 

@@ -43,8 +43,7 @@ def keep_sums_before_norms(graph: onnx_ir.Graph) -> None:
 
 
 def fuse_sums_into_rms_norms(graph: onnx_ir.Graph) -> None:
-    """Replace RMSNormalization(Add(a, b)) over the last axis by SkipSimplifiedLayerNormalization(a, b), which gives the sum
-    too.
+    """Replace RMSNormalization(Add(a, b)) over the last axis by SkipSimplifiedLayerNormalization(a, b), which adds too.
 
     One op less per norm and pass over the hidden state; a sum that broadcasts is left alone. Source:
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -89,7 +88,7 @@ def drop_zero_biases(graph: onnx_ir.Graph) -> None:
 
 
 def _is_zero(value: onnx_ir.Value | None) -> bool:
-    """Whether a value is a zero constant, spread out to some shape."""
+    """Return whether a value is a zero constant, spread out to some shape."""
     node = None if value is None else value.producer()
     if node is None or node.op_type != "Expand" or node.inputs[0] is None:
         return False

@@ -20,8 +20,7 @@ ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]) -> tuple[InputGroup, ...]:
-    """Return all linears and convolutions of a model's graphs, linears of one block that read one value together, in forward
-    order.
+    """Return all linears and convolutions of a model's graphs in forward order, linears of one block with one input together.
 
     A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride. Linears of
     several blocks may read one value (an encoder's output); they are quantized at different times, so nothing of the one

@@ -58,8 +58,9 @@ class Signature:
 
 
 def signature(model: Model, module: nn.Module, blocks: list[str], form: Form, outputs: list[str]) -> Signature:
-    """Return the signature of a model with one graph. module: the shortened skeleton with `blocks` only; outputs: names of what
-    it gives.
+    """Return the signature of a model with one graph.
+
+    module: the shortened skeleton with `blocks` only; outputs: names of what it gives.
     """
     make = {CAUSAL_LM: _causal_lm, ENCODER: _encoder, MODULE: _module}[model.task]
     return make(model, module, blocks, form, outputs)

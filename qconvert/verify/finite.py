@@ -1,5 +1,5 @@
-"""Outputs with NaN or infinity: those of the artifact, which has failed then, and those of the float model, which leave nothing
-to compare with.
+"""Outputs with NaN or infinity: the artifact's, which has failed then, and the float model's, which nothing can be compared
+with.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def _float_tensor(model: Model, block: QuantizedBlock, output: str, source: str)
 
 
 def _is_parameter(model: Model, name: str) -> bool:
-    """Whether the module computes with it: checkpoints also hold masks and the like, which may well be infinite."""
+    """Return whether the module computes with it: checkpoints also hold masks and the like, which may well be infinite."""
     try:
         model.module.get_parameter(name)
     except AttributeError:

@@ -84,8 +84,9 @@ def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
 
 
 def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
-    """Return one digest of the samples that calibrate, {} without any: of text that comes with Python, of what a tokenizer
-    makes of a file, of examples.
+    """Return one digest of the samples that calibrate, {} without any.
+
+    It stands for text that comes with Python, for what a tokenizer makes of a file, and for examples.
     """
     digest = hashlib.sha256()
     for batch in calibration:

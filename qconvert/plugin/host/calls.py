@@ -80,7 +80,9 @@ def _settings_kept(distribution: Distribution) -> Iterator[None]:
 
 @contextmanager
 def _told(distribution: Distribution, call: str) -> Iterator[None]:
-    """Who watches is told. Files 0 to 2 are afterwards what they were; until then, what is written to 1 goes to stderr.
+    """Tell the watching process of a call within the context.
+
+    Files 0 to 2 are afterwards what they were; until then, what is written to 1 goes to stderr.
 
     A process whose files were closed can't go on: it ends in the call, and who watches knows why.
     """
@@ -110,7 +112,7 @@ def _copies() -> Iterator[tuple[int, int, os.stat_result]]:
 
 
 def _is_open(descriptor: int, status: os.stat_result) -> bool:
-    """Whether it is still the file that had that status."""
+    """Return whether a descriptor is still the file that had that status."""
     try:
         return os.path.samestat(os.fstat(descriptor), status)
     except OSError:

@@ -26,8 +26,9 @@ from qconvert.plugin.quantizer import Quantizer
 
 
 def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
-    """Call `quantizer.refuses(scheme)`. Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no text or
-    None.
+    """Call `quantizer.refuses(scheme)`.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no text or None.
     """
     with _guarded(quantizer, "refuse", str(scheme), ()):
         reason = quantizer.refuses(scheme)
@@ -37,8 +38,9 @@ def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
 
 
 def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-    """Call `quantizer.prepare(group, schemes)`, which must give the same layers, and a smoothing_scale [in] that is finite and
-    positive, or None.
+    """Call `quantizer.prepare(group, schemes)`.
+
+    It must give the same layers, and a smoothing_scale [in] that is finite and positive, or None.
 
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
     """

@@ -148,8 +148,8 @@ def _set_aside() -> Iterator[BrokenPlugin]:
 
 
 def _location(error: BaseException, implementation: object) -> str:
-    """Return where in the plugin the fault is: a line that can't be parsed, the hook that the error names, or the last line
-    that ran.
+    """Return where the fault of a plugin is: a line that can't be parsed, the hook that the error names, or the last line that
+    ran.
     """
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"

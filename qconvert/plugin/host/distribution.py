@@ -42,9 +42,7 @@ def builtin() -> Distribution:
 
 
 def of_file(path: Path) -> Distribution:
-    """Return what stands for the distribution of a plugin file: the file's name, and a digest of its code in place of a
-    version.
-    """
+    """Return a stand-in for the distribution of a plugin file: its name, and a digest of its code in place of a version."""
     return Distribution(path.name, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}")
 
 

@@ -31,8 +31,9 @@ class PluginSource:
         return self._source.tensors
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor that the plugin reads. Raises PluginError QC-PLUGIN-006 if the plugin raises, or reads what is not
-        the tensor that it has described.
+        """Return the tensor that the plugin reads.
+
+        Raises PluginError QC-PLUGIN-006 if the plugin raises, or reads what is not the tensor that it has described.
         """
         from torch import Tensor  # here: who asks for data needs no torch
 

@@ -73,9 +73,7 @@ def _torch() -> Iterator[Setting]:
 
 
 def _torch_as_imported() -> list[tuple[Setting, Any]]:
-    """Return the settings of torch and numpy whose value after the import is the same everywhere, for code that imports torch
-    itself.
-    """
+    """Return the settings of torch and numpy that every import sets alike, for code that imports torch itself."""
     import torch
 
     values = {
@@ -97,8 +95,9 @@ def _default_device() -> object:
 
 
 def _precision() -> tuple[str | None, str, str]:
-    """Return the precision of all products (None where torch does not tell it, as another was set by itself), of those on the
-    CPU, and on CUDA.
+    """Return the precision of all products, of those on the CPU, and on CUDA.
+
+    The first is None where one of the others was set by itself: torch does not tell it then.
     """
     import torch
 
