@@ -39,7 +39,7 @@ class Commands(click.Group):
         return command
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        """Run the command line, in a watched process of its own where plugins may end or hang it."""
+        """Run the command line in a process that this one watches, or here where nobody need watch."""
         if args is None:
             os.environ.update(import_path())  # for all that is started from here, plugins' processes included
             if parent.is_needed(sys.argv[1:]):

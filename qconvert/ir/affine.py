@@ -63,7 +63,10 @@ def extremes(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, ...]:
 
 
 def _signed_maximum(groups: Tensor) -> Tensor:
-    """Return w[argmax |w|] of groups [..., n]: [...]; of two that differ in sign alone the first. argmax takes thrice as long."""
+    """Return w[argmax |w|] of groups [..., n]: [...]; of two that differ in sign alone the first.
+
+    argmax takes thrice the time.
+    """
     smallest, largest = groups.amin(-1), groups.amax(-1)
     signed = torch.where(largest > -smallest, largest, smallest)
     tied = (largest == -smallest) & (largest > 0)
