@@ -222,7 +222,7 @@ def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _experts(module: nn.Module) -> str | None:
-    """Return where the experts of a mixture are, None in other models."""
+    """Return the name of the module that holds the experts of a mixture, None in other models."""
     names = {name: type(part).__name__ for name, part in module.named_modules() if name}
     named = (name for name in names if name.rpartition(".")[2] == "experts")
     return next(named, None) or next((name for name, kind in names.items() if re.search("Moe|MoE|Experts", kind)), None)
@@ -235,9 +235,9 @@ def _sees_later_tokens(module: nn.Module) -> bool:
 
 
 def _rotary_embedding(module: nn.Module) -> str | None:
-    """Return the module that the rotation's angles come from, None in models with positions of other kinds. Only decoders'
-    attention rotates by itself; torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for any number
-    of rows.
+    """Return the name of the module that gives the rotation's angles, None in models with positions of other kinds. Only
+    decoders' attention rotates by itself; torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for
+    any number of rows.
     """
     return next((name for name, _ in module.named_modules() if "rotary_emb" in name), None)
 

@@ -97,7 +97,9 @@ def _gives(tokenizer: _Tokenizer, number: int) -> bool:
 
 
 def _inserted(files: Mapping[str, Path | bytes]) -> Callable[[str], bool]:
-    """Return whether batches or chats get a token by themselves: it has a part (padding, ...), or the chat template has it."""
+    """Return a test for tokens that batches or chats get by themselves: they have a part (padding, ...), or are in the chat
+    template.
+    """
     settings: list[dict[str, Any]] = []
     for name in SETTINGS:
         if name in files:

@@ -61,7 +61,7 @@ def _expendable(module: PreTrainedModel, name: str, info: TensorInfo) -> str | N
 
 
 def _no_place(module: PreTrainedModel, names: list[str], stored: int, missing: Collection[str]) -> InputError:
-    """Name the kind of such tensors, as far as their names tell it."""
+    """Return the error for tensors without a place, which says of what kind they are as far as their names tell."""
     model = type(module).__name__
     if adapter := [name for name in names if _ADAPTER.search(name)]:
         return InputError(

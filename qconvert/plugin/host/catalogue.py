@@ -117,7 +117,7 @@ def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
 
 
 def _schemes(kind: type[Quantizer]) -> Iterator[str]:
-    """Return the schemes that a quantizer takes with its default options, its default if it can't be made without options."""
+    """Yield the schemes that a quantizer takes with its default options, its default if it can't be made without options."""
     from qconvert.ir.scheme import QuantScheme
 
     try:
