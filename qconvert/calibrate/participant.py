@@ -36,7 +36,7 @@ class Participant:
         return type(self.job.quantizer).prepare is not Quantizer.prepare
 
     def part_of(self, block: Block) -> Block:
-        """Return of a block what this job would be given by `calibrate` if it were the only one.
+        """Return the part of a block that this job would be given by `calibrate` if it were the only one.
 
         It has copies, so that a quantizer that writes to its input harms no other.
         """

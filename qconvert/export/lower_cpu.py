@@ -147,7 +147,7 @@ class CpuLowering(Lowering):
         return self._rows[x]
 
     def _largest(self, x: Value, rows: activations.RowCodes, name: str) -> Value:
-        """Return of each row the largest value, or the largest magnitude where rows have both signs: [..., 1].
+        """Return the largest value of each row, or its largest magnitude where rows have both signs: [..., 1].
 
         Two nodes are less to start for the one row of a decoding step; without Abs, which writes as much as it reads, many rows
         take two thirds of the time.

@@ -22,7 +22,7 @@ class _Part(BaseModel):
 
 
 class SampleCounts(_Part):
-    """How many samples were drawn for each purpose."""
+    """The numbers of samples that were drawn for each purpose."""
 
     calibration: int
     evaluation: int

@@ -102,7 +102,7 @@ class Attempt:
 
     @property
     def entry(self) -> Entry:
-        """What compare.json says of it, as far as it has come."""
+        """The attempt's entry in compare.json, as far as it has come."""
         scheme = self.recipe.budget or str(self.recipe.scheme or self.quantizer.default_scheme)
         return Entry(self.name, self.recipe.quantizer, scheme, self.report, self.error, self.seconds if self.report else None)
 

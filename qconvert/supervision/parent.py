@@ -57,7 +57,7 @@ class Ending:
 
     @property
     def how(self) -> str:
-        """How the process ended, as the predicate of a sentence: "crashed with SIGSEGV"."""
+        """The way in which the process ended, as the predicate of a sentence: "crashed with SIGSEGV"."""
         if "how" in self.call:
             return str(self.call["how"])
         if self.timed_out:

@@ -52,7 +52,7 @@ def _read_by(nodes: Sequence[onnx_ir.Node]) -> tuple[onnx_ir.Value, ...]:
 
 
 def _times_used(producer: Producer, calls: Mapping[str, Sequence[onnx_ir.Node]], graphs: Sequence[onnx_ir.Graph]) -> int:
-    """How often the model computes with a producer; a norm is found by its weight."""
+    """Return how often the model computes with a producer; a norm is found by its weight."""
     if producer.kind == "linear":
         return len(calls[producer.name])
     weight = f"{producer.name}.weight"

@@ -1,4 +1,4 @@
-"""From one traced block of each kind to the graph of the whole model.
+"""Stamping: one traced block of each kind becomes the graph of the whole model.
 
 A block in the traced graph lies between its BlockInput and BlockOutput markers. The body of a block is every node that
 depends on its BlockInput marker, parameters, layers or caches and is needed for its BlockOutput marker, its caches or a
