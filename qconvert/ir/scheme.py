@@ -85,7 +85,7 @@ class QuantScheme:
 
     @staticmethod
     def parse(text: str) -> QuantScheme:
-        """Parse what `str` gives; without a granularity, per channel is meant. Raises UsageError QC-SCHEME-001.
+        """Parse what `str` gives; without a granularity, per channel is meant.
 
         Raises UsageError QC-SCHEME-001 for a text that is no scheme.
         """
