@@ -78,14 +78,14 @@ class TargetError(QConvertError):
 
 
 def printable(text: str) -> str:
-    """`text` in one line, harmless on a terminal: with control characters or the like in it, all but ASCII is escaped."""
+    """Return `text` in one line, harmless on a terminal: where it holds control characters or the like, only ASCII stays."""
     if text.isprintable():
         return text
     return "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in text)
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception of foreign code says: it may take several lines, or raise another."""
+    """Return in one line what an exception of foreign code says: it may take several lines, or raise another exception."""
     try:
         text = str(error)
     except Exception as another:
@@ -94,7 +94,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory left for something, perhaps in a library that wraps this in an error of its own."""
+    """Return whether there was no memory left for something, perhaps in a library that wraps this in an error of its own."""
     seen: set[int] = set()  # `raise error from error` is its own cause
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -106,7 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def unexpected(error: BaseException) -> QConvertError:
-    """What to tell the user of an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
+    """Return the error to show for an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
     if is_out_of_memory(error):
         return ResourceError(
             "QC-MEMORY-001",

@@ -180,6 +180,7 @@ class GgufSource:
         }
 
     def read(self, name: str) -> Tensor:
+        """Return the tensor in float32, dequantized and in transformers' order of rows."""
         import numpy as np
         import torch
         from gguf import dequantize

@@ -39,6 +39,7 @@ CONSTANT = 1e-6  # a row or column whose deviation is below this share of the la
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register sinq."""
     return [SINQQuantizer]
 
 
@@ -61,6 +62,7 @@ class SINQQuantizer(Quantizer):
             raise ValueError("iterations must be at least 0, bound at least 1 and at most 10000")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse int8 activations, and one scale per tensor."""
         if scheme.activations:
             return "SINQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
@@ -68,6 +70,7 @@ class SINQQuantizer(Quantizer):
         return None
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        """Set 1 / c as the smoothing scale, unless the weight is balanced best without."""
         weight = torch.cat([layer.weight for layer in group.layers])
         copies = group.producer.channels if group.producer else None
         channels = torch.arange(weight.shape[1]) if copies is None else torch.tensor(copies)
@@ -75,11 +78,12 @@ class SINQQuantizer(Quantizer):
         return group if columns is None else dataclasses.replace(group, smoothing_scale=1 / columns)
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round to the nearest codes: a factor of a row would change nothing but its scales."""
         return round_to_nearest(layer.weight, scheme)
 
 
 def balancing_columns(weight: Tensor, channels: Tensor, iterations: int, bound: float) -> Tensor | None:
-    """The c [in] that leaves the least imbalance in weight [out, in]; None if that is all ones.
+    """Return the c [in] that leaves the least imbalance in weight [out, in]; None if that is all ones.
 
     channels: [in], inputs with the same number are copies of one channel and get one c.
     """
@@ -96,12 +100,12 @@ def balancing_columns(weight: Tensor, channels: Tensor, iterations: int, bound: 
 
 
 def normalized_rows(weight: Tensor) -> Tensor:
-    """weight [out, in] with a standard deviation of 1 in each row."""
+    """Return weight [out, in] with a standard deviation of 1 in each row."""
     return weight / _deviations(weight, 1)[:, None]
 
 
 def imbalance(weight: Tensor) -> float:
-    """Largest standard deviation of a row or column of weight [out, in] over the smallest; constant ones left out."""
+    """Return the largest standard deviation of a row or column of weight [out, in] over the smallest but for constants."""
     deviations = torch.cat([weight.std(dim, correction=0) for dim in (0, 1)])
     deviations = deviations[deviations > CONSTANT * deviations.max()]
     return float(deviations.max() / deviations.min()) if len(deviations) else 1.0
@@ -114,7 +118,7 @@ def _deviations(weight: Tensor, dim: int) -> Tensor:
 
 
 def _tied(columns: Tensor, channels: Tensor) -> Tensor:
-    """columns [in], the geometric mean of each channel's copies for all of them, around a geometric mean of 1."""
+    """Return columns [in], the geometric mean of each channel's copies for all of them, around a geometric mean of 1."""
     logs = columns.log()
     means = torch.zeros(int(channels.max()) + 1).scatter_reduce(0, channels, logs, "mean", include_self=False)
     tied = means[channels]

@@ -25,7 +25,8 @@ __all__ = ["allocate"]
 
 
 def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Recipe, Assignment]:
-    """The recipe that a recipe with a budget comes down to, with a rule for every layer, and what it is expected to lose.
+    """Decide on a scheme for every layer: return the recipe that a recipe with a budget comes down to, with a rule for every
+    layer, and what it is expected to lose.
 
     blocks: with the statistics that the quantizer wants, see `calibrate`.
     job: its plan is that of the recipe before anything is decided; layers that a rule names are as it says.
@@ -60,7 +61,7 @@ def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Rec
 
 
 def _decided(recipe: Recipe, schemes: dict[str, QuantScheme]) -> Recipe:
-    """With the scheme that most layers get as the recipe's, and a rule in front for each that gets another one."""
+    """Return the recipe with the scheme that most layers get, and a rule in front for each layer that gets another one."""
     (default, _), *_ = Counter(schemes.values()).most_common()
     rules = [Rule(pattern=glob.escape(name), scheme=scheme) for name, scheme in schemes.items() if scheme != default]
     return recipe.decided(default, rules)
@@ -73,7 +74,7 @@ def _room(plan: Plan, waiting: Sequence[Choice], budget: Budget) -> int:
 
 
 def _fixed_bytes(plan: Plan, waiting: Sequence[Choice]) -> int:
-    """Of the layers whose scheme a rule says."""
+    """Return the bytes of the layers whose scheme a rule says."""
     free = {name for choice in waiting for name in choice.layers}
     return sum(stored_bytes(layer) for name, layer in plan.layers.items() if name not in free)
 

@@ -1,4 +1,4 @@
-"""What there is to choose from: layers that get one scheme together, and what each scheme costs them."""
+"""The choices of an allocation: layers that get one scheme together, and what each scheme costs them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class Choice:
 
     @property
     def reference(self) -> QuantScheme:
+        """The scheme whose loss is measured: REFERENCE where the layers may have it, else the first of their schemes."""
         return REFERENCE if REFERENCE in self.schemes else self.schemes[0]
 
 
 def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Model) -> list[Choice]:
-    """Every planned layer that no rule names.
+    """Return the choices among the planned layers that no rule names.
 
     Raises UsageError QC-BUDGET-004 where there is none, QC-BUDGET-005 for layers that transformers loads only where all
     have one scheme.
@@ -76,7 +77,10 @@ def choices(plan: Plan, groups: Sequence[InputGroup], recipe: Recipe, model: Mod
 
 
 def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
-    """As soon as it is known: measuring takes its time."""
+    """Raise QC-BUDGET-005 if transformers could load no folder with mixed schemes.
+
+    Called before losses are measured, which takes minutes.
+    """
     mixed = dict(plan.layers)
     for index, choice in enumerate(found):
         scheme = choice.schemes[index % len(choice.schemes)]
@@ -91,7 +95,7 @@ def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
 
 
 def cost(plan: LayerPlan, weight: Tensor) -> int:
-    """Bytes that a layer takes on disk, weight [out, in]: as stored, and what the kernels want beside that."""
+    """Return the bytes that a layer of weight [out, in] takes on disk: as stored, and what the kernels want beside that."""
     scale, _ = affine.choose_qparams(weight, plan.scheme)
     total = stored_bytes(plan)
     if plan.scheme.scale_dtype == torch.float16 and not affine.fits_float16(affine.round_scale(scale, plan.scheme)):
@@ -100,12 +104,12 @@ def cost(plan: LayerPlan, weight: Tensor) -> int:
 
 
 def stored_bytes(plan: LayerPlan) -> int:
-    """What a layer weighs in report.json, where its scales fit into their dtype."""
+    """Return the bytes of a layer as report.json counts them, if its scales fit into their dtype."""
     return _stored_bytes(dataclasses.replace(plan, name=""))
 
 
 def choice_bytes(plan: Plan, choice: Choice, scheme: QuantScheme) -> int:
-    """`stored_bytes` of all layers of a choice."""
+    """Return the `stored_bytes` of all layers of a choice."""
     return sum(stored_bytes(dataclasses.replace(plan.layers[name], scheme=scheme)) for name in choice.layers)
 
 

@@ -31,7 +31,7 @@ class Option:
 
 
 def solve(items: Sequence[Sequence[Option]], budget: int) -> list[int] | None:
-    """The index of the option that every item takes; None if even the cheapest cost more than `budget`.
+    """Return the index of the option that every item takes; None if even the cheapest cost more than `budget`.
 
     Of equal solutions always the same one.
     """

@@ -1,4 +1,4 @@
-"""What every scheme would cost and lose at every layer.
+"""The sensitivity of every layer: what it would cost and lose in every scheme.
 
 The loss at one scheme is measured, with the weights that the quantizer makes of it: how far they are from plain rounding
 differs between layers by a factor of five. The other schemes then follow, because what they lose more or less is nearly the
@@ -42,14 +42,14 @@ SAMPLED_CHANNELS = 128
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """options: one per scheme of the choice."""
+    """A choice with what each of its schemes costs and loses. options: one per scheme of the choice."""
 
     choice: Choice
     options: tuple[Option, ...]
 
 
 def measure_losses(blocks: Iterable[Block], job: Job, waiting: Sequence[Choice], progress: Progress) -> list[Weighed]:
-    """Costs and losses of all choices, in the order of the blocks."""
+    """Measure what each scheme costs and loses at every choice, in the order of the blocks."""
     model, plan = job.model, job.plan
     choice_of = {name: choice for choice in waiting for name in choice.layers}
     wavefront = Wavefront(model, _few(model, job.samples.calibration), job.recipe.device)

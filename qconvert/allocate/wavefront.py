@@ -1,4 +1,4 @@
-"""How much the output of a model changes where a part of it is quantized, for every part, in one pass over its blocks.
+"""The change in a model's output for every part of it that is quantized, measured in one pass over its blocks.
 
 A few samples run through the float model. Behind each block, for every part of it, a variant of them sets out that has seen
 this part quantized, and runs on through the float blocks beside the others: one block's weights are in memory at a time,
@@ -56,7 +56,9 @@ class Wavefront:
         (self._waiting if self._next < len(self.model.blocks) else self._outside).append(replaced)
 
     def losses(self) -> Tensor:
-        """[variants, tokens], in the order in which they were added: KL in nats of what writes text, else `relative_square`."""
+        """Return what each variant loses at each token, [variants, tokens], in the order in which they were added: KL in nats
+        for models that write text, else `relative_square`.
+        """
         self.enter("")
         found = []
         with self._late_logits():
@@ -92,7 +94,7 @@ class Wavefront:
 
     @contextmanager
     def _late_logits(self) -> Iterator[None]:
-        """Within the context, the output head sees the latter half of each row alone: what has a context to speak of.
+        """Let the output head see only the latter half of each row within the context: tokens that have a context to speak of.
 
         It spares half of the head, which is much of the work where a vocabulary is large.
         """
@@ -107,8 +109,10 @@ class Wavefront:
             hook.remove()
 
     def _judged(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What of the outputs counts, each [tokens, values]: of logits their log probabilities; of a module all that it
-        returns is one token."""
+        """Return the outputs that are compared, each [tokens, values]: logits as log probabilities.
+
+        All that a module returns counts as one token.
+        """
         if not self.model.task.takes_text:
             return [output.reshape(1, -1) for output in outputs]
         mask = self.batch["attention_mask"].bool().to(outputs[0].device)
@@ -122,14 +126,14 @@ class Wavefront:
 
 
 def relative_square(found: Tensor, expected: Tensor) -> Tensor:
-    """Square of the relative error of states [tokens, values]: [tokens]."""
+    """Return the square of the relative error of states [tokens, values]: [tokens]."""
     found, expected = found.double(), expected.double()
     return (found - expected).square().sum(-1) / expected.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @contextmanager
 def _swapped(module: nn.Module, replaced: Replaced, device: str) -> Iterator[None]:
-    """Within the context, parameters are what `replaced` says."""
+    """Put `replaced` in the place of parameters within the context."""
     before = {}
     for name, tensor in replaced.items():
         owner, _, leaf = name.rpartition(".")

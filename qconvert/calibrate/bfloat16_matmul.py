@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def coarse_products() -> Iterator[None]:
-    """Within the context, float32 matrix products on the CPU may round their factors to bfloat16; sums stay in float32.
+    """Let float32 matrix products on the CPU round their factors to bfloat16 within the context; sums stay in float32.
 
     Calibration samples stand for all other texts, from which they differ far more than by the relative 2^-9 of that rounding,
     and a statistic is a mean over thousands of rows, where it averages out. A processor with AMX takes half the time or less;

@@ -32,7 +32,7 @@ Row = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """What one source offers, without repetitions.
+    """The rows that one source offers, without repetitions.
 
     origin: the source, for messages.
     rows: what tells rows apart -> row, in the source's order. Two rows with the same key are never told apart: at most one of

@@ -1,4 +1,4 @@
-"""Which tokens of a batch count, and how much."""
+"""The importance of the tokens of a batch: which of them count, and how much."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qconvert.ir.batch import Batch
 
 
 def importance_of(output: Tensor) -> Tensor:
-    """1 / mean square of a block's output [..., hidden] at each of its rows; bounded where that is next to nothing."""
+    """Return 1 / mean square of a block's output [..., hidden] at each of its rows; bounded where that is next to nothing."""
     square = output.float().square().mean(-1)
     return torch.maximum(square, square.mean() * 1e-3).reciprocal() if square.any() else torch.ones_like(square)
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """[rows, tokens], False at padding; None where nothing is padded."""
+    """Return a mask [rows, tokens] that is False at padding; None where nothing is padded."""
     mask = batch.get("attention_mask")
     return None if mask is None or mask.all() else mask.bool()

@@ -43,7 +43,7 @@ class InputRecorder:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Within the context, what goes into the layers is seen."""
+        """Watch what goes into the layers within the context."""
         hooks = [
             self.model.module.get_submodule(group.layers[0]).register_forward_pre_hook(partial(self._see, index))
             for index, group in enumerate(self.groups)
@@ -90,11 +90,11 @@ class InputRecorder:
         return value.reshape(-1, value.shape[-1])
 
     def _is_embedding(self, group: InputGroup) -> bool:
-        """An embedding reads indices, of which there is nothing to observe."""
+        """Return whether a layer is an embedding, which reads indices: there is nothing to observe in them."""
         return self.layers[group.layers[0]].kind == "embedding"
 
     def finalize(self) -> list[CalibrationStats | None]:
-        """Per group; None for embeddings, no values where no row was seen."""
+        """Return the statistics of each group; None for embeddings, and without values where no row was seen."""
         return [
             None
             if self._is_embedding(group)
@@ -106,7 +106,7 @@ class InputRecorder:
 
 
 def _patches(module: nn.Module, images: Tensor) -> Tensor:
-    """What a Conv2d multiplies its flattened kernels with: [n, in/groups * kh * kw]."""
+    """Return the patches that a Conv2d multiplies its flattened kernels with: [n, in/groups * kh * kw]."""
     assert isinstance(module, nn.Conv2d)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = nn.functional.pad(images, module._reversed_padding_repeated_twice, mode=mode)  # "same" worked out by torch

@@ -17,7 +17,7 @@ Layers = Mapping[str, LayerPlan]
 
 
 def groups_by_unit(model: Model, layers: Layers, groups: Sequence[InputGroup]) -> dict[str, list[InputGroup]]:
-    """The planned layers of every unit, those with a common input together, with producers that can be folded into."""
+    """Return the input groups of every unit's planned layers, with the producers that a smoothing scale can be folded into."""
     units: dict[str, list[InputGroup]] = defaultdict(list)
     grouped: set[str] = set()
     for group in groups:
@@ -48,7 +48,7 @@ def _may_fold(model: Model, layers: Layers, unit: str, group: InputGroup) -> boo
 
 
 def linear_group(model: Model, layers: Layers, group: InputGroup, stats: CalibrationStats | None) -> LinearGroup:
-    """The layers of a group with their weights, read from the source."""
+    """Read the layers of a group with their weights from the source."""
     return LinearGroup(tuple(_layer(model, layers, name, stats) for name in group.layers), group.producer, stats)
 
 
@@ -62,7 +62,7 @@ def _layer(model: Model, layers: Layers, name: str, stats: CalibrationStats | No
 
 
 def own_parameters(model: Model, name: str) -> list[str]:
-    """Full names of the parameters that a module itself has, [] where there is no such module."""
+    """Return the full names of the parameters that a module itself has, [] where there is no such module."""
     try:
         module = model.module.get_submodule(name)
     except AttributeError:

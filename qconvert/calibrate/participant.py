@@ -1,4 +1,4 @@
-"""What each of several conversions of one model needs of the blocks that are calibrated for all of them."""
+"""The share that each of several conversions of one model takes of blocks that are calibrated for all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Participant:
 
     @cached_property
     def units(self) -> Mapping[str, Sequence[InputGroup]]:
-        """Unit -> the groups of its planned layers, of the units that are not done."""
+        """The groups of planned layers of each unit that is not done, by the unit's name."""
         every = groups_by_unit(self.job.model, self.job.plan.layers, self.job.template.groups)
         return {unit: groups for unit, groups in every.items() if unit not in self.done}
 
@@ -36,7 +36,7 @@ class Participant:
         return type(self.job.quantizer).prepare is not Quantizer.prepare
 
     def part_of(self, block: Block) -> Block:
-        """What this job needs of a block of `calibrate`: what it would be given if it were the only one.
+        """Return the part of a block that this job would be given by `calibrate` if it were the only one.
 
         It has copies, so that a quantizer that writes to its input harms no other.
         """
@@ -54,7 +54,7 @@ class Participant:
 
 
 def observers_of(participants: Sequence[Participant]) -> tuple[type[Observer], ...]:
-    """Those of all quantizers, each once. Raises PluginError QC-COMPARE-005 if two have one name."""
+    """Return the observers of all quantizers, each once. Raises PluginError QC-COMPARE-005 if two have one name."""
     found: dict[str, tuple[type[Observer], Quantizer]] = {}
     for quantizer in (participant.job.quantizer for participant in participants):
         for observer in quantizer.observers:

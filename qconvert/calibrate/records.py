@@ -26,7 +26,7 @@ MIN_PROSE_WORDS = 8  # shorter paragraphs of the builtin text are headings and c
 
 
 def read_records(source: str) -> Iterator[str]:
-    """Texts, one by one, never blank: the lines of a .txt, the "text" of each line of a .jsonl, the column "text" of a
+    """Yield texts that are never blank: the lines of a .txt, the "text" of each line of a .jsonl, the column "text" of a
     .parquet, or the paragraphs of `builtin`.
 
     Raises InputError QC-DATA-001 for a file that is missing, unreadable or damaged, QC-DATA-003 for a record without a
@@ -44,7 +44,7 @@ def read_records(source: str) -> Iterator[str]:
 
 
 def read_arrays(source: str) -> dict[str, Tensor]:
-    """The arrays of an .npz file. Pickled objects are refused. Raises InputError QC-DATA-001."""
+    """Return the arrays of an .npz file, where pickled objects are refused. Raises InputError QC-DATA-001."""
     path = data_file(source, (ARRAYS_SUFFIX,))
     with _readable(path):
         if not zipfile.is_zipfile(path):

@@ -31,8 +31,8 @@ Written = Callable[[], ReadParameter]
 
 
 def calibrate(participants: Sequence[Participant], written: Written | None = None) -> Iterator[Block]:
-    """The units of a model in forward order, the repeated blocks and then "" for what lies outside them; lazily, one at a
-    time, each with all that one of the participants needs of it.
+    """Yield the units of a model, each as every participant needs it: the repeated blocks in forward order, then "" for what
+    lies outside them. Each is made when it is asked for.
 
     Units without a planned layer are left out. With quantizers that have no observers and choose no smoothing scales, and
     nothing to tune, nothing is run, and the blocks carry neither statistics nor tensors. Otherwise each block is run on the
@@ -78,7 +78,7 @@ def _walk_of(participants: Sequence[Participant]) -> _Walk:
 
 
 def model_units(model: Model, layers: Mapping[str, LayerPlan]) -> list[str]:
-    """The units that hold planned layers, in forward order."""
+    """Return the units that hold planned layers, in forward order."""
     holding = {model.block_of(name) for name in layers}
     return [unit for unit in (*model.blocks, "") if unit in holding]
 
@@ -117,13 +117,13 @@ class _Walk:
         return self.scaled and any(group.producer for unit in self.pending for group in self.members[unit])
 
     def unobserved(self) -> Iterator[Block]:
-        """Nothing is run."""
+        """Yield the units without running any."""
         for unit in self.pending:
             groups = (replace(group, producer=None) for group in self.members[unit])
             yield Block(unit, tuple(linear_group(self.model, self.layers, group, None) for group in groups))
 
     def observed(self) -> Iterator[Block]:
-        """Every block runs on what the float blocks before it put out."""
+        """Yield the units, each block run on what the float blocks before it put out."""
         runner = self._started()
         for index, unit in self._path():
             runner.enter(index)
@@ -136,7 +136,7 @@ class _Walk:
                     runner.run_block(index)
 
     def sequential(self, written: Written) -> Iterator[Block]:
-        """Every block runs on what the quantized blocks before it put out, and is tuned towards what the float ones do."""
+        """Yield the units, each block run on what the quantized blocks before it put out, and tuned towards the float ones."""
         runner = self._started()
         floats = _FloatOutputs(runner) if self.tuned else None
         for index, unit in self._path():
@@ -168,7 +168,7 @@ class _Walk:
         return iter(list(enumerate(units))[: units.index(self.pending[-1]) + 1])
 
     def _products(self) -> AbstractContextManager[None]:
-        """What blocks run in. What tuning approaches is the float block's output itself."""
+        """Let blocks compute coarse products, unless they are tuned: tuning approaches the float block's output itself."""
         return nullcontext() if self.tuned else coarse_products()
 
     def _block(self, runner: BlockRunner, index: int) -> Block:

@@ -28,15 +28,18 @@ class Commands(click.Group):
     """Commands by name, each the object of that name in its module."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, without importing any."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command, and return the command; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
         return command
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
+        """Run the command line in a process that this one watches, or here where nobody need watch."""
         if args is None:
             os.environ.update(import_path())  # for all that is started from here, plugins' processes included
             if parent.is_needed(sys.argv[1:]):
@@ -51,6 +54,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         # Errors in flags come before --json is parsed, hence the look at the arguments themselves.
+        """Run a command, and exit with the code of what it raises."""
         with exit_codes(as_json="--json" in ctx.args):
             return super().invoke(ctx)
 

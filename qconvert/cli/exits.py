@@ -25,12 +25,15 @@ INTERRUPTED = 130
 
 
 def verdict(report: Report) -> int:
-    """0 for passed and for not verified (which the user asked for), 1 for a missed gate. Failed parity is an error."""
+    """Return 0 for an artifact that passed or was not verified (which the user asked for), 1 for a missed gate.
+
+    Failed parity is an error.
+    """
     return GATE_MISSED if report.passed is False else 0
 
 
 def worst(comparison: Comparison) -> int:
-    """The highest exit code that one of its recipes would have had by itself."""
+    """Return the highest exit code that one of the recipes would have had by itself."""
     return max(
         entry.error.exit_code if entry.error else verdict(entry.report) if entry.report else 0 for entry in comparison.entries
     )
@@ -38,7 +41,7 @@ def worst(comparison: Comparison) -> int:
 
 @contextmanager
 def exit_codes(*, as_json: bool) -> Iterator[None]:
-    """Exits with the code of what was raised; its text goes to stderr, and as the one JSON document to stdout."""
+    """Exit with the code of what is raised within the context; its text goes to stderr, and as one JSON document to stdout."""
     try:
         yield
     except QConvertError as error:

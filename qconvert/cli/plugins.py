@@ -95,7 +95,7 @@ def schema(files: tuple[Path, ...]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What plugins print goes to stderr; that one is broken is in the result, and needs no warning."""
+    """Send to stderr what plugins print within the context; that one is broken is in the result, and needs no warning."""
     from qconvert.cli.terminal import StderrConsole, working
 
     logger = logging.getLogger("qconvert.plugin")

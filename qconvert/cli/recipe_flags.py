@@ -100,7 +100,7 @@ def _decorated(function: Function, decorators: tuple[Callable[[Function], Functi
 
 
 def recipe_of(flags: Mapping[str, Any]) -> Recipe:
-    """The recipe file with the flags on top.
+    """Return the recipe of a file that the flags override.
 
     Raises what `settings_of` and Recipe raise.
     """
@@ -110,7 +110,7 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe:
 
 
 def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What the recipe file holds, the flags on top, given as click hands them over: None, () or False where one is unset.
+    """Merge flags, as click hands them over (None, () or False where one is unset), into what the recipe file holds.
 
     Rules go before the file's (the first match wins), a gate replaces the file's for the same metric, options are merged
     by name, a data source keeps the file's sample counts; all else is replaced.
@@ -163,7 +163,7 @@ def _require_places(settings: Mapping[str, Any]) -> None:
 
 
 def part_of(settings: dict[str, Any], key: str, kind: type[Any]) -> Any:
-    """What the file holds under `key`, empty if nothing."""
+    """Return what the file holds under `key`, empty if nothing."""
     value = settings.get(key) or kind()
     if not isinstance(value, kind):
         expected = "a mapping" if kind is dict else "a list"

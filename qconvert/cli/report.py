@@ -1,4 +1,4 @@
-"""What `run` and `verify` say at the end."""
+"""The last words of `run` and `verify`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def show(report: Report, folder: Path, console: Console, *, as_json: bool) -> NoReturn:
-    """The table on stderr, the folder (or the JSON document) on stdout, the verdict as exit code."""
+    """Print the table on stderr and the folder (or the JSON document) on stdout, and exit with the verdict's code."""
     console.print(table(report))
     emit(json.dumps(report.document(), indent=2) if as_json else str(folder))
     sys.exit(verdict(report))

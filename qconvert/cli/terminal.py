@@ -24,6 +24,7 @@ class StderrConsole(Console):
         super().__init__(stderr=True, highlight=False)
 
     def on_broken_pipe(self) -> None:
+        """Print nothing from now on."""
         self.quiet = True
 
 
@@ -43,6 +44,7 @@ class TerminalProgress:
         self._task: TaskID | None = None
 
     def stage(self, name: str, total: int | None) -> None:
+        """Show a new bar of `total` steps on a terminal, a line elsewhere. total: None if it isn't known."""
         if not self._console.is_terminal:
             self._console.print(Text(f"qconvert: {name}"), soft_wrap=True)
             return
@@ -51,10 +53,12 @@ class TerminalProgress:
         self._task = self._bars.add_task(name, total=total)
 
     def advance(self, n: int = 1) -> None:
+        """Move the bar on by `n` steps."""
         if self._task is not None:
             self._bars.advance(self._task, n)
 
     def close(self) -> None:
+        """Leave the terminal as it was, the last bar standing."""
         self._end_stage()
         if self._bars.tasks:  # stopping what never began would print an empty line
             self._bars.stop()
@@ -82,7 +86,7 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def working(console: Console) -> Iterator[TerminalProgress]:
-    """While a command works: progress and qconvert's warnings are shown, what libraries say is not.
+    """Show progress and qconvert's own warnings while a command works, and hide what libraries say.
 
     What anything prints to stdout goes to stderr, so that stdout holds the result alone.
     """

@@ -1,4 +1,4 @@
-"""Which class of transformers loads a folder as the whole model that it was made from."""
+"""The class of transformers that loads a folder as the whole model that it was made from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AUTO_CLASSES = (
 
 
 def auto_class(model: Model) -> str:
-    """The name to import from transformers; that of the model's own class where no auto class gives it."""
+    """Return the name to import from transformers; that of the model's own class where no auto class gives it."""
     own = type(model.module)
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping

@@ -86,7 +86,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def outputs(self) -> Iterator[tuple[Tensor, ...]]:
-        """`graph_outputs` per lane, once all blocks are run (a model without blocks runs whole, here)."""
+        """Yield the `graph_outputs` of each lane, once all blocks are run (a model without blocks runs whole, here)."""
         with self.weights_of(""):
             for lane in self.lanes:
                 with self._stand_ins(partial(self._result, lane), self._blocks):
@@ -94,12 +94,12 @@ class BlockRunner:
                 yield outputs
 
     def weights_of(self, unit: str, read: ReadParameter | None = None) -> AbstractContextManager[None]:
-        """`materialize` with this runner's device, and its `read` where none is given."""
+        """Call `materialize` with this runner's device, and its `read` where none is given."""
         return materialize(self.model, unit, read or self.read, self.device)
 
     @torch.no_grad()
     def call_block(self, index: int, lane: Lane) -> Tensor:
-        """What one block makes of a lane's hidden state; the block's weights must be in place."""
+        """Return what one block makes of a lane's hidden state; the block's weights must be in place."""
         hidden = lane.state
         args, kwargs = lane.calls[index].arguments(hidden)
         output = self._blocks[index](*args, **kwargs)
@@ -114,7 +114,7 @@ class BlockRunner:
 
     @contextmanager
     def differentiable(self, index: int, read: ReadParameter) -> Iterator[Callable[[Lane, Mapping[str, Tensor]], Tensor]]:
-        """Within the context, a function of (lane, parameters by their full names) to the output of a block.
+        """Give, within the context, a function from (lane, parameters by their full names) to the output of a block.
 
         Gradients flow to those parameters; all others are what `read` gives.
         """
@@ -130,13 +130,15 @@ class BlockRunner:
 
     @torch.no_grad()
     def run_outside(self, lane: Lane) -> list[Tensor]:
-        """Everything but the blocks, heads included, on one lane: all tensors that the model returns, [] if it was
-        stopped. The weights of "" must be in place. The blocks give the lane's hidden state."""
+        """Run everything but the blocks, heads included, on one lane: the blocks give the lane's hidden state.
+
+        Returns all tensors that the model returns, [] if it was stopped. The weights of "" must be in place.
+        """
         with self._stand_ins(partial(self._result, lane), self._blocks):
             return list(tensors_in(self._forward(lane.batch)))
 
     def run_unit(self, index: int, lane: Lane) -> list[Tensor]:
-        """What a block gives, or for the index beyond the last what lies outside the blocks."""
+        """Run a block on a lane, or for the index beyond the last block what lies outside them, and return what it gives."""
         return [self.call_block(index, lane)] if index < len(self._blocks) else self.run_outside(lane)
 
     def _forward(self, batch: Batch) -> Any:
@@ -151,7 +153,7 @@ class BlockRunner:
         return next(number for number, stack in enumerate(self._stacks) if index in stack)
 
     def _result(self, lane: Lane, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What a block of a stack that has been run, or is being run, gives in the place of the stack's last one."""
+        """Return what a block of a stack, already run or running, gives in the place of the stack's last one."""
         number = self._stack_of(index)
         return _with_tail(lane.ends[number] if number < len(lane.ends) else lane.state, lane.tails[number])
 
@@ -227,7 +229,7 @@ def _with_tail(hidden: Tensor, tail: tuple[Any, ...] | None) -> Any:
 
 
 def checked_device(device: str) -> str:
-    """`device` if tensors can be put there. Raises UsageError QC-DEVICE-001."""
+    """Return `device` if tensors can be put there. Raises UsageError QC-DEVICE-001."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts

@@ -15,7 +15,7 @@ ReadParameter = Callable[[str], Tensor]
 
 @contextmanager
 def materialize(model: Model, unit: str, read: ReadParameter | None = None, device: str = "cpu") -> Iterator[None]:
-    """Within the context, the parameters of one unit are real float32 tensors; afterwards they are what they were.
+    """Make the parameters of one unit real float32 tensors within the context; afterwards they are what they were.
 
     unit: a block, or "" for everything outside the blocks. Its buffers are moved to `device` too.
     read: parameter name (as the module has it) -> tensor; unset: the model's own, each tied tensor read once. float32

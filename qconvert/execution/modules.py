@@ -9,7 +9,7 @@ from qconvert.ir.layer import LayerKind
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
-    """What kind of layer a module is; None for what is traced as it is, and never quantized.
+    """Return the kind of layer that a module is; None for a module that is traced as it is, and never quantized.
 
     Only a forward that we know, on a weight of the module's own, is a layer: a subclass may compute something else, a
     parametrized weight is computed at every call, and nn.MultiheadAttention reads out_proj's weight without calling it.
@@ -29,5 +29,5 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
 
 def in_own_shape(module: nn.Module, weight: Tensor) -> Tensor:
-    """A layer's weight [out, in] in the shape of the module's parameter: Conv1D [in, out], kernels not flattened."""
+    """Return a layer's weight [out, in] in the shape of the module's parameter: Conv1D [in, out], kernels not flattened."""
     return weight.T if isinstance(module, Conv1D) else weight.reshape(module.get_parameter("weight").shape)

@@ -17,13 +17,13 @@ OF_THE_ENCODER = "encoder_last_hidden_state"
 
 
 def graph_outputs(task: Task, module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """`named_outputs` without the names."""
+    """Return the tensors of `named_outputs`, in order."""
     return tuple(named_outputs(task, module, batch).values())
 
 
 @torch.no_grad()
 def named_outputs(task: Task, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What a model's graph gives for a batch, by its name there, computed by torch.
+    """Compute with torch what a model's graph gives for a batch, by the names of the graph's outputs.
 
     causal-lm: logits [rows, tokens, vocabulary]; seq2seq-lm: those of the decoder's tokens. encoder: last_hidden_state [rows,
     tokens, hidden], then what its heads give, [rows, ...] or [rows, tokens, ...]. module: every tensor that its forward
@@ -40,7 +40,7 @@ def named_outputs(task: Task, module: nn.Module, batch: Batch) -> dict[str, Tens
 
 
 def encoder_outputs(module: nn.Module, call: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
-    """`named_outputs` of an encoder that `call` runs."""
+    """Compute the `named_outputs` of an encoder that `call` runs."""
     states: list[Tensor] = []
     base = cast(nn.Module, module.base_model)
     hook = base.register_forward_hook(lambda part, args, output: states.append(output[0]))
@@ -52,7 +52,10 @@ def encoder_outputs(module: nn.Module, call: Callable[..., Any], batch: Batch) -
 
 
 def _exported(task: Task, module: nn.Module, output: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of all that a model returns what its graph gives. What is no tensor is no output: caches, the states of all layers."""
+    """Return the part of a model's outputs that its graph gives.
+
+    What is no tensor is no output: caches, the states of all layers.
+    """
     found = {name: value for name, value in output.items() if isinstance(value, Tensor) and name != OF_THE_ENCODER}
     if others := [name for name in found if name not in task.outputs]:
         raise InputError(
@@ -65,7 +68,7 @@ def _exported(task: Task, module: nn.Module, output: Mapping[str, Any]) -> dict[
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
-    """All tensors in what a forward returned, in order."""
+    """Yield all tensors in what a forward returned, in order."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, Mapping):

@@ -1,4 +1,4 @@
-"""What a model is run on to see whether two forms of it compute the same: rows of different length, padded on either side."""
+"""The inputs on which two forms of a model are compared: rows of different length, padded on either side."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ DECODER_STEPS = (25, 1, 4)
 
 
 def vocabulary_size(model: Model) -> int:
-    """Rows of the input embedding."""
+    """Return the number of rows of the input embedding."""
     embedding = model.module.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
 
 
 def position_limit(model: Model) -> int | None:
-    """How many tokens a text model takes at once, None where its config does not say."""
+    """Return how many tokens a text model takes at once, None where its config does not say."""
     limit = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     if limit is None:
         return None
@@ -46,13 +46,13 @@ def position_limit(model: Model) -> int | None:
 
 
 def first_position(module: nn.Module) -> int:
-    """The position of a row's first token: RoBERTa and its kin have none for padding, nor any before that."""
+    """Return the position of a row's first token: RoBERTa and its kin have none for padding, nor any before that."""
     tables = (part for name, part in module.named_modules() if name.endswith("position_embeddings"))
     return max((padding + 1 for table in tables if (padding := getattr(table, "padding_idx", None)) is not None), default=0)
 
 
 def probes(model: Model) -> list[Batch]:
-    """What the reference is run on: each row of token ids by itself, without padding; or as many example inputs.
+    """Return the inputs that the reference is run on: each row of token ids by itself, unpadded; or as many example inputs.
 
     For encoders and encoder-decoders the rows follow as one batch, padded on the left: where that moves positions (BERT,
     BART), torch gives other numbers than for the row alone. A decoder's positions are those of the row alone.
@@ -87,12 +87,12 @@ def _rows(model: Model, *, later: bool) -> list[Batch]:
 
 
 def _tokens(length: int, seed: int, vocabulary: int) -> Tensor:
-    """[1, length]"""
+    """Token ids [1, length] spread over the vocabulary; another `seed` gives others."""
     return ((torch.arange(length) * 7919 + 13 * seed + 5) % vocabulary)[None]
 
 
 def padded_batch(model: Model, side: Side = "right") -> Batch:
-    """The rows of `probes` as one batch; without the tokens of later steps."""
+    """Return the rows of `probes` as one batch, without the tokens of later steps."""
     return probes(model)[0] if not model.task.takes_text else _padded(_rows(model, later=False), side)
 
 
@@ -101,6 +101,6 @@ def _padded(rows: Sequence[Batch], side: Side) -> Batch:
 
 
 def columns_of(row: int, side: Side) -> slice:
-    """Where the tokens of a row are in `padded_batch`; not of an encoder-decoder's source."""
+    """Return the columns of `padded_batch` that hold the tokens of a row; not of an encoder-decoder's source."""
     longest = max(LENGTHS)
     return slice(0, LENGTHS[row]) if side == "right" else slice(longest - LENGTHS[row], longest)

@@ -17,12 +17,12 @@ from qconvert.ir.model import Model
 
 
 def unit_index(model: Model, unit: str) -> int:
-    """The position of a block; that beyond the last block for "", what lies outside them."""
+    """Return the position of a block; for "", which is what lies outside the blocks, the position beyond the last."""
     return model.blocks.index(unit) if unit else len(model.blocks)
 
 
 def relative_change(model: Model, unit: str, lane: Lane, replaced: Mapping[str, Tensor], device: str = "cpu") -> float:
-    """max |out' - out| / max |out| of a unit on one lane, in full float32; inf if anything is not finite.
+    """Return max |out' - out| / max |out| of a unit on one lane, in full float32; inf if anything is not finite.
 
     replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
     """
@@ -59,16 +59,18 @@ class DifferentiableBlock:
 
     @property
     def targets(self) -> Sequence[Tensor]:
+        """Per batch the output of the float block, [rows, tokens, hidden]."""
         return self._samples.targets
 
     @property
     def importance(self) -> Sequence[Tensor]:
+        """Per batch the weight of a squared error at each token, [rows, tokens]."""
         return self._samples.importance
 
     @contextmanager
     def running(self, fixed: Mapping[str, Tensor]) -> Iterator[Callable[[int, Mapping[str, Tensor]], Tensor]]:
-        """Within the context, a function of a batch's number and the weights [out, in] of some layers, by layer name, to the
-        block's output; gradients flow to the weights.
+        """Give, within the context, a function from a batch's number and the weights [out, in] of some layers, by layer name,
+        to the block's output; gradients flow to the weights.
 
         fixed: tensors that differ from the source, by full name.
         """

@@ -1,4 +1,4 @@
-"""What lowering a graph takes, whatever the target."""
+"""The things that lowering a graph takes, whatever the target."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExportContext:
 
     @staticmethod
     def of(job: Job, written: WriteResult, stage: Stage) -> ExportContext:
-        """Raises InputError where a written tensor can't be read."""
+        """Return the context of a job whose weights are `written`. Raises InputError where a written tensor can't be read."""
         stored = dict(written.tensors)
         outlier_columns = {
             name: tuple(read_tensor(stage.folder, stored[key]).tolist())

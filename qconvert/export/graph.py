@@ -42,6 +42,7 @@ class GraphBuilder:
         self._widened: dict[Value, Value] = {}
 
     def take_nodes(self) -> list[Node]:
+        """Return the nodes that were added since the last call, in order, and begin a new list."""
         nodes, self.nodes = self.nodes, []
         return nodes
 
@@ -52,14 +53,14 @@ class GraphBuilder:
         return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> Value:
-        """A small initializer kept in the graph itself; the same name gives the same value."""
+        """Return a small initializer kept in the graph itself; the same name gives the same value."""
         if name not in self.graph.initializers:
             tensor = onnx_ir.tensor(array, name=name)
             self._register(name, tensor, tensor.dtype, array.shape)
         return self.graph.initializers[name]
 
     def external(self, name: str, shape: Sequence[int] | None = None, dtype: DataType | None = None, view: str = "") -> Value:
-        """The stored tensor `name` as an initializer, optionally under another shape or type of the same bytes.
+        """Return the stored tensor `name` as an initializer, optionally under another shape or type of the same bytes.
 
         view: what tells this initializer from another one on the same bytes.
         """
@@ -75,7 +76,7 @@ class GraphBuilder:
         return self.graph.initializers[name]
 
     def view(self, initializer: Value, dtype: DataType, name: str) -> Value:
-        """Another initializer on the bytes of an external one, of another type; the same name gives the same value."""
+        """Return another initializer on the bytes of an external one, of another type; the same name gives the same value."""
         if name not in self.graph.initializers:
             stored = initializer.const_value
             assert isinstance(stored, onnx_ir.ExternalTensor)
@@ -85,8 +86,9 @@ class GraphBuilder:
         return self.graph.initializers[name]
 
     def spanning(self, values: Sequence[Value], axis: int) -> Value:
-        """Initializers joined along `axis`: without a copy where they lie one behind the other in a file, else by a
-        Concat, which folds when the model is loaded."""
+        """Join initializers along `axis`: without a copy where they lie one behind the other in a file, else by a Concat, which
+        folds when the model is loaded.
+        """
         tensors = [value.const_value for value in values]
         name = ",".join(str(value.name) for value in values)
         external = [tensor for tensor in tensors if isinstance(tensor, onnx_ir.ExternalTensor)]
@@ -107,13 +109,13 @@ class GraphBuilder:
         return self.graph.initializers[name]
 
     def float32(self, value: Value) -> Value:
-        """`value`, cast if it is not float32; casts of initializers fold when the model is loaded."""
+        """Return `value`, cast if it is not float32; casts of initializers fold when the model is loaded."""
         if value.dtype == DataType.FLOAT:
             return value
         return self.op("Cast", [value], f"{value.name}/Cast", to=DataType.FLOAT)
 
     def widened(self, value: Value) -> Value:
-        """`value` as float32, cast once for all its users: for nodes that go to the front of the graph."""
+        """Return `value` as float32, cast once for all its users: for nodes that go to the front of the graph."""
         if value not in self._widened:
             self._widened[value] = self.float32(value)
         return self._widened[value]
@@ -124,7 +126,7 @@ class GraphBuilder:
 
 
 def _adjacent(tensors: Sequence[onnx_ir.ExternalTensor]) -> bool:
-    """Whether the tensors of one type lie one behind the other in one file."""
+    """Return whether the tensors of one type lie one behind the other in one file."""
     return all(
         after.location == before.location
         and after.dtype == before.dtype

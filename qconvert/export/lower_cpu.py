@@ -1,11 +1,11 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
-int8 activations  row form: every row is quantized with a step of its own (activations.RowCodes), once for all linears that
-                  read it; then MatMulIntegerToFloat on the codes, and the step put back
-outliers          the row form on what is left when the outlier columns are masked out, plus their float product
+int8 activations  dynamic per-token int8 (W8A8): every row is quantized with a scale of its own (activations.RowCodes), once
+                  for all linears that read it; then MatMulIntegerToFloat on the codes, times the scale
+outliers          the same on what is left when the outlier columns are masked out, plus their float product
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
-                  int8 activations (of a head that shares the bytes, in row form): gathered codes, cast and scaled
+                  int8 activations, of a head that shares the bytes: gathered codes, cast and scaled
 conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
 """
 
@@ -40,6 +40,7 @@ class CpuLowering(Lowering):
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
+        """Return the value that the nodes for an opaque `node` give; the nodes are in the builder."""
         x = node.inputs[0]
         assert x is not None
         module = node.attributes["module"].as_string()
@@ -56,6 +57,7 @@ class CpuLowering(Lowering):
                 return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
 
     def stored_float(self, name: str) -> Value:
+        """Return the stored tensor `name` in float32, cast where it is narrower."""
         return self.builder.float32(self.builder.external(name))
 
     def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
@@ -145,7 +147,7 @@ class CpuLowering(Lowering):
         return self._rows[x]
 
     def _largest(self, x: Value, rows: activations.RowCodes, name: str) -> Value:
-        """Of each row: [..., 1], the largest magnitude where rows have both signs.
+        """Return the largest value of each row, or its largest magnitude where rows have both signs: [..., 1].
 
         Two nodes are less to start for the one row of a decoding step; without Abs, which writes as much as it reads, many rows
         take two thirds of the time.

@@ -45,6 +45,10 @@ class CudaLowering(Lowering):
         self.dtype: torch.dtype = getattr(torch, context.job.recipe.cuda_dtype)
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
+        """Return the value that the nodes for an opaque `node` give; the nodes are in the builder.
+
+        Raises UsageError QC-CUDA-002.
+        """
         x = node.inputs[0]
         assert x is not None
         form = self.context.job.plan.form_of(node.attributes["module"].as_string())
@@ -63,7 +67,9 @@ class CudaLowering(Lowering):
         return output if bias is None else self.builder.op("Add", [output, bias], f"{plan.name}/AddBias")
 
     def stored_float(self, name: str) -> Value:
-        """The stored tensor itself where it has the type; else small integers are cast, and floats have a copy."""
+        """Return the stored tensor itself where it has the graph's float type; small integers are cast, other floats have a
+        copy.
+        """
         stored = self.builder.stored[name]
         if stored.dtype == self.dtype:
             return self.builder.external(name)
@@ -127,7 +133,7 @@ class CudaLowering(Lowering):
         return builder.op("Mul", [codes, scales], f"{name}/Dequantize")
 
     def constant(self, name: str, tensor: Tensor) -> Value:
-        """A constant of the graph, kept in the sidecar."""
+        """Return a constant of the graph, kept in the sidecar."""
         if name not in self.builder.stored:
             self._append(name, tensor)
         return self.builder.external(name)
@@ -151,7 +157,7 @@ class CudaLowering(Lowering):
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` as `dtype`. Raises UsageError QC-CUDA-002 for a number that becomes infinite."""
+    """Return `tensor` as `dtype`. Raises UsageError QC-CUDA-002 for a number that becomes infinite."""
     narrow_tensor = tensor.to(dtype)
     if tensor.numel() and not bool(torch.isfinite(torch.stack(narrow_tensor.aminmax())).all()):
         largest = max(map(abs, torch.stack(tensor.float().aminmax()).tolist()))
@@ -160,5 +166,5 @@ def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """ "float16": as users write it."""
+    """Return the type's name as users write it: "float16"."""
     return str(dtype).removeprefix("torch.")

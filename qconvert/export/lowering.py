@@ -1,4 +1,4 @@
-"""What lowering is the same for every provider: the order of things, smoothing, outliers, convolutions, gathered codes."""
+"""The part of lowering that every provider shares: the order of things, smoothing, outliers, convolutions, gathered codes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Lowering(ABC):
 
     @abstractmethod
     def stored_float(self, name: str) -> Value:
-        """The stored tensor `name` in the float type of the graph's activations."""
+        """Return the stored tensor `name` in the float type of the graph's activations."""
 
     def _scaled_input(self, plan: LayerPlan, x: Value) -> Value:
-        """x / smoothing_scale where a scale could not be folded; the linears of an InputGroup were given one scale."""
+        """Return x / smoothing_scale where a scale could not be folded; the linears of an InputGroup were given one scale."""
         name = f"{plan.name}.input_factor"
         if name not in self.builder.stored:
             return x
@@ -48,7 +48,7 @@ class Lowering(ABC):
         return self._inputs[key]
 
     def _without(self, x: Value, columns: tuple[int, ...], plan: LayerPlan) -> Value:
-        """x with the outlier columns set to 0, so that they neither stretch the rows nor enter the product with the codes."""
+        """Return x with the outlier columns set to 0, so that they neither stretch rows nor count in the product of codes."""
         if not columns:
             return x
         if (x, columns) not in self._inputs:

@@ -140,7 +140,7 @@ def _node(nodes: Sequence[Node], inputs: list[Value | None], builder: GraphBuild
 
 
 def _alike(first: Node, other: Node) -> bool:
-    """Whether two nodes do the same to their inputs."""
+    """Return whether two nodes do the same to their inputs."""
     if (first.domain, first.op_type, len(first.inputs)) != (other.domain, other.op_type, len(other.inputs)):
         return False
     return _settings(first) == _settings(other)

@@ -73,7 +73,7 @@ def _type_of(value: Value | None) -> DataType:
 
 
 class _Chooser:
-    """Adds the question to `builder`, and then makes one choice of product after the other."""
+    """A probe of the processor in the graph of `builder`, by whose answer one product after the other is chosen."""
 
     def __init__(self, builder: GraphBuilder) -> None:
         self.builder = builder

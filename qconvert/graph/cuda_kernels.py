@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider has kernels for, as data, and whether a graph is made for them.
+"""The kernels that ONNX Runtime's CUDA provider has, as data, and the check that a graph is made for them.
 
 cuda_kernels.json holds the kernels of one version of ONNX Runtime and says where it has them from. A kernel that serves an
 operator from some version on does not serve that operator's later versions, so the table is made for one opset.
@@ -48,6 +48,7 @@ class Operator:
 
     @staticmethod
     def parameter(parameters: tuple[str, ...], index: int) -> str:
+        """Return the name of parameter `index`; the last one stands for all that follow it, as in a variadic op."""
         return parameters[min(index, len(parameters) - 1)]
 
 
@@ -66,17 +67,17 @@ def _operators() -> dict[tuple[str, str], Operator]:
 
 
 def version() -> str:
-    """The version of ONNX Runtime that the table was taken from."""
+    """Return the version of ONNX Runtime that the table was taken from."""
     return str(_table()["onnxruntime"])
 
 
 def operator(node: Node) -> Operator | None:
-    """The table's entry for the op of `node`, None where there is no kernel of it."""
+    """Return the table's entry for the op of `node`, None where there is no kernel of it."""
     return _operators().get((node.domain, node.op_type))
 
 
 def check_kernels(graph: onnx_ir.Graph) -> None:
-    """Every node needs a CUDA kernel for its types, but for those whose place does not matter.
+    """Check that every node has a CUDA kernel for its types, but for those whose place does not matter.
 
     That are nodes whose inputs are all constants (they are computed when the model is loaded), and nodes on integers alone
     from which only shapes and sequence lengths are made: those may run on the CPU.
@@ -101,7 +102,7 @@ def check_kernels(graph: onnx_ir.Graph) -> None:
 
 
 def has_kernel(node: Node) -> bool:
-    """Whether some kernel takes the types of all inputs and outputs of `node`."""
+    """Return whether some kernel takes the types of all inputs and outputs of `node`."""
     found = operator(node)
     if found is None:
         return False
@@ -114,7 +115,7 @@ def has_kernel(node: Node) -> bool:
 
 
 def bindings(found: Operator, node: Node) -> Iterator[tuple[str, Value]]:
-    """(parameter of the op, value) of every input and output that is there."""
+    """Yield (parameter of the op, value) for every input and output that is there."""
     for parameters, values in ((found.inputs, node.inputs), (found.outputs, node.outputs)):
         for index, value in enumerate(values):
             if value is not None:
@@ -126,7 +127,7 @@ def _type(value: Value) -> str:
 
 
 def only_lengths(node: Node) -> bool:
-    """Whether a node computes with integers alone, and only for shapes and sequence lengths."""
+    """Return whether a node computes with integers alone, and only for shapes and sequence lengths."""
     values = [value for value in (*node.inputs, *node.outputs) if value is not None]
     return all(value.dtype in INTEGERS for value in values) and all(map(_feeds_lengths, node.outputs))
 

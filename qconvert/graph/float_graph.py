@@ -12,7 +12,7 @@ from qconvert.ir.template import DOMAIN
 
 
 def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> onnx_ir.Model:
-    """A copy of the template's graph in plain float32 ops.
+    """Return a copy of the template's graph in plain float32 ops.
 
     shapes: of every parameter of the model. Weights are initializers without data under their parameter names, to be
     fed by ort.session.memory_session.
@@ -27,7 +27,7 @@ def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def parameter(graph: onnx_ir.Graph, name: str, shape: tuple[int, ...]) -> Value:
-    """The float32 initializer without data called `name`, made if it is not there yet."""
+    """Return the float32 initializer without data called `name`, which is made if it is not there yet."""
     if name not in graph.initializers:
         tensor = onnx_ir.LazyTensor(_no_data, dtype=DataType.FLOAT, shape=onnx_ir.Shape(shape), name=name)
         value = Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(DataType.FLOAT), const_value=tensor)
@@ -42,7 +42,7 @@ def _no_data() -> onnx_ir.TensorProtocol:
 def lower_float(
     graph: onnx_ir.Graph, node: onnx_ir.Node, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[onnx_ir.Node], Value]:
-    """The float nodes that compute what the opaque `node` stands for, and their output."""
+    """Return the float nodes that compute what the opaque `node` stands for, and their output."""
     x = node.inputs[0]
     assert x is not None
     name = node.attributes["module"].as_string()

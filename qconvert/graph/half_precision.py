@@ -23,7 +23,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def out_of_range(name: str, largest: float, dtype: str, limit: float) -> UsageError:
-    """The error QC-CUDA-002 for a tensor with a number that becomes infinite.
+    """Return the error QC-CUDA-002 for a tensor with a number that becomes infinite.
 
     dtype: "float16", as users write it. limit: its largest number.
     """
@@ -182,7 +182,7 @@ def _widen_output(graph: onnx_ir.Graph, index: int, value: Value) -> None:
 
 
 def _is_constant(value: Value) -> bool:
-    """Whether the graph itself holds the value."""
+    """Return whether the graph itself holds the value."""
     return value.const_value is not None and not isinstance(value.const_value, onnx_ir.LazyTensor | onnx_ir.ExternalTensor)
 
 

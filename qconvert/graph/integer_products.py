@@ -1,4 +1,4 @@
-"""Which pairs of types ONNX Runtime's CPU kernels for integer products multiply exactly, on every processor it runs on.
+"""The pairs of types that ONNX Runtime's CPU kernels for integer products multiply exactly, on every processor it runs on.
 
 x86-64 processors with AVX2 but without VNNI multiply unsigned by signed bytes with VPMADDUBSW, which adds pairs of products
 in 16 bits and saturates. Processors with VNNI or AMX, those without AVX2, and ARM64 are exact. Measured with random codes over

@@ -61,6 +61,7 @@ def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
 
 
 def keeps_last_position(graph: onnx_ir.Graph) -> bool:
+    """Return whether a graph gives the logits of the last position alone."""
     return any(node.name == NAME for node in graph)
 
 

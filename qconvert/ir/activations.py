@@ -1,4 +1,4 @@
-"""How int8 activations lie on their codes."""
+"""The codes of int8 activations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RowCodes(NamedTuple):
-    """How int8 activations lie on the codes 0 to 255: code = round(x / step) + zero_point, with a step for each row.
+    """The codes 0 to 255 of int8 activations: code = round(x / step) + zero_point, with a step for each row.
 
     steps: that the largest of a row is divided into; the largest magnitude where rows have both signs.
     least_step: no step is smaller, so that the lowest value has a code.
@@ -21,10 +21,11 @@ class RowCodes(NamedTuple):
 
     @property
     def symmetric(self) -> bool:
+        """Whether the codes lie around 0, with no zero point to take off."""
         return self.zero_point == SYMMETRIC_ROWS.zero_point
 
     def step_of(self, rows: Tensor) -> Tensor:
-        """[..., 1], of rows [..., in]."""
+        """Return the scale of each row of `rows` [..., in]: [..., 1]."""
         largest = (rows.abs() if self.symmetric else rows).amax(-1, keepdim=True)
         return (largest * torch.tensor(1 / self.steps, dtype=torch.float32)).clamp(min=self.least_step)
 
@@ -45,5 +46,8 @@ ROWS_AFTER = {
 
 
 def row_codes(made_by: str | None) -> RowCodes:
-    """For what a linear reads. made_by: the type of the node that gives it; None where it is not known, or scaled."""
+    """Return how the rows that a linear reads are quantized.
+
+    made_by: the type of the node that gives them; None where it is not known, or scaled.
+    """
     return ROWS_AFTER.get(made_by or "", SYMMETRIC_ROWS)

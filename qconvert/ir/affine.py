@@ -18,7 +18,7 @@ FLOAT16_MAX = 65504.0
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over the rows of a [rows, columns] matrix that keep one slice's float32 copies in the processor's cache.
+    """Yield slices over the rows of a [rows, columns] matrix, whose float32 copies stay in the processor's cache.
 
     Elementwise work on whole weights is bound by memory and by the paging in of temporaries: in slices of 512 kB it
     takes a third of the time (measured, 1536 x 576).
@@ -29,7 +29,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def grouped(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """View weight [out, in] as [rows, groups, group_size], one last axis per scale."""
+    """View weight [out, in] as [rows, groups, group_size]: what shares a scale lies along the last axis."""
     out_features, in_features = weight.shape
     if isinstance(scheme.granularity, PerTensor):
         return weight.reshape(1, 1, -1)
@@ -37,7 +37,7 @@ def grouped(weight: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that cover the range of `weight`, shrunk by `clip`.
+    """Choose the scale and zero point that cover the range of `weight`, shrunk by `clip`.
 
     weight: [out, in] float32, finite.
     clip: a ratio above 0 (one above 1 widens the range), or one per group [out, groups].
@@ -50,8 +50,9 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1
 
 
 def extremes(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, ...]:
-    """What `choose_qparams` looks at, each [out, groups]: the signed maximum or the maximum magnitude of every group, or the
-    smallest and the largest weight."""
+    """Return what `choose_qparams` looks at, each [out, groups]: the signed maximum or the maximum magnitude of every group, or
+    the smallest and the largest weight.
+    """
     groups = grouped(weight, scheme)
     if scheme.symmetric:
         if scheme.format.signed_maximum:
@@ -62,7 +63,10 @@ def extremes(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, ...]:
 
 
 def _signed_maximum(groups: Tensor) -> Tensor:
-    """groups [..., n] -> [...]: w[argmax |w|]; of two that differ in sign alone the first. argmax takes thrice the time."""
+    """Return w[argmax |w|] of groups [..., n]: [...]; of two that differ in sign alone the first.
+
+    argmax takes thrice the time.
+    """
     smallest, largest = groups.amin(-1), groups.amax(-1)
     signed = torch.where(largest > -smallest, largest, smallest)
     tied = (largest == -smallest) & (largest > 0)
@@ -73,7 +77,7 @@ def _signed_maximum(groups: Tensor) -> Tensor:
 
 
 def qparams_of(found: tuple[Tensor, ...], scheme: QuantScheme, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """`choose_qparams` from the `extremes` of a weight."""
+    """Compute what `choose_qparams` gives from the `extremes` of a weight."""
     low, high = scheme.code_range
     if scheme.symmetric:
         scale = found[0] / (low if scheme.format.signed_maximum else high)
@@ -86,7 +90,7 @@ def qparams_of(found: tuple[Tensor, ...], scheme: QuantScheme, clip: Tensor | fl
 
 
 def round_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
-    """The value of `scale` as it will be stored; codes are computed with it, so they are right for what is stored.
+    """Round `scale` to the value that will be stored; codes are computed with it, so they are right for what is stored.
 
     No scale has more than `scheme.scale_bits` significant bits: what a loader casts to the dtype of a bfloat16 model (8) then
     is what the graph computes with, and the range moves by at most 0.4 %.
@@ -105,13 +109,13 @@ def round_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def fits_float16(scale: Tensor) -> bool:
-    """Whether every scale is a normal float16 number."""
+    """Return whether every scale is a normal float16 number."""
     magnitude = scale.abs()
     return bool(((magnitude >= FLOAT16_TINY) & (magnitude <= FLOAT16_MAX)).all())
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
-    """Codes of `weight` [out, in] as int8, rounded to nearest and clamped to the scheme's range."""
+    """Return the codes of `weight` [out, in] as int8, rounded to nearest and clamped to the scheme's range."""
     groups = grouped(weight, scheme)
     codes = torch.round(groups / scale.unsqueeze(-1))
     if zero_point is not None:
@@ -121,7 +125,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Q
 
 
 def rounded(weight: Tensor, scheme: QuantScheme, qparams: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
-    """`dequantize` of `quantize`, without codes in between: half the time, for searches.
+    """Return what `dequantize` gives for `quantize`, without codes in between: half the time, for searches.
 
     qparams: scale and zero point; unset, `choose_qparams`.
     """
@@ -138,7 +142,7 @@ def rounded(weight: Tensor, scheme: QuantScheme, qparams: tuple[Tensor, Tensor |
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
-    """float32 [out, in] from codes [out, in]."""
+    """Return float32 [out, in] from codes [out, in]."""
     groups = grouped(q, scheme).float()
     if zero_point is not None:
         groups = groups - zero_point.unsqueeze(-1)
@@ -146,5 +150,5 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Quan
 
 
 def stored_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
-    """The scale in the dtype that it is stored in, without loss: it was rounded by affine.round_scale."""
+    """Return the scale in the dtype that it is stored in, without loss: it was rounded by affine.round_scale."""
     return scale.half() if scheme.scale_dtype == torch.float16 and affine.fits_float16(scale) else scale

@@ -1,4 +1,4 @@
-"""What was written: where every tensor of an artifact lies, and the file names of an output folder."""
+"""An artifact as it was written: where each of its tensors lies, and the file names of an output folder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "tuner
 
 
 def is_model_file(name: str) -> bool:
-    """Whether one of the manifest's inputs is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
+    """Return whether an input of the manifest is a file of the model, or stands for it: "config.json", not "code:qconvert"."""
     kind, colon, _ = name.partition(":")
     return not colon or kind not in INPUT_KINDS
 
 
 def is_code(name: str) -> bool:
-    """Whether a file beside a model is code, which is never run, or says what was installed: the output holds neither."""
+    """Return whether a file beside a model is code, never run, or says what was installed: the output holds neither."""
     path = PurePosixPath(name)
     return path.suffix in CODE or any(part.endswith((".dist-info", ".egg-info")) for part in path.parts)
 

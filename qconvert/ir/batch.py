@@ -12,5 +12,5 @@ Batch = dict[str, Any]
 
 
 def row_count(inputs: Mapping[str, Tensor]) -> int:
-    """How many rows inputs have; what all rows of a module's share has one, or is a scalar."""
+    """Return how many rows inputs have: an input that all rows of a module share has one row, or is a scalar."""
     return max(len(value) for value in inputs.values() if value.ndim)

@@ -28,7 +28,7 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """Raises UsageError QC-BUDGET-001 for a text that is no budget."""
+        """Parse '4.5' (average bits) or '90MB'. Raises UsageError QC-BUDGET-001 for a text that is no budget."""
         match = _BUDGET.fullmatch(text)
         if match is None or not Fraction(match["number"]):
             raise UsageError(
@@ -43,5 +43,5 @@ class Budget:
         return self.text
 
     def quantized_bytes(self, weights: int, other_bytes: int) -> int:
-        """The most that `weights` quantized weights may take beside `other_bytes` of float tensors."""
+        """Return the most that `weights` quantized weights may take beside `other_bytes` of float tensors."""
         return int(self.amount - other_bytes if self.in_bytes else self.amount * weights / 8 // 1)

@@ -17,7 +17,7 @@ PLOT = "compare.png"
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe.
+    """One recipe of a comparison, and what came of it.
 
     scheme: of the layers that no rule names.
     report: None where there is no artifact.
@@ -40,18 +40,18 @@ class Entry:
 
     @property
     def fidelity(self) -> Fidelity | None:
-        """On the first target that was run."""
+        """The fidelity on the first target that was run."""
         return next((part for part in self.report.fidelity if part.status == "passed"), None) if self.report else None
 
     @property
     def latency(self) -> Latency | None:
-        """On the target that `fidelity` is of."""
+        """The latency on the target that `fidelity` is of."""
         found = self.report.latency if self.report and self.fidelity else ()
         return next((part for part in found if self.fidelity and part.target == self.fidelity.target), None)
 
     @property
     def loss(self) -> float | None:
-        """What was lost against the float model, 0 at best: KL in nats of what writes text, 1 - cosine of all else."""
+        """The loss against the float model, 0 at best: KL in nats for models that write text, 1 - cosine for all others."""
         if self.report is None or self.fidelity is None:
             return None
         if TASKS[self.report.task].generates:
@@ -62,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All recipes, in the order in which they were given."""
+    """The recipes that were tried on one model, in the order in which they were given."""
 
     model: str
     task: Task
@@ -70,12 +70,12 @@ class Comparison:
 
     @cached_property
     def front(self) -> frozenset[str]:
-        """Names of the recipes that no other beats in both size and loss."""
+        """The names of the recipes that no other beats in both size and loss."""
         return pareto_front(self.points)
 
     @cached_property
     def points(self) -> dict[str, tuple[float, float]]:
-        """Name -> (bytes of weights, loss), of the recipes whose artifact was run."""
+        """The (bytes of weights, loss) of each recipe whose artifact was run, by its name."""
         return {
             entry.name: (entry.report.size.weights_bytes, entry.loss)
             for entry in self.entries
@@ -83,7 +83,7 @@ class Comparison:
         }
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of compare.json. A number that a task has no use for, or that nobody measured, is absent."""
+        """Return the JSON document of compare.json. A number that a task has no use for, or that nobody measured, is absent."""
         return {
             "schema": 1,
             "model": self.model,
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def pareto_front(points: Mapping[str, Sequence[float]]) -> frozenset[str]:
-    """The points that no other dominates: none is as small in every coordinate and smaller in one. Equal points stay."""
+    """Return the points that no other dominates: none is as small in every coordinate and smaller in one. Equal points stay."""
 
     def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
         pairs = list(zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""Where samples come from, as users name it: a file of a kind that is read, or the text that comes with Python."""
+"""Sources of samples, as users name them: a file of a kind that is read, or the text that comes with Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARRAYS_SUFFIX = ".npz"
 
 
 def data_file(source: str, suffixes: Sequence[str] = (*TEXT_SUFFIXES, ARRAYS_SUFFIX)) -> Path:
-    """The file that a source names, which is there.
+    """Return the file that a source names, which is there.
 
     Raises UsageError QC-DATA-002 for one that ends in none of `suffixes`, InputError QC-DATA-001 for one that is missing.
     """
@@ -31,4 +31,5 @@ def data_file(source: str, suffixes: Sequence[str] = (*TEXT_SUFFIXES, ARRAYS_SUF
 
 
 def unreadable(path: Path, problem: str) -> InputError:
+    """Return the error QC-DATA-001 for a data file with a `problem`, which is half a sentence."""
     return InputError("QC-DATA-001", f"data file {str(path)!r} can't be read: {problem}", hint="check the path and the file")

@@ -1,4 +1,4 @@
-"""What holds NaN or infinity is refused, by name, where it comes in: every number made from it would be worthless."""
+"""The refusal of NaN and infinity, by name, where they come in: every number made from them would be worthless."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qconvert.errors import InputError
 
 
 def require_finite(name: str, weight: Tensor) -> None:
-    """Raises InputError QC-WEIGHT-001, which says how many values of the tensor `name` are not finite, and where.
+    """Raise InputError QC-WEIGHT-001 where values of the tensor `name` are not finite; it says how many, and where.
 
     weight: [channels, ...], of any dtype and size.
     """
@@ -32,7 +32,7 @@ def require_finite(name: str, weight: Tensor) -> None:
 
 
 def not_finite(where: str) -> InputError:
-    """The error QC-FLOAT-001 for what a model computes from finite weights.
+    """Return the error QC-FLOAT-001 for a model that computes NaN or infinity from finite weights.
 
     where: "comes out of the float model for evaluation sample 3".
     """

@@ -10,5 +10,5 @@ WHOLE_NAMES = {"input_ids": "decoder_input_ids", "encoder_attention_mask": "atte
 
 
 def is_cache(name: str) -> bool:
-    """Whether an input or output holds keys and values that go out of one run and into the next."""
+    """Return whether an input or output holds keys and values that one run gives and the next one takes."""
     return name.startswith(("past_key_values.", "present.", CROSS))

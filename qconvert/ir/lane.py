@@ -13,7 +13,7 @@ from qconvert.ir.batch import Batch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockCall:
-    """All that a block is called with, but for the hidden state: masks and position embeddings differ by block.
+    """The arguments of a block, but for the hidden state: masks and position embeddings differ by block.
 
     positional: whether the hidden state is the first positional argument.
     """
@@ -24,14 +24,14 @@ class BlockCall:
 
     @staticmethod
     def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, BlockCall]:
-        """The hidden state of a call, None where it has none, and the rest."""
+        """Return the hidden state of a call, None where it has none, and the rest."""
         if args:
             return args[0], BlockCall(args[1:], kwargs, True)
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         return kwargs.get("hidden_states"), BlockCall((), others, False)
 
     def arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and the named arguments of a block's forward."""
+        """Return the positional and the named arguments of a block's forward."""
         if self.positional:
             return (hidden, *self.args), dict(self.kwargs)
         return (), {"hidden_states": hidden, **self.kwargs}
@@ -56,15 +56,15 @@ class Lane:
 
     @property
     def state(self) -> Tensor:
-        """`hidden`, which is there once the lane has been started."""
+        """The `hidden` of a lane that has been started."""
         assert self.hidden is not None
         return self.hidden
 
     def fork(self, hidden: Tensor | None) -> Lane:
-        """A lane that has come as far, and is like it but for its hidden state."""
+        """Return a lane that has come as far, and differs in its hidden state alone."""
         return replace(self, hidden=hidden, calls=dict(self.calls), tails=list(self.tails), ends=list(self.ends))
 
     def at(self, index: int) -> Lane:
-        """What block `index` needs of it, the index beyond the last block standing for what lies outside of them."""
+        """Return the lane as block `index` needs it; the index beyond the last block stands for what lies outside of them."""
         calls = {index: self.calls[index]} if index in self.calls else {}
         return replace(self, calls=calls, tails=list(self.tails), ends=list(self.ends))

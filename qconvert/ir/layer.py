@@ -1,4 +1,4 @@
-"""What a quantizer is given: layers, groups of linears that share an input, and calibration statistics."""
+"""The input of a quantizer: layers, groups of linears that share an input, and calibration statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LayerKind = Literal["linear", "conv1d", "conv2d", "embedding"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationStats:
-    """What the observers of a quantizer saw at one layer's input.
+    """The statistics of one layer's input, as the observers of a quantizer saw it.
 
     rows: how many input rows (tokens, pixels) were seen, padding left out.
     values: observer name -> statistic, e.g. {"absmax": [in], "gram": [in, in]}.
@@ -49,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """Where the input of a LinearGroup comes from, if a per-channel scale can be folded there.
+    """The module that makes the input of a LinearGroup, where a per-channel scale can be folded into it.
 
     kind: "norm" (weight and bias are divided) or "linear" (rows of its weight, and its bias, are divided).
     name: module name of the norm or linear.
@@ -79,7 +79,7 @@ class LinearGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSamples:
-    """What a repeated block is tuned on.
+    """The samples that a repeated block is tuned on.
 
     lanes: per batch what the block is called with.
     targets: per batch what the float block puts out, [rows, tokens, hidden].
@@ -93,7 +93,7 @@ class BlockSamples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """One unit of the model that is in memory at a time. Plain data: it can be handed to another process.
+    """One unit of the model, which is in memory at a time. Plain data: it can be handed to another process.
 
     groups: its linears, those with a common input together, in forward order.
     tensors: the float tensors that a fold may change (weights and biases of producers), by full name.
@@ -109,11 +109,11 @@ class Block:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All linears of all groups."""
+        """The linears of all groups."""
         return tuple(layer for group in self.groups for layer in group.layers)
 
     def require_seen(self) -> None:
-        """Raises UsageError QC-CALIB-001 for layers that have statistics, but of no row."""
+        """Raise UsageError QC-CALIB-001 for layers that have statistics, but of no row."""
         names = [layer.name for layer in self.layers if layer.stats is not None and not layer.stats.rows]
         if names:
             raise UsageError(

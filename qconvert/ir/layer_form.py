@@ -29,7 +29,7 @@ class LayerForm(Enum):
 
     @staticmethod
     def of(kind: LayerKind, scheme: QuantScheme) -> LayerForm:
-        """The form of a layer that is quantized."""
+        """Return the form of a layer that is quantized."""
         match kind:
             case "conv2d":
                 return LayerForm.CONVOLUTION
@@ -45,12 +45,12 @@ class LayerForm(Enum):
 
     @property
     def is_embedding(self) -> bool:
-        """Whether rows are gathered."""
+        """Whether it gathers rows, where other forms multiply."""
         return self in (LayerForm.PACKED_EMBEDDING, LayerForm.INT8_EMBEDDING)
 
     @property
     def as_product(self) -> LayerForm:
-        """What an output head becomes that shares the bytes of an embedding; any other form is its own."""
+        """The form of an output head that shares the bytes of an embedding; any other form is its own."""
         match self:
             case LayerForm.PACKED_EMBEDDING:
                 return LayerForm.PACKED_WEIGHTS

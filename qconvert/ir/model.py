@@ -18,13 +18,14 @@ from qconvert.ir.task import TASKS, Task
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor, without reading it."""
+    """The dtype and shape of a tensor, as a header gives them without its data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
@@ -33,10 +34,10 @@ class TensorSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every stored tensor, in a fixed order. Aliases (tied weights) are not repeated here."""
+        """All stored tensors by name, in a fixed order. Aliases (tied weights) are not repeated here."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, contiguous; a view of mapped memory where possible, so never written to."""
+        """Return the tensor in its stored dtype, contiguous; a view of mapped memory where possible, so never written to."""
 
 
 # What `Model.encode_text` returns for one text: token ids of any length, special tokens put in.
@@ -44,7 +45,7 @@ EncodeText = Callable[[str], list[int]]
 
 
 def stack_of(block: str) -> str:
-    """The list that a block is in: "encoder.block" for "encoder.block.3"."""
+    """Return the list that a block is in: "encoder.block" for "encoder.block.3"."""
     return block.rpartition(".")[0]
 
 
@@ -95,15 +96,15 @@ class Model:
         object.__setattr__(self, "task", TASKS.get(str(self.task), self.task))
 
     def stored_name(self, parameter: str) -> str:
-        """The name under which the source holds a parameter of the module."""
+        """Return the name under which the source holds a parameter of the module."""
         return self.tied.get(parameter, parameter)
 
     def read(self, parameter: str) -> Tensor:
-        """The stored tensor of a parameter, tied names resolved."""
+        """Return the stored tensor of a parameter, tied names resolved."""
         return self.source.read(self.stored_name(parameter))
 
     def block_of(self, name: str) -> str:
-        """The block that a module or parameter belongs to, "" for what lies outside the repeated blocks."""
+        """Return the block that a module or parameter belongs to, "" for what lies outside the repeated blocks."""
         parts = name.split(".")
         for end in range(1, len(parts) + 1):
             prefix = ".".join(parts[:end])
@@ -113,22 +114,22 @@ class Model:
 
     @property
     def scale_bits(self) -> int:
-        """Significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype that config.json names."""
+        """The significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype in config.json."""
         dtype = None if self.config is None else getattr(getattr(self.module, "config", None), "dtype", None)
         return 8 if dtype == torch.bfloat16 else 11 if dtype == torch.float16 else 24
 
     @property
     def shared_inputs(self) -> frozenset[str]:
-        """Of a "module": the inputs that all rows share, such as a timestep: scalars, and one row beside many of others."""
+        """The inputs of a "module" that all rows share, such as a timestep: scalars, and one row beside many of others."""
         inputs = self.example_inputs
         return frozenset(name for name, value in inputs.items() if not value.ndim or len(value) < row_count(inputs))
 
     def take_rows(self, inputs: Mapping[str, Tensor], rows: slice | Tensor) -> Batch:
-        """Some rows of a module's inputs. rows: what their first axis is indexed with."""
+        """Return some rows of a module's inputs. rows: an index of their first axis."""
         return {name: value if name in self.shared_inputs else value[rows] for name, value in inputs.items()}
 
     def example_rows(self, count: int) -> Batch:
-        """That many rows of the example inputs; where there are fewer, they repeat."""
+        """Return `count` rows of the example inputs; where there are fewer, they repeat."""
         return self.take_rows(self.example_inputs, torch.arange(count) % row_count(self.example_inputs))
 
     @property
@@ -138,7 +139,7 @@ class Model:
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
-        """generation_config.json of the files, {} without one."""
+        """The content of generation_config.json, {} without one."""
         content = self.files.get("generation_config.json", b"{}")
         found: dict[str, Any] = json.loads(content if isinstance(content, bytes) else content.read_bytes())
         return found
@@ -160,9 +161,10 @@ class Model:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter of the module, tied ones under each of their names."""
+        """The shape of every parameter of the module by name, a tied one under each of its names."""
         return {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters(remove_duplicate=False)}
 
     @property
     def source_bytes(self) -> int:
+        """The bytes of all stored tensors."""
         return sum(info.nbytes for info in self.source.tensors.values())

@@ -30,13 +30,13 @@ class NumberFormat:
     layout_type: str = "int"
 
     def code_range(self, *, symmetric: bool) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """Return the smallest and the largest code."""
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return (-high, high) if symmetric and not self.signed_maximum else (low, high)
 
     @property
     def offset(self) -> int:
-        """What is added to a code to make it unsigned, as it is packed."""
+        """The number that makes a code unsigned when it is added, as codes are packed."""
         return int(2 ** (self.bits - 1))
 
     @property
@@ -45,13 +45,13 @@ class NumberFormat:
         return self.bits + self.scale_bits <= FLOAT16_BITS + 1
 
     def pack(self, q: Tensor) -> Tensor:
-        """Signed codes [rows, columns] int8 -> bytes [rows, ceil(columns * bits / 8)] uint8, low nibble first."""
+        """Pack signed codes [rows, columns] int8 into bytes [rows, ceil(columns * bits / 8)] uint8, low nibble first."""
         from qconvert.ir.packing import pack_codes  # here: recipes and --help need no torch
 
         return pack_codes(q, self.bits)
 
     def unpack(self, packed: Tensor, columns: int) -> Tensor:
-        """Inverse of `pack`."""
+        """Undo `pack`."""
         from qconvert.ir.packing import unpack_codes
 
         return unpack_codes(packed, self.bits, columns)

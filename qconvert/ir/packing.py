@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
-    """Signed codes [rows, columns] int8 -> bytes [rows, ceil(columns * bits / 8)] uint8.
+    """Pack signed codes [rows, columns] int8 into bytes [rows, ceil(columns * bits / 8)] uint8.
 
     int4: byte j holds u[2j] | u[2j+1] << 4; an odd last nibble is padded with 0.
 
@@ -31,7 +31,7 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_codes`: bytes [rows, ceil(columns * bits / 8)] -> signed codes [rows, columns] int8."""
+    """Undo `pack_codes`: bytes [rows, ceil(columns * bits / 8)] become signed codes [rows, columns] int8."""
     match bits:
         case 4:
             packed = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
@@ -44,7 +44,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def pack_int32(q: Tensor, bits: int) -> Tensor:
-    """compressed-tensors' pack-quantized form: codes [rows, columns] -> int32 [rows, ceil(columns * bits / 32)]."""
+    """Pack codes [rows, columns] into int32 [rows, ceil(columns * bits / 32)], compressed-tensors' pack-quantized form."""
     packed = pack_codes(q, bits)
     padding = -packed.shape[1] % 4
     if padding:
@@ -54,16 +54,16 @@ def pack_int32(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_int32`: int32 [rows, words] -> codes [rows, columns] int8."""
+    """Undo `pack_int32`: int32 [rows, words] becomes codes [rows, columns] int8."""
     octets = packed.flatten().view(torch.uint8).reshape(packed.shape[0], -1)
     return unpack_codes(octets[:, : -(-columns * bits // 8)], bits, columns)
 
 
 def pack_zero_point_int32(zero_point: Tensor, bits: int) -> Tensor:
-    """compressed-tensors packs zero points [out, groups] along the *output* axis: int32 [ceil(out * bits / 32), groups]."""
+    """Pack zero points [out, groups] along the *output* axis, as compressed-tensors: int32 [ceil(out * bits / 32), groups]."""
     return pack_int32(zero_point.T.contiguous(), bits).T.contiguous()
 
 
 def unpack_zero_point_int32(packed: Tensor, bits: int, out_features: int) -> Tensor:
-    """Inverse of `pack_zero_point_int32`: -> [out, groups] int8."""
+    """Undo `pack_zero_point_int32`: zero points are [out, groups] int8 again."""
     return unpack_int32(packed.T.contiguous(), bits, out_features).T.contiguous()

@@ -16,7 +16,7 @@ from qconvert.ir.scheme import QuantScheme
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer that will be quantized.
+    """One layer that will be quantized, and how.
 
     out_features, in_features: of the weight after transposing (Conv1D) or flattening (Conv2d).
     weight_read: whether the model's own code looks at the weight, beside calling the layer.
@@ -33,12 +33,12 @@ class LayerPlan:
 
     @property
     def form(self) -> LayerForm:
-        """What it becomes."""
+        """The form that the layer is quantized to."""
         return LayerForm.of(self.kind, self.scheme)
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:
-        """Suffix -> what model.safetensors holds for it, in compressed-tensors' layout."""
+        """The tensors that model.safetensors holds for the layer, in compressed-tensors' layout, by their suffix."""
         scheme, out, width = self.scheme, self.out_features, self.in_features
         groups = width // scheme.group_size(width)
         scale = TensorInfo(scheme.scale_dtype, (out, groups))
@@ -58,12 +58,13 @@ class LayerPlan:
 
     @property
     def nbytes(self) -> int:
+        """The bytes that the layer takes in model.safetensors."""
         return sum(info.nbytes for info in self.disk_tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will happen to every tensor of the model.
+    """The fate of every tensor of a model: quantized by a scheme, or kept in float for a reason.
 
     scheme: the scheme of the layers that no rule names.
     layers: by name, in the model's order.
@@ -91,11 +92,11 @@ class Plan:
     unread: Mapping[str, str] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> LayerPlan | None:
-        """The planned layer that the module `name` computes with, None where it stays float."""
+        """Return the planned layer that the module `name` computes with, None where it stays float."""
         return self.layers.get(self.shared.get(name, name))
 
     def form_of(self, name: str) -> LayerForm:
-        """What the module `name` becomes."""
+        """Return the form that the module `name` is quantized to."""
         layer = self.layer_of(name)
         if layer is None:
             return LayerForm.FLOAT

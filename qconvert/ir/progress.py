@@ -9,19 +9,21 @@ class Progress(Protocol):
     """Stages follow one another; steps count in the latest one."""
 
     def stage(self, name: str, total: int | None) -> None:
-        """A stage begins, and the one before has ended. total: its number of steps, None if it isn't known."""
+        """Begin a stage, which ends the one before. total: its number of steps, None if it isn't known."""
 
     def advance(self, n: int = 1) -> None:
-        """`n` more steps of the stage are done."""
+        """Count `n` more steps of the stage as done."""
 
 
 class Silent:
     """Shows nothing."""
 
     def stage(self, name: str, total: int | None) -> None:
+        """Say nothing."""
         pass
 
     def advance(self, n: int = 1) -> None:
+        """Say nothing."""
         pass
 
 

@@ -43,7 +43,7 @@ class QuantizedTensor:
     outliers: Outliers | None = None
 
     def rows(self, rows: slice) -> QuantizedTensor:
-        """The quantized tensor of some output channels."""
+        """Return the quantized tensor of some output channels."""
 
         def part(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or isinstance(self.scheme.granularity, PerTensor) else tensor[rows]
@@ -54,7 +54,7 @@ class QuantizedTensor:
         return QuantizedTensor(self.q[rows], scale, part(self.zero_point), self.scheme, self.smoothing_scale, outliers)
 
     def dequantize(self) -> Tensor:
-        """float32 [out, in]: what `x @ weight^T` is computed with, outliers and smoothing scale put in."""
+        """Return float32 [out, in]: what `x @ weight^T` is computed with, outliers and smoothing scale put in."""
         weight = affine.dequantize(self.q, self.scale, self.zero_point, self.scheme)
         if self.outliers is not None:
             weight[:, self.outliers.columns] = self.outliers.weight

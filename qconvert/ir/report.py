@@ -22,12 +22,17 @@ class _Part(BaseModel):
 
 
 class SampleCounts(_Part):
+    """The numbers of samples that were drawn for each purpose."""
+
     calibration: int
     evaluation: int
 
 
 class Size(_Part):
-    """weights_bytes: every byte of tensor data that the artifact ships; ratio: weights_bytes / source_bytes."""
+    """The bytes of an artifact.
+
+    weights_bytes: every byte of tensor data that the artifact ships; ratio: weights_bytes / source_bytes.
+    """
 
     source_bytes: int
     weights_bytes: int
@@ -80,8 +85,10 @@ MOST_OF_OTHERS, MOST_SPREAD = 0.1, 0.2
 
 
 class Latency(_Part):
-    """speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float. On a busy
-    machine it is float_processor_ms / processor_ms, the time that the cores worked for one run.
+    """The time that one run of the artifact takes on a target, beside the float model's.
+
+    speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float. On a busy machine
+        it is float_processor_ms / processor_ms, the time that the cores worked for one run.
 
     others_share: of the cores' time, what other programs took meanwhile, 0 to 1; None where the system does not tell. spread:
     how far apart the middle half of the repeats is, relative to p50_ms.
@@ -121,7 +128,9 @@ class Latency(_Part):
 
 
 class Processor(_Part):
-    """What an artifact was verified on. name: as the system gives it; architecture: "x86_64", "aarch64", "arm64" ...
+    """The processor that an artifact was verified on.
+
+    name: as the system gives it; architecture: "x86_64", "aarch64", "arm64" ...
 
     avx512, vnni, amx (x86-64), dot_product (ARM64): whether it has them; None where the system does not say.
     signed_products: what its kernel makes of unsigned by signed bytes, tried (docs/processors.md).
@@ -137,7 +146,7 @@ class Processor(_Part):
 
 
 class Evidence(_Part):
-    """What verification measured, and where."""
+    """The measures of a verification, and the machine that they were taken on."""
 
     processor: Processor | None = None
     parity: tuple[Parity, ...] = ()
@@ -146,6 +155,8 @@ class Evidence(_Part):
 
 
 class GateResult(_Part):
+    """A gate, the value that was measured for it (None where nothing was), and whether it was kept."""
+
     metric: str
     comparison: Literal["<=", ">="]
     limit: float
@@ -154,7 +165,9 @@ class GateResult(_Part):
 
 
 class LayerReport(_Part):
-    """relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers.
+    """One quantized layer.
+
+    relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers.
 
     outlier_share: of the layer's input columns, those kept in float beside the codes; None where there are none.
     reason: why the scheme is not the one that was asked for; None where it is.
@@ -169,10 +182,14 @@ class LayerReport(_Part):
 
 
 class Report(_Part):
-    """passed: False where a check failed or a gate was missed, else True, or None where nothing was run. assignment: None where
-    the recipe named the schemes. processor: None where nothing was run. context_length: tokens that a decoder has positions
-    for, prompt and answer together; None for other tasks, and where the model's config does not say. transformers_class: what
-    loads the whole folder in transformers; None where nothing does."""
+    """The report of a conversion or a verification, which report.json holds.
+
+    passed: False where a check failed or a gate was missed, else True, or None where nothing was run.
+    assignment: None where the recipe named the schemes. processor: None where nothing was run.
+    context_length: tokens that a decoder has positions for, prompt and answer together; None for other tasks, and where the
+        model's config does not say.
+    transformers_class: the class that loads the whole folder in transformers; None where nothing does.
+    """
 
     passed: bool | None
     task: TaskName
@@ -202,7 +219,7 @@ class Report(_Part):
         return any(gate.metric in Fidelity.model_fields for gate in self.gates)
 
     def document(self) -> dict[str, Any]:
-        """The JSON document of report.json."""
+        """Return the JSON document of report.json."""
         document = self.model_dump(mode="json")
         for section, always in (("parity", PARITY_KEYS), ("fidelity", ()), ("latency", ()), ("layers", ())):
             document[section] = [

@@ -38,7 +38,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """How the input of a layer is quantized.
+    """The way in which the input of a layer is quantized.
 
     dynamic: whether its scales are computed at run time; else they come from calibration.
     granularity: "token" for one scale per row, "tensor" for one for all.
@@ -88,7 +88,7 @@ class QuantScheme:
 
     @staticmethod
     def parse(text: str) -> QuantScheme:
-        """Inverse of `str`; without a granularity, per channel is meant.
+        """Parse what `str` gives; without a granularity, per channel is meant.
 
         Raises UsageError QC-SCHEME-001 for a text that is no scheme.
         """
@@ -121,23 +121,26 @@ class QuantScheme:
 
     @property
     def format(self) -> NumberFormat:
-        """How its codes are made and packed."""
+        """The number format, which says how codes are made and packed."""
         return FORMATS[self.bits]
 
     @property
     def has_kernel(self) -> bool:
-        """Whether anything runs it fast: int8 activations need int8 weights, with a scale per tensor or channel."""
+        """Whether any kernel runs the scheme fast: int8 activations need int8 weights, with a scale per tensor or channel."""
         return not self.activations or (self.format is INT8 and not isinstance(self.granularity, PerGroup))
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code. Symmetric int8 leaves out -128 so that the range is balanced;
-        symmetric int4 uses all 16 codes, because its scale follows the signed maximum (ir/affine.py)."""
+        """The smallest and the largest code.
+
+        Symmetric int8 leaves out -128 so that the range is balanced; symmetric int4 uses all 16 codes, because its scale
+        follows the signed maximum (ir/affine.py).
+        """
         return self.format.code_range(symmetric=self.symmetric)
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """What scales are stored in: float16, where that serves every reader, else float32.
+        """The dtype that scales are stored in: float16, where that serves every reader, else float32.
 
         transformers multiplies (q - zero_point) * scale in the scale's own dtype where it has to dequantize (asymmetric
         schemes, outliers). int4 scales are rounded so that the product is exact in float16 (affine.round_scale); 8-bit
@@ -149,18 +152,18 @@ class QuantScheme:
         return torch.float16 if self.format.exact_in_float16 or (grouped and self.symmetric) else torch.float32
 
     def group_size(self, in_features: int) -> int:
-        """How many consecutive inputs of one output channel share a scale."""
+        """Return how many consecutive inputs of one output channel share a scale."""
         return self.granularity.group_size if isinstance(self.granularity, PerGroup) else in_features
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape of scale and zero_point: [out, groups], per tensor [1, 1]."""
+        """Return the shape of scale and zero_point: [out, groups], per tensor [1, 1]."""
         if isinstance(self.granularity, PerTensor):
             return 1, 1
         return out_features, in_features // self.group_size(in_features)
 
 
 def no_kernel(scheme: QuantScheme) -> UsageError:
-    """The error QC-PLAN-001, for a scheme whose `has_kernel` is false."""
+    """Return the error QC-PLAN-001, for a scheme whose `has_kernel` is false."""
     return UsageError(
         "QC-PLAN-001",
         f"{scheme}: int8 activations have fast kernels only with int8 weights per tensor or channel",
@@ -169,7 +172,7 @@ def no_kernel(scheme: QuantScheme) -> UsageError:
 
 
 def no_zero_points(scheme: QuantScheme, where: str) -> UsageError:
-    """The error QC-PLAN-007, for a scheme with zero points on CUDA. where: the layer that has it."""
+    """Return the error QC-PLAN-007, for a scheme with zero points on CUDA. where: the layer that has it."""
     symmetric = str(scheme).replace("-asym", "")
     return UsageError(
         "QC-PLAN-007",

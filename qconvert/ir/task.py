@@ -36,7 +36,7 @@ class Task:
 
     @property
     def continues_prompts(self) -> bool:
-        """Whether it is a decoder alone: prompt and answer are one text."""
+        """Whether models of the task continue a prompt: prompt and answer are one text, as for a decoder alone."""
         return self.generates and not self.reads_source
 
 

@@ -27,7 +27,7 @@ class InputGroup:
 
 
 def made_by(value: onnx_ir.Value) -> str | None:
-    """ONNX type of the node that gives a value, None for an input of the graph."""
+    """Return the ONNX type of the node that gives a value, None for an input of the graph."""
     node = value.producer()
     return node.op_type if node else None
 
@@ -54,7 +54,7 @@ class Template:
     weights_read: frozenset[str] = frozenset()
 
     def parameters_read(self) -> set[str]:
-        """Names of the parameters that the graphs compute with, and others that are no parameters."""
+        """Return the names of the parameters that the graphs compute with, among names of other initializers."""
         names: set[str] = set()
         for model in self.graphs.values():
             names |= set(model.graph.initializers)

@@ -1,4 +1,4 @@
-"""What the write stage has written."""
+"""The result of the write stage."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 def computed_tensors(module: PreTrainedModel, missing: Iterable[str]) -> dict[str, Tensor]:
-    """Those of the missing parameters and persistent buffers that transformers would not miss either: name -> value, float32.
+    """Return the missing parameters and persistent buffers that transformers computes rather than loads, by name, in float32.
 
     They are what their class declares as absent from files (Marian's positions, BART's final_logits_bias) or builds as
     frozen (Pegasus's positions), and what it initialises in the same way each time.
@@ -34,7 +34,9 @@ def computed_tensors(module: PreTrainedModel, missing: Iterable[str]) -> dict[st
 
 
 def _initial(module: PreTrainedModel, owner: nn.Module, leaf: str) -> Tensor | None:
-    """What the model's class fills a parameter with, None where that depends on what was there before, or on chance."""
+    """Return the value that the model's class gives a parameter, None where that depends on what was there before, or on
+    chance.
+    """
     first, second = (_initialised(module, owner, leaf, before) for before in (0.0, 1.0))
     return first if torch.equal(first, second) else None
 

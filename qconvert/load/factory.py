@@ -170,13 +170,15 @@ class MemorySource:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the module's state, by its name there."""
         return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._held.items()}
 
     def read(self, name: str) -> Tensor:
+        """Return the tensor on the CPU, contiguous."""
         return self._held[name].cpu().contiguous()
 
     def fingerprint(self) -> bytes:
-        """sha256 of all tensors: the factory's code may read its weights from anywhere, or train them."""
+        """Return the sha256 of all tensors: the factory's code may read its weights from anywhere, or train them."""
         digest = hashlib.sha256()
         for name, tensor in self._held.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -185,7 +187,7 @@ class MemorySource:
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """What two tensors have in common if and only if they are the same view of the same memory."""
+    """Return a key that two tensors have in common if and only if they are the same view of the same memory."""
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 

@@ -40,7 +40,7 @@ log = logging.getLogger("qconvert")
 
 
 def contained(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`, followed through symlinks only inside the folder or into a Hugging Face cache.
+    """Return the path of `name` in `folder`, followed through symlinks only inside the folder or into a Hugging Face cache.
 
     The cache keeps `snapshots/<revision>/<name>` as links to `blobs/<hash>` beside `snapshots`.
     Raises InputError QC-INPUT-009 for everything that leads elsewhere.
@@ -66,7 +66,7 @@ def _points_outside(name: str) -> bool:
 
 
 def no_folder(path: Path) -> InputError:
-    """Why a path is no checkpoint folder."""
+    """Return the error for a path that is no checkpoint folder, with the reason."""
     if not path.exists():
         return InputError(
             "QC-INPUT-001",
@@ -91,7 +91,9 @@ def no_folder(path: Path) -> InputError:
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name of a sharded checkpoint, None for one that is a single file. No weight file is opened.
+    """Return the file name of every tensor of a sharded checkpoint, None for one that is a single file.
+
+    No weight file is opened.
 
     Raises InputError QC-INPUT-002 where there are no weights, 003 for pickles only, 010 for an index that is no such
     map, 009 for one that names a path outside the folder.
@@ -111,7 +113,7 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The paths of weight files by name: all of them are in the folder, and none has been opened.
+    """Return the paths of weight files by name: all of them are in the folder, and none has been opened.
 
     Raises InputError QC-INPUT-009 for one that lies elsewhere, 010 for one that is missing.
     """
@@ -143,7 +145,7 @@ def _no_weights(folder: Path) -> InputError:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
+    """Raise InputError QC-INPUT-023 for a folder with an adapter: transformers, where peft is installed, computes with it."""
     if not os.path.lexists(folder / ADAPTER):
         for name in ADAPTER_WEIGHTS:
             if os.path.lexists(folder / name):
@@ -170,7 +172,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def read_json(path: Path, code: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError `code` with the reason if there is none."""
+    """Return the JSON object in a file. Raises InputError `code` with the reason if there is none."""
     refuse_git_lfs_pointer(path)
     try:
         if not path.is_file():
@@ -183,7 +185,7 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
 
 
 def carried_files(folder: Path) -> dict[str, Path]:
-    """Every file that travels with the model (tokenizer, generation config, ...), by its path relative to the folder.
+    """Return every file that travels with the model (tokenizer, generation config, ...), by its path relative to the folder.
 
     Sub-folders such as 1_Pooling count, hidden ones do not. Of weights only those of modules behind the model travel.
     Raises InputError QC-INPUT-009 for a link out of the folder.

@@ -31,7 +31,7 @@ log = logging.getLogger("qconvert")
 
 
 def load_folder(folder: Path) -> Model:
-    """The checkpoint in a folder as transformers' save_pretrained writes it.
+    """Load the checkpoint in a folder as transformers' save_pretrained writes it.
 
     Raises InputError: QC-INPUT-001 for no such folder, and what folder, safetensors, skeleton and names raise.
     """
@@ -70,7 +70,7 @@ def model_from_config(
     input_files: Mapping[str, Path],
     encode_text: TextEncoder | None,
 ) -> Model:
-    """A Model from what a Hugging Face folder holds, wherever it comes from: for loader plugins.
+    """Make a Model of what a Hugging Face folder holds, wherever it comes from: for loader plugins.
 
     config: what config.json says; source: its tensors under names that transformers' from_pretrained would accept;
     files, input_files, encode_text: see Model. Raises InputError QC-INPUT-011 to 017, 023 to 025.
@@ -167,7 +167,7 @@ def _fit_by_weights(config: Mapping[str, Any], source: TensorSource) -> _Fitted:
 
 
 def _only_head(module: PreTrainedModel, missing: list[str]) -> bool:
-    """Whether all that is missing belongs to the head on top of the base model."""
+    """Return whether all that is missing belongs to the head on top of the base model."""
     prefix = f"{module.base_model_prefix}."
     return bool(missing) and module.base_model is not module and not any(name.startswith(prefix) for name in missing)
 

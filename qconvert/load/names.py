@@ -37,11 +37,13 @@ class RenamedSource:
         object.__setattr__(self, "tensors", {**stored, **computed})
 
     def read(self, name: str) -> Tensor:
+        """Return the tensor under its name in the module, computed or stored."""
         return self.computed[name] if name in self.computed else self.inner.read(self.stored[name])
 
 
 def module_names(module: PreTrainedModel, source: TensorSource) -> dict[str, str]:
-    """Name in the module's state dict -> stored name, as transformers would load it; tensors without a place keep theirs.
+    """Return the stored name of each tensor by its name in the module's state dict, matched as transformers loads it; tensors
+    without a place keep their names.
 
     The base model's prefix may be absent or superfluous, LayerNorm's gamma and beta are old names. Raises InputError
     QC-INPUT-017 where loading means more than renaming (fused or merged tensors), or two tensors want one place.
@@ -71,7 +73,9 @@ def module_names(module: PreTrainedModel, source: TensorSource) -> dict[str, str
 
 
 def resolve_ties(module: PreTrainedModel, source: TensorSource, stored: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Which parameters share a stored tensor: parameter -> the one that owns it. `stored` loses what repeats it.
+    """Return which parameters share a stored tensor, as parameter -> the one that owns it.
+
+    What repeats it is taken out of `stored`.
 
     An owner that is not stored takes over the tensor of one of its aliases. Second, the parameters that the config ties
     but that are stored with other values: they are not tied (as in transformers).
@@ -97,19 +101,19 @@ def resolve_ties(module: PreTrainedModel, source: TensorSource, stored: dict[str
 
 
 def _same(source: TensorSource, first: str, second: str) -> bool:
-    """Whether two stored tensors are equal bit for bit (NaN included)."""
+    """Return whether two stored tensors are equal bit for bit (NaN included)."""
     if source.tensors[first] != source.tensors[second]:
         return False
     return torch.equal(*(source.read(name).reshape(-1).view(torch.uint8) for name in (first, second)))
 
 
 def missing_names(module: PreTrainedModel, stored: Mapping[str, str], tied: Mapping[str, str]) -> list[str]:
-    """Parameters and persistent buffers that nothing is stored for, in the module's order."""
+    """Return the parameters and persistent buffers that nothing is stored for, in the module's order."""
     return [name for name in module.state_dict() if name not in stored and name not in tied]
 
 
 def check_shapes(module: PreTrainedModel, source: RenamedSource) -> None:
-    """Raises InputError QC-INPUT-016 naming the tensors whose shape or kind of number is not what the config says."""
+    """Raise InputError QC-INPUT-016 naming the tensors whose shape or kind of number is not what the config says."""
     wrong = []
     for name, place in module.state_dict().items():
         if (info := source.tensors.get(name)) is None:
@@ -127,7 +131,7 @@ def check_shapes(module: PreTrainedModel, source: RenamedSource) -> None:
 
 
 def refuse_missing(module: PreTrainedModel, missing: list[str]) -> None:
-    """Raises InputError QC-INPUT-015 naming the parameters that nothing is stored for."""
+    """Raise InputError QC-INPUT-015 naming the parameters that nothing is stored for."""
     if missing:
         names = listed([ascii(name) for name in missing])
         raise InputError(
@@ -138,6 +142,6 @@ def refuse_missing(module: PreTrainedModel, missing: list[str]) -> None:
 
 
 def listed(items: list[str]) -> str:
-    """The first few items for a message, and how many more there are."""
+    """Return the first few items for a message, and how many more there are."""
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return ", ".join(items[:5]) + more

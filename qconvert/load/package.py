@@ -12,7 +12,7 @@ SCHEME = "pkg:"
 
 
 def resolve(source: str) -> Path:
-    """The path that `pkg:PACKAGE/PATH` means. PACKAGE may be dotted; no code of it runs.
+    """Return the path that `pkg:PACKAGE/PATH` means. PACKAGE may be dotted; no code of it runs.
 
     Raises InputError: QC-INPUT-020 for a text that is no such source or a package that is not installed, 009 for a
     path that leaves the package, 001 for one that is not in it.

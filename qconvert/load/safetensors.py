@@ -53,7 +53,7 @@ class SafetensorsSource:
         _warn_of_confusable_names(self.tensors)
 
     def read(self, name: str) -> Tensor:
-        """A view of the mapped file: no byte is read before it is used, and the file can't be changed through it."""
+        """Return a view of the mapped file: no byte is read before it is used, and the file can't be changed through it."""
         path, entry = self._entries[name]
         dtype, shape = entry.info.dtype, entry.info.shape
         if entry.start == entry.stop:
@@ -76,7 +76,7 @@ class SafetensorsSource:
 
 
 def open_folder(folder: Path) -> SafetensorsSource:
-    """The weights of a checkpoint folder, sharded or not.
+    """Open the weights of a checkpoint folder, sharded or not.
 
     Raises InputError QC-INPUT-002 to 010; paths are checked before a shard is opened. Warns of other safetensors files.
     """

@@ -1,4 +1,4 @@
-"""From config.json to a module without weights: transformers' own classes only, no code of the checkpoint."""
+"""Modules without weights made from a config.json: of transformers' own classes only, no code of the checkpoint runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger("qconvert")
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without the keys that would run code, which are named in a warning.
+    """Return `config` without the keys that would run code, which are named in a warning.
 
     Raises InputError: QC-INPUT-011 without a model_type that transformers knows, 012 if only the checkpoint's own code
     knows it, 013 if the weights are quantized already.
@@ -86,7 +86,7 @@ def _without_code_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[s
 
 
 def build_skeleton(config: Mapping[str, Any]) -> tuple[PreTrainedModel, Task]:
-    """The module that a checked config describes, in eval mode, and its task.
+    """Build the module that a checked config describes, in eval mode, and return it with its task.
 
     Parameters are on the meta device, buffers real; parameters that are computed and never trained need no gradient. Raises
     InputError: QC-INPUT-011 for values that the class does not take, 014 for kinds of models that are not converted.
@@ -131,8 +131,8 @@ def _task(model_class: type[PreTrainedModel]) -> Task:
 
 
 def refuse_empty_layers(config: Mapping[str, Any], tensors: int) -> None:
-    """Raises InputError QC-INPUT-015 where a config counts far more layers than there are tensors to fill them: building
-    them alone could take hours. Tenfold, since layers may share their weights (ALBERT).
+    """Raise InputError QC-INPUT-015 where a config counts far more layers than there are tensors to fill them: building them
+    alone could take hours. Ten times as many are far more, since layers may share their weights (ALBERT).
     """
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -146,8 +146,9 @@ def refuse_empty_layers(config: Mapping[str, Any], tensors: int) -> None:
 
 
 def can_untie(config: Mapping[str, Any]) -> bool:
-    """Whether a model can be told that its embedding and its head are two tensors. T5 can't: its class ties them, and
-    keeps what is stored apart only while it loads."""
+    """Return whether a model can be told that its embedding and its head are two tensors. T5 can't: its class ties them, and
+    keeps what is stored apart only while it loads.
+    """
     untied = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "tie_word_embeddings": False})
     return not getattr(untied, "tie_word_embeddings", False)
 
@@ -159,13 +160,13 @@ def _bad_values(error: Exception) -> InputError:
 
 
 def base_class_name(model_type: str) -> str:
-    """The class that AutoModel uses: the model without a head."""
+    """Return the class that AutoModel uses: the model without a head."""
     name = MODEL_MAPPING_NAMES.get(model_type, "")
     return name if isinstance(name, str) else name[0]
 
 
 def probable_classes(config: Mapping[str, Any]) -> list[str]:
-    """The classes that a config of its model type most probably belongs to, where it names none; the first first."""
+    """Return the classes that a config of its model type most probably belongs to, where it names none; the first first."""
     kind = config["model_type"]
     masked, base = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind), base_class_name(kind)
     seq2seq, causal = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
@@ -207,7 +208,7 @@ def _unsupported(model_class: type[PreTrainedModel], parsed: Any) -> str | None:
 
 
 def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
-    """Whether token ids are all that a model takes.
+    """Return whether token ids are all that a model takes.
 
     A family that sees or hears declares that for all its classes, its language models included (Gemma3ForCausalLM): of
     those the forward tells.
@@ -221,21 +222,23 @@ def _reads_text_alone(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _experts(module: nn.Module) -> str | None:
-    """Where the experts of a mixture are, None in other models."""
+    """Return the name of the module that holds the experts of a mixture, None in other models."""
     names = {name: type(part).__name__ for name, part in module.named_modules() if name}
     named = (name for name in names if name.rpartition(".")[2] == "experts")
     return next(named, None) or next((name for name, kind in names.items() if re.search("Moe|MoE|Experts", kind)), None)
 
 
 def _sees_later_tokens(module: nn.Module) -> bool:
-    """Whether attention goes both ways, as in an encoder: a causal head alone does not change that (BertLMHeadModel)."""
+    """Return whether attention goes both ways, as in an encoder: a causal head alone does not change that (BertLMHeadModel)."""
     causal = [bool(part.is_causal) for part in module.modules() if hasattr(part, "is_causal")]
     return bool(causal) and not any(causal)
 
 
 def _rotary_embedding(module: nn.Module) -> str | None:
-    """Where the angles come from, None in models with positions of other kinds. Only decoders' attention rotates by itself;
-    torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for any number of rows."""
+    """Return the name of the module that gives the rotation's angles, None in models with positions of other kinds. Only
+    decoders' attention rotates by itself; torch's exporter emits RotaryEmbedding otherwise, and gives it angles of one row for
+    any number of rows.
+    """
     return next((name for name, _ in module.named_modules() if "rotary_emb" in name), None)
 
 
@@ -249,7 +252,7 @@ def _not_converted(architecture: str, found: str) -> InputError:
 
 
 def repeated_blocks(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
-    """Names of the repeated blocks, "model.layers.0", ...; of an encoder-decoder those of the encoder first.
+    """Return the names of the repeated blocks, "model.layers.0", ...; of an encoder-decoder those of the encoder first.
 
     () where they are not passed once per hidden layer (ALBERT runs one layer many times).
     """
@@ -281,7 +284,7 @@ def _stack(module: PreTrainedModel, within: str) -> tuple[str, ...]:
 
 
 def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
-    """Tensor inputs of the forward: token types only where the model tells more than one type apart."""
+    """Return the tensor inputs of the forward: token types only where the model tells more than one type apart."""
     names = ("input_ids", "attention_mask")
     if task.reads_source:
         return (*names, "decoder_input_ids")
@@ -292,7 +295,7 @@ def input_names(module: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
 
 def output_head(module: PreTrainedModel, task: Task) -> str | None:
-    """The module name of a language model's head, or of the linear layer of a bare encoder's pooler; None of other models.
+    """Return the name of a language model's head, or of the linear layer of a bare encoder's pooler; None of other models.
 
     Where an encoder has a head, its pooler gives no output but what the head reads.
     """

@@ -27,7 +27,7 @@ log = logging.getLogger("qconvert")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tokenizer:
-    """What the tokenizers of both libraries have in common.
+    """The part that the tokenizers of both libraries have in common.
 
     encode: see TextEncoder. decode: the text of token ids, special ones not left out.
     ids: token -> id, of the whole vocabulary. added: ids of the tokens that are found in a text before it is split.
@@ -88,7 +88,7 @@ class TextEncoder:
 
 
 def _gives(tokenizer: _Tokenizer, number: int) -> bool:
-    """Whether a text gives this id without spelling out a special token. Tried with the token's own text."""
+    """Return whether a text gives this id without spelling out a special token. Tried with the token's own text."""
     word = tokenizer.encode("a")
     if number in tokenizer.added:
         return number in word
@@ -97,7 +97,9 @@ def _gives(tokenizer: _Tokenizer, number: int) -> bool:
 
 
 def _inserted(files: Mapping[str, Path | bytes]) -> Callable[[str], bool]:
-    """Whether who makes a batch or a chat puts a token in: it has a part (padding, ...), or the chat template has it."""
+    """Return a test for tokens that batches or chats get by themselves: they have a part (padding, ...), or are in the chat
+    template.
+    """
     settings: list[dict[str, Any]] = []
     for name in SETTINGS:
         if name in files:
@@ -111,7 +113,7 @@ def _inserted(files: Mapping[str, Path | bytes]) -> Callable[[str], bool]:
 
 
 def text_encoder(files: Mapping[str, Path | bytes], folder: Path | None = None) -> TextEncoder | None:
-    """The encoder of the tokenizer among `files`, None if there is none.
+    """Return the encoder of the tokenizer among `files`, None if there is none.
 
     folder: where transformers may look for tokenizers other than tokenizer.json.
     """

@@ -36,7 +36,7 @@ _QUANTIZED = re.compile(
 
 
 def unplaced_tensors(module: PreTrainedModel, source: RenamedSource, missing: Collection[str]) -> dict[str, str]:
-    """The tensors of the source that the module has no place for -> why it computes the same without them.
+    """Return the tensors that the module has no place for, each with the reason why it computes the same without it.
 
     missing: the parameters that nothing is stored for, named beside the tensors that may be theirs.
     Raises InputError for a tensor that is not known to be expendable: QC-INPUT-023 where an adapter is not merged into the
@@ -61,7 +61,7 @@ def _expendable(module: PreTrainedModel, name: str, info: TensorInfo) -> str | N
 
 
 def _no_place(module: PreTrainedModel, names: list[str], stored: int, missing: Collection[str]) -> InputError:
-    """What kind of tensors they are, as far as their names tell."""
+    """Return the error for tensors without a place, which says of what kind they are as far as their names tell."""
     model = type(module).__name__
     if adapter := [name for name in names if _ADAPTER.search(name)]:
         return InputError(

@@ -1,0 +1,1 @@
+"""ONNX Runtime: sessions over graphs, what goes into them, and how their outputs compare."""

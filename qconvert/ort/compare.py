@@ -1,4 +1,4 @@
-"""Whether an ONNX graph and a torch model compute the same, on a few rows of different length, padded on either side."""
+"""The comparison of an ONNX graph with a torch model, on a few rows of different length, padded on either side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Pairs = Iterator[tuple[np.ndarray[Any, Any], ...]]
 
 
 def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """max |found - expected| / max |expected|; infinite where shapes differ or a value is not finite."""
+    """Return max |found - expected| / max |expected|; infinite where shapes differ or a value is not finite."""
     if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
         return float("inf")
     found, expected = found.astype(np.float64), expected.astype(np.float64)  # truth values and codes have no differences
@@ -39,7 +39,7 @@ def largest_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, An
 
 
 def feed(session: Any, batch: Mapping[str, Tensor]) -> Values:
-    """The session's inputs from a batch, with empty KV caches where it has them."""
+    """Return the session's inputs from a batch, with empty KV caches where it has them."""
     inputs = {name: value.numpy() for name, value in batch.items()}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
@@ -48,7 +48,7 @@ def feed(session: Any, batch: Mapping[str, Tensor]) -> Values:
 
 
 def next_inputs(session: Any, inputs: Values, found: Sequence[np.ndarray[Any, Any]], tokens: np.ndarray[Any, Any]) -> Values:
-    """The inputs of the step after a run of a decoder: it reads `tokens` [rows, n] on the caches that the run gave.
+    """Return the inputs of the step after a run of a decoder: it reads `tokens` [rows, n] on the caches that the run gave.
 
     inputs, found: what went into the run and came out of it.
     """
@@ -64,12 +64,12 @@ def next_inputs(session: Any, inputs: Values, found: Sequence[np.ndarray[Any, An
 
 
 def relative_error(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> float:
-    """Largest difference between the session's outputs and the reference, each relative to its largest |output|."""
+    """Return the largest difference between the session's outputs and the reference, each relative to its largest |output|."""
     return max(largest_difference(found, reference) for found, reference in compared(model, session, expected))
 
 
 def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]]) -> list[tuple[np.ndarray[Any, Any], ...]]:
-    """(output of the session, what it should be), row by row for text models.
+    """Run the session, and return (its output, what it should be), row by row for text models.
 
     expected: the reference's outputs (see execution.block_runner.graph_outputs) for each of `probes(model)`.
     The session gets the batch padded on the right, and then on the left; those that write text take steps on its cache.
@@ -85,7 +85,10 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
 
 
 def _decoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Of each row's tokens, and of a step after them. references: of each row by itself, logits of all its tokens."""
+    """Return the pairs of each row's tokens, and of a step after them.
+
+    references: of each row by itself, logits of all its tokens.
+    """
     inputs = feed(session, padded_batch(model, side))
     found = session.run(None, inputs)
     step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
@@ -97,7 +100,10 @@ def _decoder_pairs(model: Model, session: Any, side: Side, references: Reference
 
 
 def _encoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Of each row's tokens, or its one vector. references: of each row by itself, then of the batch padded on the left."""
+    """Return the pairs of each row's tokens, or its one vector.
+
+    references: of each row by itself, then of the batch padded on the left.
+    """
     found = session.run(None, feed(session, padded_batch(model, side)))
     for output, *alone, batch in zip(found, *references, strict=True):
         by_token = len({reference.shape[1] for reference in alone}) > 1  # or one vector per sentence
@@ -107,8 +113,10 @@ def _encoder_pairs(model: Model, session: Any, side: Side, references: Reference
 
 
 def _stepwise(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Of the first run and of every step after it. references: logits of all tokens, of each row's source by itself, then of
-    the batch padded on the left."""
+    """Return the pairs of the first run and of every step after it.
+
+    references: logits of all tokens, of each row's source by itself, then of the batch padded on the left.
+    """
     expected = np.concatenate([logits for (logits,) in references[:-1]]) if side == "right" else references[-1][0]
     tokens = torch.cat([row["decoder_input_ids"] for row in _rows(model, later=True)]).numpy()
     inputs = feed(session, padded_batch(model, side))

@@ -23,7 +23,10 @@ FEATURES = {"dot_product": {"asimddp"}}
 
 @cache
 def processor() -> Processor:
-    """Name and features by the system, and whether signed products saturate by trying one in ONNX Runtime."""
+    """Return the processor's name and features as the system tells them, and whether signed products saturate.
+
+    ONNX Runtime is tried for that.
+    """
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
     known = {"flags": FLAGS, "Features": FEATURES}
     found = {
@@ -46,7 +49,7 @@ def _entry(cpuinfo: str, key: str) -> str:
 
 
 def _name() -> str:
-    """Where Linux does not say: what macOS or Python call the processor."""
+    """Return what macOS or Python call the processor, where Linux's file does not say it."""
     if platform.system() == "Darwin":
         asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
@@ -54,7 +57,7 @@ def _name() -> str:
 
 
 def _signed_products_are_exact() -> bool:
-    """Whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see graph/integer_products.py)."""
+    """Return whether the kernel for unsigned by signed bytes adds up what no 16 bits hold (see graph/integer_products.py)."""
     x, weight = PROBE
     node = onnx_ir.node(
         "MatMulInteger", [onnx_ir.val("x", DataType.UINT8, x.shape), onnx_ir.val("w", DataType.INT8, weight.shape)]

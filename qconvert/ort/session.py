@@ -26,7 +26,10 @@ Values = dict[str, np.ndarray[Any, Any]]
 
 
 def why_unavailable(target: str) -> str | None:
-    """Why this machine can't run a target; None if it can. A provider may be installed without a device or driver for it."""
+    """Return why this machine can't run a target; None if it can.
+
+    A provider may be installed without a device or driver for it.
+    """
     provider = PROVIDERS[target]
     if provider not in onnxruntime.get_available_providers():
         return f"this machine's ONNX Runtime has no provider for {target}"
@@ -44,7 +47,7 @@ def why_unavailable(target: str) -> str | None:
 
 
 def node_session(node: onnx_ir.Node, target: str = CPU.name) -> Any:
-    """A session over one node; its inputs are the graph's."""
+    """Open a session over one node; its inputs are the graph's."""
     for output in node.outputs:
         output.name = output.name or "y"
     graph = onnx_ir.Graph(node.inputs, node.outputs, nodes=[node], opset_imports={"": 21}, name="node")  # type: ignore[arg-type]
@@ -57,14 +60,17 @@ FLOATS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 
 
 def empty(shape: Sequence[int], kind: str) -> Any:
-    """A value without elements as a session takes it, of a type that numpy may not have: kind "tensor(bfloat16)"."""
+    """Return a value without elements as a session takes it, of a type that numpy may not have: kind "tensor(bfloat16)"."""
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), FLOATS[kind])
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
-    """threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop, which is faster unless
-    somebody else wants their cores."""
+    """The settings of a session.
+
+    threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop, which is faster unless somebody
+        else wants their cores.
+    """
 
     threads: int = 0
     spinning: bool = True
@@ -74,6 +80,7 @@ DEFAULT = SessionSettings()
 
 
 def session_options(settings: SessionSettings = DEFAULT) -> Any:
+    """Return ONNX Runtime's options for `settings`, its log silent."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.threads
     if not settings.spinning:
@@ -83,7 +90,7 @@ def session_options(settings: SessionSettings = DEFAULT) -> Any:
 
 
 def file_session(path: Path, target: str = CPU.name, settings: SessionSettings = DEFAULT, profile: Path | None = None) -> Any:
-    """A session over a model file and the external data beside it; on a device, one that leaves caches there.
+    """Open a session over a model file and the external data beside it; on a device, one that leaves caches there.
 
     profile: where `end_profiling()` is to write what ran where.
     """
@@ -108,16 +115,19 @@ class DeviceSession:
         self.session, self.device = session, device
 
     def get_inputs(self) -> Any:
+        """Return names, types and shapes of the graph's inputs, as onnxruntime describes them."""
         return self.session.get_inputs()
 
     def get_outputs(self) -> Any:
+        """Return names, types and shapes of the graph's outputs, as onnxruntime describes them."""
         return self.session.get_outputs()
 
     def end_profiling(self) -> str:
+        """Write the profile, and return the name of its file."""
         return str(self.session.end_profiling())
 
     def run(self, names: None, feeds: Mapping[str, Any]) -> list[Any]:
-        """Every output of the graph, in order. feeds: arrays, and caches as an earlier run or `empty` gave them."""
+        """Run the graph, and return its outputs in order. feeds: arrays, and caches as an earlier run or `empty` gave them."""
         binding = self.session.io_binding()
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
@@ -139,7 +149,7 @@ def memory_session(
     prepack: bool = True,
     target: str = CPU.name,
 ) -> Any:
-    """A session over a graph in memory.
+    """Open a session over a graph in memory.
 
     Initializers without data (see ir/template.py) are taken from `read(name)` as float32, without a copy where it is
     a mapped tensor of that type. folder: where the graph's external data lies. prepack: let kernels copy weights into
@@ -182,19 +192,22 @@ class EncoderDecoderSession:
         self.encoder, self.decoder = encoder, decoder
 
     def get_inputs(self) -> list[Any]:
+        """Return the inputs of the encoder, then those of the decoder."""
         return [*self.encoder.get_inputs(), *self.decoder.get_inputs()]
 
     def get_outputs(self) -> list[Any]:
+        """Return the outputs of the decoder, then the keys and values that the encoder gives it."""
         cross = [value for value in self.encoder.get_outputs() if value.name.startswith(CROSS)]
         return [*self.decoder.get_outputs(), *cross]
 
     def run(self, names: None, inputs: Values) -> list[np.ndarray[Any, Any]]:
+        """Return every output of `get_outputs`, in order, of the decoder run after the encoder."""
         values = self.values(inputs)
         found = values["encoder"] | values["decoder"]
         return [found[value.name] for value in self.get_outputs()]
 
     def values(self, inputs: Values) -> dict[str, Values]:
-        """Part -> all that goes into its graph and comes out of it, by name."""
+        """Run both parts, and return of each all values that go into its graph and come out of it, by name."""
         encoded = run_named(self.encoder, inputs) if "input_ids" in inputs else {}
         known = inputs | encoded
         names = [value.name for value in self.decoder.get_inputs()]
@@ -203,11 +216,11 @@ class EncoderDecoderSession:
 
 
 def run_named(session: Any, inputs: Values) -> Values:
-    """All that goes into a session and comes out of it, by name; inputs that it does not have are left out."""
+    """Run a session, and return all values that go in and come out, by name; inputs that it does not have are left out."""
     taken = {value.name: inputs[value.name] for value in session.get_inputs()}
     return taken | dict(zip((value.name for value in session.get_outputs()), session.run(None, taken), strict=True))
 
 
 def joined(sessions: Mapping[str, Any]) -> Any:
-    """The session of a whole model from those of its parts (see targets.graph_files)."""
+    """Return the session of a whole model from those of its parts (see targets.graph_files)."""
     return sessions["model"] if "model" in sessions else EncoderDecoderSession(**sessions)

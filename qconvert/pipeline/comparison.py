@@ -85,13 +85,14 @@ class Attempt:
 
     @property
     def calibrates_alone(self) -> bool:
-        """Whether it runs blocks in a way of its own: on what its quantized blocks give, with gradients, or to decide on
-        schemes."""
+        """Whether it must run the blocks in a way of its own: on what its quantized blocks give, with gradients, or to decide
+        on schemes.
+        """
         return self.recipe.sequential or self.recipe.tuning is not None or self.recipe.quantizer == AUTO
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What is raised is the end of this recipe alone."""
+        """Let what is raised within the context end this recipe alone."""
         try:
             yield
         except Exception as error:
@@ -101,6 +102,7 @@ class Attempt:
 
     @property
     def entry(self) -> Entry:
+        """The attempt's entry in compare.json, as far as it has come."""
         scheme = self.recipe.budget or str(self.recipe.scheme or self.quantizer.default_scheme)
         return Entry(self.name, self.recipe.quantizer, scheme, self.report, self.error, self.seconds if self.report else None)
 
@@ -155,20 +157,22 @@ class Named:
     begun: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, stage: str) -> float:
-        """From the last begin of a stage to that of the stage after it."""
+        """Return the seconds from the last begin of a stage to that of the stage after it."""
         start = self.begun[stage]
         return min(later for later in self.begun.values() if later > start) - start
 
     def stage(self, name: str, total: int | None) -> None:
+        """Begin a stage, shown with the recipe's name before it, and note the time."""
         self.begun[name] = time.perf_counter()
         self.progress.stage(f"{self.name}: {name}", total)
 
     def advance(self, n: int = 1) -> None:
+        """Pass `n` steps on."""
         self.progress.advance(n)
 
 
 def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, progress: Progress) -> list[tuple[Attempt, Job]]:
-    """What is calibrated together. Every attempt that can be planned is marked so."""
+    """Return the jobs that are calibrated together. Every attempt that can be planned is marked so."""
     samples = _samples(model, attempts, plugins)
     template, digests = open_model(model, samples, progress)
     jobs = []
@@ -185,7 +189,7 @@ def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, pro
 
 
 def _samples(model: Model, attempts: Sequence[Attempt], plugins: PluginManager) -> Samples:
-    """What the recipes that are calibrated together are calibrated on."""
+    """Draw the samples for all recipes that are calibrated together."""
     together = [each for each in attempts if not each.calibrates_alone]
     if not together:
         return Samples((), ())

@@ -63,7 +63,7 @@ class Conversion:
         self.writer.append(quantize(block, self.job))
 
     def finish(self, progress: Progress) -> Report:
-        """From written weights to what can be published. Raises ParityError, and then the stage is gone."""
+        """Make of the written weights what can be published. Raises ParityError, and then the stage is gone."""
         job, stage = self.job, self.stage
         written = self.writer.finish()
         progress.stage("export", None)
@@ -85,7 +85,7 @@ class Conversion:
 
 
 def opened_stage(job: Job, origin: Origin) -> AbstractContextManager[Stage]:
-    """The stage of a job, in which an earlier run of the same job is resumed."""
+    """Open the stage of a job, in which an earlier run of the same job is resumed."""
     inputs = (*job.model.input_paths, *job.samples.files.values(), *job.recipe.plugins)
     return open_stage(job.recipe.output, run_digest(job.recipe, origin), force=job.recipe.force, inputs=inputs)
 

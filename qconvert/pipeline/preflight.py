@@ -1,4 +1,4 @@
-"""What is wrong with a job at first sight: found from recipe, config and folder before torch, or a model, is loaded.
+"""The checks that need no more than recipe, config and folder: they come before torch, or a model, is loaded.
 
 Nothing heavy is imported here. What only a model can tell is refused when it is loaded, before it is traced.
 """
@@ -49,7 +49,7 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
 
 
 def check_comparison(recipes: Mapping[str, Recipe]) -> PluginManager:
-    """`check` for what concerns all recipes of a comparison; what concerns one alone stops no other."""
+    """Check, as `check` does, what concerns all recipes of a comparison; what concerns one alone stops no other."""
     first = next(iter(recipes.values()))
     plugins, folder = plugins_of(first), first.output.parent
     if folder.exists() and not folder.is_dir():
@@ -66,7 +66,9 @@ def check_comparison(recipes: Mapping[str, Recipe]) -> PluginManager:
 
 
 def check_published(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> PluginManager:
-    """`check` for what `verify` is given. A float source that is missing is for later: the folder's own files come first.
+    """Check, as `check` does, what `verify` is given.
+
+    A float source that is missing is for later: the folder's own files come first.
 
     Raises InputError QC-READ-001 for a folder that no run has written, and as `check` for plugins, data and gates.
     """
@@ -82,7 +84,7 @@ def check_published(folder: Path, targets: Sequence[str], evaluation: str | None
 
 
 def plugins_of(recipe: Recipe) -> PluginManager:
-    """All plugins that a recipe may use. Their calls are limited to its time from now on."""
+    """Return all plugins that a recipe may use. Their calls are limited to its time from now on."""
     calls.limit_calls(recipe.plugin_timeout)
     return plugin_manager(recipe.plugins)
 
@@ -119,12 +121,12 @@ def _place(model: str) -> Path | None:
 
 
 def _is_path(model: str) -> bool:
-    """Whether a source can be nothing but a path, as it is written: from the root, a home, this folder or the one above."""
+    """Return whether a source can only be a path, as it is written: from the root, a home, this folder or the one above."""
     return Path(model).is_absolute() or model.split("/")[0] in (".", "..", "~")
 
 
 def _task(model: str) -> Task | None:
-    """What kind of model a source is, where that is plain without loading it."""
+    """Return the kind of model that a source is, where that is plain without loading it."""
     if model.startswith(FACTORY):
         return MODULE
     place = _place(model)

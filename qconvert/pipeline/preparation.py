@@ -1,4 +1,4 @@
-"""From a recipe to a job: load, trace, plan, and decide on the schemes where a budget asks for that."""
+"""The way from a recipe to a job: load, trace, plan, and decide on the schemes where a budget asks for that."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ UNDECIDED = QuantScheme.parse("int4-channel")
 
 
 def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
-    """The job of a conversion. Raises what can be wrong with recipe, model, data and output before a weight is quantized."""
+    """Prepare the job of a conversion.
+
+    Raises what can be wrong with recipe, model, data and output before a weight is quantized.
+    """
     checked_device(recipe.device)
     quantizer, tuner = plugins.quantizer(recipe.worker, recipe.options), plugins.tuner(recipe.tuning)
     model = load_model(recipe, plugins, progress)
@@ -47,8 +50,8 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
 
 
 def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
-    """What `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget, also
-    from all that its decision takes.
+    """Plan what `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget,
+    also from all that its decision takes.
 
     Raises what `convert` would raise before it quantizes anything, but for an output folder that is there.
     """
@@ -61,7 +64,7 @@ def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
 
 
 def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
-    """The job of who writes nothing, without samples."""
+    """Return a job that writes nothing and has no samples."""
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model = load_model(recipe, plugins, progress)
     progress.stage("trace", None)
@@ -71,7 +74,7 @@ def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress) -> J
 
 
 def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Model:
-    """The model of a recipe, where it is one that the recipe can be carried out with."""
+    """Load the model of a recipe, if the recipe can be carried out with it."""
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)
     check(model, recipe)
@@ -79,7 +82,7 @@ def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Mo
 
 
 def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Template, Mapping[str, str]]:
-    """The trace of a model, and the sha256 of every file that it and the data are read from."""
+    """Trace a model, and return the trace with the sha256 of every file that the model and the data are read from."""
     progress.stage("trace", None)
     data = {f"{role}:{path.name}": path for role, path in samples.files.items()}
     with ThreadPoolExecutor(1) as background:  # hashing leaves the interpreter to the trace
@@ -89,14 +92,14 @@ def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Temp
 
 
 def outline(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> Plan:
-    """What is to be done, as far as it is known before calibration: a budget has not decided on any scheme then."""
+    """Plan what is to be done as far as it is known before calibration: a budget has not decided on any scheme then."""
     if recipe.quantizer == AUTO:  # whether the layout takes what is decided is known then
         recipe = recipe.decided(UNDECIDED).model_copy(update={"layout": "onnx"})
     return make_plan(model, template, recipe, quantizer)
 
 
 def decided(job: Job, progress: Progress) -> Job:
-    """The job with the schemes that a budget decides on, where its recipe has one."""
+    """Return the job with the schemes that a budget decides on, where its recipe has one."""
     if job.recipe.quantizer != AUTO:
         return job
     # Losses are measured on float blocks, whatever is done to the quantized ones afterwards.

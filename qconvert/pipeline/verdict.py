@@ -1,4 +1,4 @@
-"""From plan, written files and evidence to the report, and from the report to the verdict."""
+"""The way from plan, written files and evidence to the report, and from the report to the verdict."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from qconvert.targets import TARGETS, graph_files
 
 
 def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
-    """Everything that is known about the artifact in `folder`; without evidence that is its size, and which gates on it are
-    kept, and nothing is claimed to have passed."""
+    """Report everything that is known about the artifact in `folder`; without evidence that is its size, and which gates on it
+    are kept, and nothing is claimed to have passed.
+    """
     recipe, model, plan, samples = job.recipe, job.model, job.plan, job.samples
     written = read_written(folder)
     size = _size(model, plan, written, folder)
@@ -92,12 +93,12 @@ def _values(metric: str, size: Size, evidence: Evidence) -> Iterable[float]:
 
 
 def is_right(report: Report) -> bool:
-    """Whether no check found that the artifact computes something else than its weights say."""
+    """Return whether every check found that the artifact computes what its weights say."""
     return all(part.status != "failed" for part in report.parity)
 
 
 def wrong(report: Report) -> ParityError:
-    """The error QC-PARITY-001 for an artifact that is not right."""
+    """Return the error QC-PARITY-001 for an artifact that is not right."""
     reasons = "; ".join(f"{part.target}: {part.reason}" for part in report.parity if part.status == "failed")
     where = f" on this processor, {wording.processor(report.processor)}" if report.processor else ""
     return ParityError(
@@ -109,7 +110,7 @@ def wrong(report: Report) -> ParityError:
 
 
 def without_source(folder: Path, reason: InputError) -> InputError:
-    """The error QC-VERIFY-003 for a folder whose own files are right, but whose float source can't be loaded."""
+    """Return the error QC-VERIFY-003 for a folder whose own files are right, but whose float source can't be loaded."""
     return InputError(
         "QC-VERIFY-003",
         f"the files of {folder} are what was written, but the float model to compare them with can't be loaded: "
@@ -119,7 +120,7 @@ def without_source(folder: Path, reason: InputError) -> InputError:
 
 
 def refuse_unverified(report: Report, recipe: Recipe) -> None:
-    """Raises TargetError QC-TARGET-001 if a requested target could not be run here and the user did not allow that."""
+    """Raise TargetError QC-TARGET-001 if a requested target could not be run here and the user did not allow that."""
     missing = [part for part in report.parity if part.status == "not-run"]
     if missing and not recipe.allow_unverified:
         reasons = "; ".join(f"{part.target}: {part.reason}" for part in missing)

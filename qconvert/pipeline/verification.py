@@ -50,7 +50,7 @@ def verify(
 
 
 def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
-    """The report on an artifact that `recipe` made, from its files and its float source alone."""
+    """Report on an artifact that `recipe` made, from its files and its float source alone."""
     return _measure(folder, recipe, progress, preflight.plugins_of(recipe))[0]
 
 

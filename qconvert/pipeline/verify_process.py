@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def _document(error: QConvertError) -> dict[str, str]:
-    """What the parent raises it from again; in the place of a plugin's own class the one that it extends."""
+    """Return what the parent raises an error from again; a plugin's own class is replaced by the one that it extends."""
     known = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
     return {"class": known.__name__, "code": error.code, "message": error.message, "hint": error.hint}
 

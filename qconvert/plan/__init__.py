@@ -69,7 +69,10 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """What a model has to be for a recipe, known before it is traced. Raises UsageError QC-PLAN-011, QC-GATE-002."""
+    """Check that a model suits a recipe, as far as that is known before it is traced.
+
+    Raises UsageError QC-PLAN-011, QC-GATE-002.
+    """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
             "QC-PLAN-011",
@@ -80,12 +83,12 @@ def check(model: Model, recipe: Recipe) -> None:
 
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
-    """Whether calibration data is needed."""
+    """Return whether calibration data is needed."""
     return bool(quantizer.observers) or recipe.tuning is not None
 
 
 def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
-    """[out, in] of a layer's weight after transposing or flattening."""
+    """Return [out, in] of a layer's weight after transposing or flattening."""
     weight = module.get_parameter("weight")
     if kind == "conv1d":
         return weight.shape[1], weight.shape[0]
@@ -146,7 +149,7 @@ def _head_needs_a_rule(name: str, named: Rule | None, default: QuantScheme) -> s
 
 
 def _taken_name(model: Model, layer: str) -> str | None:
-    """Whether a tensor of the model has a name which the quantized layer needs for one of its own."""
+    """Return whether a tensor of the model has a name which the quantized layer needs for one of its own."""
     own = re.compile(re.escape(layer) + r"\.((weight|kernel|outlier|cuda)_\w+|input_factor)")
     taken = next((name for name in (*model.source.tensors, *model.tied) if own.fullmatch(name)), None)
     return taken and f"the model itself has {taken}, as a tensor of the quantized layer would be called"

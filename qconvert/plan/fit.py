@@ -25,7 +25,7 @@ Layers = dict[str, LayerPlan]
 
 @dataclass(frozen=True)
 class _Misfit:
-    """What the width of a layer is no multiple of. hint: what to do where a rule names the layer."""
+    """A reason why the width of a layer does not fit. hint: what to do where a rule names the layer."""
 
     code: str
     reason: str
@@ -34,7 +34,7 @@ class _Misfit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitting:
-    """What fits under one recipe. shared: output head -> the embedding whose tensor it reads too."""
+    """The layers that fit under one recipe. shared: output head -> the embedding whose tensor it reads too."""
 
     recipe: Recipe
     quantizer: Quantizer
@@ -42,7 +42,7 @@ class Fitting:
     shared: Mapping[str, str]
 
     def fit(self, layers: Layers) -> tuple[Layers, list[KeptFloat]]:
-        """The layers in schemes that fit, with a reason where it is not the one that was asked for, and what stays in float.
+        """Return the layers in schemes that fit, with a reason where it is not the one asked for, and what stays in float.
 
         1. A group that does not divide the width of a layer gives way to the largest smaller one that does, else to one scale
            per channel. What neither quantizer nor kernels take stays in float.
@@ -66,7 +66,7 @@ class Fitting:
         return fitted, [KeptFloat(name=name, reason=reasons[name]) for name in layers if name not in fitted]
 
     def layout_refuses(self, layers: Iterable[LayerPlan]) -> str | None:
-        """Why transformers could not load these layers from one folder, as half a sentence; None if it can, or need not."""
+        """Return why transformers can't load these layers from one folder, as half a sentence; None if it can, or need not."""
         if self.recipe.layout == "onnx" or self.model.config is None:
             return None
         return compressed_tensors.transformers_refuses(layers, outliers=self.quantizer.has_outliers)
@@ -94,7 +94,7 @@ class Fitting:
         return next((dataclasses.replace(each, reason=misfit.reason) for each in possible), None)
 
     def _takes(self, layer: LayerPlan) -> bool:
-        """Whether the quantizer makes this layer; one with observers has no say in embeddings (qconvert.quantize)."""
+        """Return whether the quantizer makes this layer; one with observers has no say in embeddings (qconvert.quantize)."""
         no_say = layer.form.is_embedding and bool(self.quantizer.observers)
         return no_say or contract.refuses(self.quantizer, layer.scheme) is None
 
@@ -114,13 +114,13 @@ class Fitting:
         return found
 
     def _is_named(self, name: str) -> bool:
-        """Whether the rule of a layer is for it alone, by its name or that of the head that shares its tensor."""
+        """Return whether the rule of a layer is for it alone, by its name or that of the head that shares its tensor."""
         names = [name, *(head for head, embedding in self.shared.items() if embedding == name)]
         rule = next((found for each in names if (found := self.recipe.rule_for(each))), None)
         return rule is not None and rule.pattern in {text for each in names for text in (each, glob.escape(each))}
 
     def _bytes(self, layers: Layers, quantized: Layers) -> int:
-        """Of all layers on disk, where those of `quantized` are and the others stay in float."""
+        """Return the bytes of all layers on disk, if those of `quantized` are quantized so and the others stay in float."""
         source, stored_name = self.model.source.tensors, self.model.stored_name
         floats = [source[stored_name(f"{name}.weight")].nbytes for name in layers if name not in quantized]
         return sum(floats) + sum(layer.nbytes for layer in quantized.values())

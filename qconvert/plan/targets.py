@@ -1,4 +1,4 @@
-"""What targets have to say before anything is quantized: whether there are kernels, and what a graph adds to the disk."""
+"""The demands of targets before anything is quantized: whether there are kernels, and what a graph adds to the disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qconvert.targets.cuda import CUDA
 
 
 def check_targets(model: Model, template: Template, layers: Mapping[str, LayerPlan], recipe: Recipe) -> None:
-    """What the kernels of the recipe's targets have to say.
+    """Check that the kernels of the recipe's targets can run what is planned.
 
     Raises UsageError QC-PLAN-007 for zero points that a target does not take; QC-CUDA-001 if something between the layers has
     no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the
@@ -47,7 +47,7 @@ def _check_kernels(model: Model, template: Template, recipe: Recipe) -> None:
 
 
 def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
-    """Bytes that the graph for CUDA adds to the sidecar, but for small constants; 0 where it is no target."""
+    """Return the bytes that the graph for CUDA adds to the sidecar, but for small constants; 0 where it is no target."""
     if CUDA not in targets_of(recipe.targets):
         return 0
     narrow_type: torch.dtype = getattr(torch, recipe.cuda_dtype)

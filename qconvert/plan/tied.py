@@ -11,7 +11,7 @@ from qconvert.recipe import Recipe
 
 
 def modules_that_share(model: Model) -> dict[str, tuple[str, ...]]:
-    """Module -> the others that use the same weight; another name of one module is none."""
+    """Return, for each module, the others that use the same weight; another name of the same module does not count."""
     users: dict[str, list[str]] = {}
     for alias, owner in model.tied.items():
         if alias.endswith(".weight") and owner.endswith(".weight"):
@@ -22,7 +22,9 @@ def modules_that_share(model: Model) -> dict[str, tuple[str, ...]]:
 
 
 def shared_heads(model: Model, recipe: Recipe, reached: Collection[str]) -> dict[str, str]:
-    """Output head -> the embedding whose quantized tensor it reads, for pairs of which a rule gives one a scheme.
+    """Return the output heads that read the quantized tensor of an embedding, as head -> embedding.
+
+    A rule gives one of each pair a scheme.
 
     reached: the modules that are layers in the graph.
     Raises UsageError QC-PLAN-008 where rules want two things of one tensor.

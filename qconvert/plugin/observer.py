@@ -38,12 +38,12 @@ class Observer(ABC):
 
     @abstractmethod
     def finalize(self) -> Tensor:
-        """The statistic. Called once, after at least one row."""
+        """Return the statistic. Called once, after at least one row."""
 
     @staticmethod
     @abstractmethod
     def divided(statistic: Tensor, scale: Tensor) -> Tensor:
-        """The statistic as it were if every input row had been divided by `scale` [in]."""
+        """Return the statistic as it were if every input row had been divided by `scale` [in]."""
 
 
 class AbsMax(Observer):
@@ -55,19 +55,23 @@ class AbsMax(Observer):
         self.value: Tensor | None = None
 
     def update(self, rows: Tensor, importance: Tensor) -> None:
+        """Raise the maxima to the magnitudes of `rows`; importance does not matter here."""
         seen = rows.abs().amax(0)
         self.value = seen if self.value is None else torch.maximum(self.value, seen)
 
     def merge(self, other: Self) -> None:
+        """Raise the maxima to those of `other`."""
         if other.value is not None:
             self.value = other.value if self.value is None else torch.maximum(self.value, other.value)
 
     def finalize(self) -> Tensor:
+        """Return the maxima, [in]."""
         assert self.value is not None
         return self.value
 
     @staticmethod
     def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        """Return the maxima of the divided inputs: [in] / scale."""
         return statistic / scale
 
 
@@ -81,6 +85,7 @@ class Gram(Observer):
         self.total: Tensor | None = None
 
     def update(self, rows: Tensor, importance: Tensor) -> None:
+        """Add importance * x x^T of every row, its upper blocks only."""
         self.rows, width = self.rows + rows.shape[0], rows.shape[1]
         if self.total is None:
             self.total = torch.zeros(width, width, device=rows.device)
@@ -90,17 +95,20 @@ class Gram(Observer):
             self.total[block, start:] += rows[:, block].T @ rows[:, start:]
 
     def merge(self, other: Self) -> None:
+        """Add the sums and row counts of `other`."""
         if other.total is not None:
             self.rows += other.rows
             self.total = other.total.clone() if self.total is None else self.total + other.total
 
     def finalize(self) -> Tensor:
+        """Return the mean, [in, in], its lower half mirrored from the upper."""
         assert self.total is not None
         upper = self.total.triu()
         return (upper + upper.triu(1).T) / self.rows
 
     @staticmethod
     def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        """Return the matrix of the divided inputs: both its rows and its columns are divided by `scale`."""
         return statistic / scale / scale[:, None]
 
 
@@ -118,9 +126,11 @@ class SampledRows(Observer):
         self.rows: Tensor | None = None
 
     def update(self, rows: Tensor, importance: Tensor) -> None:
+        """Keep the rows with the smallest hashes among these and those kept so far, each times the root of its importance."""
         self._keep(_hashes(rows), rows * importance.sqrt()[:, None])
 
     def merge(self, other: Self) -> None:
+        """Keep the rows with the smallest hashes of both."""
         if other.hashes is not None and other.rows is not None:
             self._keep(other.hashes, other.rows)
 
@@ -131,11 +141,13 @@ class SampledRows(Observer):
         self.hashes, self.rows = hashes[order], rows[order]
 
     def finalize(self) -> Tensor:
+        """Return the rows that were kept, [n, in] with n <= SAMPLED_ROWS."""
         assert self.rows is not None
         return self.rows
 
     @staticmethod
     def divided(statistic: Tensor, scale: Tensor) -> Tensor:
+        """Return the rows as divided inputs, [n, in] / scale."""
         return statistic / scale
 
 

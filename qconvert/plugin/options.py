@@ -15,7 +15,7 @@ _DOCUMENTED = re.compile(r"(\w+(?:, \w+)*): +(\S.*)")
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """kind: its type in words. default: None together with `required` where there is none."""
+    """An option of a quantizer. kind: its type in words. default: None together with `required` where there is none."""
 
     name: str
     kind: str
@@ -56,7 +56,7 @@ def summary(kind: type[Any]) -> str:
 
 
 def first_paragraph(docstring: str) -> str:
-    """In one line."""
+    """Return the first paragraph of a text in one line."""
     return " ".join(inspect.cleandoc(docstring).partition("\n\n")[0].split())
 
 
@@ -76,7 +76,7 @@ def _documented(kind: type[Any]) -> Iterator[tuple[str, str]]:
 
 
 def _words(schema: dict[str, Any]) -> str:
-    """What a value may be: "integer", "number or null", "one of none, mse"."""
+    """Word the values that an option may have: "integer", "number or null", "one of none, mse"."""
     if "anyOf" in schema:
         return " or ".join(map(_words, schema["anyOf"]))
     if "enum" in schema:

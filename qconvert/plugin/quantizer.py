@@ -43,11 +43,11 @@ class Quantizer(ABC):
         return False
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        """Why this quantizer can't produce `scheme`, as half a sentence for the user; None if it can."""
+        """Return why this quantizer can't produce `scheme`, as half a sentence for the user; None if it can."""
         return None
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-        """Optionally choose one `smoothing_scale` [in] for linears that share an input; `schemes` are theirs, in order.
+        """Choose one `smoothing_scale` [in] for linears that share an input, or none; `schemes` are theirs, in order.
 
         Returns the group with `smoothing_scale` set and layer weights as they were. qconvert folds the scale into the
         producer where that is exact, and then calls `quantize` with the scaled weights and statistics.

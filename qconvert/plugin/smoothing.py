@@ -11,7 +11,7 @@ from qconvert.plugin.observer import Observer
 
 
 def scaled(group: LinearGroup, scale: Tensor, observers: tuple[type[Observer], ...]) -> LinearGroup:
-    """The group for inputs that are divided by `scale` [in]: weights multiplied by it, the layers' statistics divided."""
+    """Return the group for inputs divided by `scale` [in]: weights multiplied by it, the layers' statistics divided."""
     layers = tuple(
         dataclasses.replace(layer, weight=layer.weight * scale, stats=divided(layer.stats, scale, observers))
         for layer in group.layers
@@ -20,7 +20,7 @@ def scaled(group: LinearGroup, scale: Tensor, observers: tuple[type[Observer], .
 
 
 def divided(stats: CalibrationStats | None, scale: Tensor, observers: tuple[type[Observer], ...]) -> CalibrationStats | None:
-    """What the observers would have seen of inputs divided by `scale` [in]."""
+    """Return what the observers would have seen of inputs divided by `scale` [in]."""
     if stats is None:
         return None
     return CalibrationStats(

@@ -73,5 +73,5 @@ def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
 
 
 def _square_norm(values: Tensor) -> float:
-    """In float64: squares of what float32 holds over- and underflow it."""
+    """Return the squared norm in float64: squares of what float32 holds over- and underflow it."""
     return float(values.double().square_().sum())

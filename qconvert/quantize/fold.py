@@ -28,7 +28,10 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """block: with scaled weights and statistics. tensors: float tensors that changed. smoothing_scales: what did not fold."""
+    """A block whose scales were folded.
+
+    block: with scaled weights and statistics. tensors: float tensors that changed. smoothing_scales: those that did not fold.
+    """
 
     block: Block
     tensors: Mapping[str, Tensor]

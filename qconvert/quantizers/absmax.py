@@ -21,6 +21,7 @@ from qconvert.quantizers.clipped_range import ClippedRange
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register absmax."""
     return [AbsMaxQuantizer]
 
 
@@ -32,7 +33,9 @@ class AbsMaxQuantizer(ClippedRange, Quantizer):
     default_scheme = QuantScheme.parse("int8-tensor-a8")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse asymmetric schemes."""
         return None if scheme.symmetric else "absmax has no zero point; zero-point and per-channel have one"
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round the weight to the nearest codes of the range that `clip` asks for."""
         return self.rounded(layer.weight, scheme)

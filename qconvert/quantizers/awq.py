@@ -23,6 +23,7 @@ from qconvert.quantizers.scale_search import best_smoothing_scale
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register awq."""
     return [AWQQuantizer]
 
 
@@ -46,6 +47,7 @@ class AWQQuantizer(Quantizer):
             raise ValueError("grid must be at least 1, min_clip above 0 and at most 1")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse int8 activations, and one scale per tensor."""
         if scheme.activations:
             return "AWQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
@@ -53,9 +55,11 @@ class AWQQuantizer(Quantizer):
         return None
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        """Search the smoothing scale with the least output error, unless no scale is best."""
         return dataclasses.replace(group, smoothing_scale=best_smoothing_scale(group, schemes, self.grid))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round to the nearest codes of clipped ranges; without statistics, of the full ones."""
         if layer.stats is None:
             return round_to_nearest(layer.weight, scheme)
         energy = layer.stats.values["gram"].diagonal().clamp(min=0)

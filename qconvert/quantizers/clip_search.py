@@ -14,7 +14,7 @@ from qconvert.plugin.quantizer import round_to_nearest
 
 
 def least_squares_clip(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """The ratio, per group of `weight` [out, in], with the least squared error of rounding: [out, groups].
+    """Return the ratio, per group of `weight` [out, in], with the least squared error of rounding: [out, groups].
 
     1 where no other ratio is better. Some are above 1: symmetric int4 lacks the code 8, and the codes of a wider range may
     happen to lie nearer.
@@ -29,13 +29,15 @@ def least_squares_clip(weight: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def round_clipped(weight: Tensor, scheme: QuantScheme, energy: Tensor, min_clip: float) -> QuantizedTensor:
-    """weight [out, in] to the nearest codes of ranges shrunk by 1 to `min_clip`, whatever loses least where energy [in] is."""
+    """Round weight [out, in] to the nearest codes of ranges shrunk by 1 to `min_clip`: what loses least, weighted by energy
+    [in].
+    """
     ratios = torch.linspace(1.0, min_clip, 7).tolist()
     return round_to_nearest(weight, scheme, best_clip(weight, scheme, ratios, energy))
 
 
 def best_clip(weight: Tensor, scheme: QuantScheme, ratios: Sequence[Tensor | float], energy: Tensor | None = None) -> Tensor:
-    """Of `ratios`, per group of `weight` [out, in] the one with the least sum of energy * (w - dequantize(q))^2.
+    """Return the one of `ratios`, per group of `weight` [out, in], with the least sum of energy * (w - dequantize(q))^2.
 
     ratios: each above 0, one for all groups or one per group [out, groups].
     energy: [in], mean square of each input column; None weighs all columns alike.

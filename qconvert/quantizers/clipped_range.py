@@ -47,7 +47,7 @@ class ClippedRange:
             raise ValueError("percentile must be above 50 and at most 100")
 
     def rounded(self, weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
-        """weight [out, in], rounded to the nearest code of the range that `clip` asks for."""
+        """Round weight [out, in] to the nearest codes of the range that `clip` asks for."""
         match self.clip:
             case "none":
                 return round_to_nearest(weight, scheme)
@@ -58,7 +58,7 @@ class ClippedRange:
 
 
 def clamp_to_percentile(weight: Tensor, scheme: QuantScheme, percentile: float) -> Tensor:
-    """weight [out, in], in each group set to the percentile that it exceeds.
+    """Clamp weight [out, in] to the percentile of its magnitudes in each tensor, channel or group of the scheme.
 
     A group where that would leave nothing but zeros stays as it is.
     """

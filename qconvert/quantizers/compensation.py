@@ -29,7 +29,7 @@ COLUMNS = 64  # columns per block of updates
 def compensated(
     weight: Tensor, nearest: QuantizedTensor, gram: Tensor, *, damp: float, act_order: bool = False
 ) -> QuantizedTensor:
-    """`nearest` with codes that make up for each other's errors, its scales and zero points as they are.
+    """Return `nearest` with codes that make up for each other's errors, its scales and zero points as they are.
 
     weight: [out, in]. gram: [in, in]. damp: how much the mean energy is added to every column's. act_order: columns with much
     energy first.

@@ -21,6 +21,7 @@ from qconvert.quantizers.scale_search import best_smoothing_scale
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register gptq."""
     return [GPTQQuantizer]
 
 
@@ -50,6 +51,7 @@ class GPTQQuantizer(Quantizer):
             raise ValueError("grid must be at least 1, damp above 0, min_clip above 0 and at most 1")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse int8 activations, and one scale per tensor."""
         if scheme.activations:
             return "GPTQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
@@ -57,11 +59,15 @@ class GPTQQuantizer(Quantizer):
         return None
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        """Search a smoothing scale as AWQ does, where the option `scale` asks for it."""
         if not self.scale:
             return group
         return dataclasses.replace(group, smoothing_scale=best_smoothing_scale(group, schemes, self.grid))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round column by column, later ones making up for the errors of earlier ones; without statistics, to the nearest
+        codes.
+        """
         if layer.stats is None:
             return round_to_nearest(layer.weight, scheme)
         gram = layer.stats.values[Gram.name]

@@ -31,6 +31,7 @@ from qconvert.quantizers.clip_search import least_squares_clip
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register hqq."""
     return [HQQQuantizer]
 
 
@@ -59,6 +60,7 @@ class HQQQuantizer(Quantizer):
             raise ValueError("beta must be above 0, growth at least 1")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse int8 activations, and one scale per tensor."""
         if scheme.activations:
             return "HQQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
@@ -66,6 +68,7 @@ class HQQQuantizer(Quantizer):
         return None
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round to the nearest codes of fitted scales and zero points, a block of rows at a time."""
         if self.iterations == 0:
             return round_to_nearest(layer.weight, scheme)
         fitted = [self._fit(layer.weight[rows], scheme) for rows in affine.row_blocks(*layer.weight.shape)]
@@ -113,6 +116,6 @@ class HQQQuantizer(Quantizer):
 
 
 def _least_squares(levels: Tensor, target: Tensor, otherwise: Tensor) -> Tensor:
-    """s with the least |target - s levels|^2 in each group [out, groups, n]; `otherwise` where all levels are 0."""
+    """The s with the least |target - s levels|^2 in each group [out, groups, n]; `otherwise` where all levels are 0."""
     square = levels.square().sum(-1)
     return torch.where(square > 0, (levels * target).sum(-1) / square, otherwise)

@@ -26,6 +26,7 @@ from qconvert.quantizers.outlier_search import by_magnitude, columns_that_pay, w
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register llm-int8."""
     return [LLMInt8Quantizer]
 
 
@@ -51,14 +52,17 @@ class LLMInt8Quantizer(Quantizer):
 
     @property
     def has_outliers(self) -> bool:
+        """Whether any column may stay in float, which `max_outliers` limits."""
         return self.max_outliers > 0
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse all but symmetric int8 with int8 activations."""
         if scheme.bits == 8 and scheme.symmetric and scheme.activations:
             return None
         return "LLM.int8() is int8 with int8 activations, symmetric; take int8-channel-a8 or int8-tensor-a8"
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round to the nearest codes, and keep the outlier columns beside them; a convolution has none."""
         tensor = round_to_nearest(layer.weight, scheme)
         if layer.stats is None or layer.kind == "conv2d":
             return tensor

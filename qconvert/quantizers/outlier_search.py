@@ -25,7 +25,7 @@ PASS = 4  # the price of having any columns, in columns
 
 
 def columns_that_pay(stats: CalibrationStats, limit: int) -> Tensor:
-    """The columns [n] int64 to keep, sorted; n <= limit. stats: with AbsMax and SampledRows."""
+    """Return the columns [n] int64 to keep, sorted; n <= limit. stats: with AbsMax and SampledRows."""
     rows, largest = stats.values[SampledRows.name], by_magnitude(stats)[:limit]
     energy = float(rows.square().sum())
     if not energy:
@@ -39,12 +39,12 @@ def columns_that_pay(stats: CalibrationStats, limit: int) -> Tensor:
 
 
 def by_magnitude(stats: CalibrationStats) -> Tensor:
-    """All columns, the largest first; of equals the first."""
+    """Return all columns, the largest first; of equals the first."""
     return stats.values[AbsMax.name].argsort(descending=True, stable=True)
 
 
 def with_outliers(tensor: QuantizedTensor, weight: Tensor, columns: Tensor) -> QuantizedTensor:
-    """`tensor` with `columns` of weight [out, in] beside it, rounded to float16 unless one is beyond that."""
+    """Return `tensor` with `columns` of weight [out, in] beside it, rounded to float16 unless one is beyond that."""
     if not len(columns):
         return tensor
     kept = weight[:, columns]
@@ -60,5 +60,5 @@ def with_outliers(tensor: QuantizedTensor, weight: Tensor, columns: Tensor) -> Q
 
 
 def _ladder(limit: int) -> list[int]:
-    """0, 1, 2, 4, ... limit"""
+    """The numbers of columns that are tried: 0, 1, 2, 4, ... limit."""
     return [0, *(2**power for power in range(limit.bit_length()) if 2**power < limit), limit]

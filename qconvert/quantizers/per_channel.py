@@ -19,6 +19,7 @@ from qconvert.quantizers.clipped_range import ClippedRange
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register per-channel."""
     return [PerChannelQuantizer]
 
 
@@ -30,9 +31,11 @@ class PerChannelQuantizer(ClippedRange, Quantizer):
     default_scheme = QuantScheme.parse("int8-channel-a8")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse one scale per tensor."""
         if isinstance(scheme.granularity, PerTensor):
             return "per-channel has no scale per tensor; take -channel or -gN, or the quantizers absmax and zero-point"
         return None
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round the weight to the nearest codes of the range that `clip` asks for."""
         return self.rounded(layer.weight, scheme)

@@ -1,4 +1,4 @@
-"""What int8 kernels make of the rows that a linear reads: codes with one step per row."""
+"""The rows that a linear reads as int8 kernels see them: codes with one step per row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qconvert.ir import activations
 
 
 def quantized_rows(rows: Tensor, columns: Tensor | None = None, made_by: str | None = None) -> Tensor:
-    """`rows` [n, in] as the kernels see them; outlier `columns` neither count for the step nor are they rounded.
+    """Return `rows` [n, in] as the kernels see them; outlier `columns` neither count for the step nor are they rounded.
 
     made_by: see CalibrationStats. A row may have been multiplied by its importance, so that no step is too small for it.
     """

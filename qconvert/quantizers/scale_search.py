@@ -26,7 +26,7 @@ ROWS = 256  # output channels that the error is measured on; one exponent for a 
 
 
 def best_smoothing_scale(group: LinearGroup, schemes: Sequence[QuantScheme], grid: int) -> Tensor | None:
-    """The smoothing scale [in] with the least output error of the group's linears, None if none is better than no scale.
+    """Return the smoothing scale [in] with the least output error of the group's linears, None if none is better than no scale.
 
     schemes: of the layers, in order. grid: the exponents are multiples of 1 / grid, from 0 to 1.
     """
@@ -51,7 +51,7 @@ def best_smoothing_scale(group: LinearGroup, schemes: Sequence[QuantScheme], gri
 
 
 def best_of_grid(grid: int, attempt: Callable[[float | None], tuple[float, Tensor | None]]) -> Tensor | None:
-    """The scale with the least error over the multiples of 1 / grid from 0 to 1.
+    """Return the scale with the least error over the multiples of 1 / grid from 0 to 1.
 
     attempt: exponent -> (error, scale); of None, what there is without a scale. The error is smooth in the exponent, so every
     third is tried first, and then what lies around the best.
@@ -64,7 +64,7 @@ def best_of_grid(grid: int, attempt: Callable[[float | None], tuple[float, Tenso
 
 
 def one_per_channel(values: Tensor, group: LinearGroup) -> Tensor:
-    """`values` [in]; inputs that are copies of one producer channel share one scale, so they get their root mean square."""
+    """Return `values` [in], in which inputs that are copies of one producer channel all have their root mean square."""
     if group.producer is None or group.producer.channels is None:
         return values
     channels = torch.tensor(group.producer.channels)

@@ -39,6 +39,7 @@ from qconvert.quantizers.scale_search import best_of_grid
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register smoothquant."""
     return [SmoothQuantQuantizer]
 
 
@@ -66,14 +67,17 @@ class SmoothQuantQuantizer(Quantizer):
 
     @property
     def has_outliers(self) -> bool:
+        """Whether any column may stay in float, which `max_outliers` limits."""
         return self.max_outliers > 0
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse weights of less than 8 bits."""
         if scheme.bits == 8:
             return None
         return "SmoothQuant makes weights harder to quantize, for int8 activations' sake; take int8, or awq for int4"
 
     def prepare(self, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
+        """Choose the migration strength with the least output error, and set its smoothing scale."""
         if group.stats is None:
             return group
         rows = group.stats.values[SampledRows.name]
@@ -91,6 +95,7 @@ class SmoothQuantQuantizer(Quantizer):
         return dataclasses.replace(group, smoothing_scale=best_of_grid(self.grid, attempt))
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round to the nearest codes, compensated where `damp` is set, and keep the outlier columns that pay beside them."""
         tensor = round_to_nearest(layer.weight, scheme)
         if layer.stats is None:
             return tensor
@@ -104,13 +109,13 @@ class SmoothQuantQuantizer(Quantizer):
 
 
 def _producer_channels(group: LinearGroup, width: int) -> Tensor:
-    """For each input channel [in], which producer channel it is a copy of: copies get one scale."""
+    """Return of which producer channel each input channel [in] is a copy: copies get one scale."""
     copies = group.producer.channels if group.producer else None
     return torch.arange(width) if copies is None else torch.tensor(copies)
 
 
 def _largest(magnitude: Tensor, channels: Tensor) -> Tensor:
-    """Per producer channel, the largest magnitude [in] of its copies."""
+    """Return the largest magnitude that each producer channel has among its copies [in]."""
     return torch.zeros(int(channels.max()) + 1).scatter_reduce(0, channels, magnitude, "amax")
 
 

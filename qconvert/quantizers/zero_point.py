@@ -23,6 +23,7 @@ from qconvert.quantizers.clipped_range import ClippedRange
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
+    """Register zero-point."""
     return [ZeroPointQuantizer]
 
 
@@ -34,7 +35,9 @@ class ZeroPointQuantizer(ClippedRange, Quantizer):
     default_scheme = QuantScheme.parse("int8-tensor-asym-a8")
 
     def refuses(self, scheme: QuantScheme) -> str | None:
+        """Refuse symmetric schemes."""
         return "zero-point is asymmetric; add -asym, or take absmax" if scheme.symmetric else None
 
     def quantize(self, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
+        """Round the weight to the nearest codes of the range that `clip` asks for."""
         return self.rounded(layer.weight, scheme)

@@ -125,15 +125,15 @@ class Recipe(Part):
         return AUTO_QUANTIZER if self.quantizer == AUTO else self.quantizer
 
     def decided(self, scheme: QuantScheme, rules: Sequence[Rule] = ()) -> Self:
-        """What a recipe with a budget comes down to, once it is known that layers get `scheme` unless `rules` say otherwise."""
+        """Return what a recipe with a budget comes down to, in which layers get `scheme` unless `rules` say otherwise."""
         changes = {"quantizer": self.worker, "budget": None, "scheme": scheme, "rules": (*rules, *self.rules)}
         return self.model_copy(update=changes)
 
     def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
-        """The scheme of the layer `name`: the first rule that matches, else the recipe's, else `default`."""
+        """Return the scheme of the layer `name`: that of the first rule that matches, else the recipe's, else `default`."""
         rule = self.rule_for(name)
         return rule.scheme if rule else self.scheme or default
 
     def rule_for(self, name: str) -> Rule | None:
-        """The first rule that matches the layer `name`."""
+        """Return the first rule that matches the layer `name`."""
         return next((rule for rule in self.rules if rule.matches(name)), None)

@@ -20,7 +20,7 @@ NAME = re.compile(r"(?!compare\.)[a-z0-9][a-z0-9._+-]{0,99}", re.IGNORECASE)
 
 
 def named_recipes(settings: dict[str, Any]) -> dict[str, Recipe]:
-    """Name -> recipe, of settings whose 'recipes' lists several: each has a 'name', and what differs from the rest.
+    """Return the recipes of settings whose 'recipes' lists several, by name: each has a 'name', and what differs from the rest.
 
     A recipe's output is the folder of its name in 'output'.
 
@@ -71,7 +71,7 @@ def _name(entry: dict[str, Any], taken: set[str]) -> str:
 
 
 def tried(text: str) -> dict[str, Any]:
-    """From the command line: 'QUANTIZER' or 'QUANTIZER:SCHEME' -> an entry of 'recipes'. Raises UsageError QC-COMPARE-004."""
+    """Parse 'QUANTIZER' or 'QUANTIZER:SCHEME' into an entry of 'recipes'. Raises UsageError QC-COMPARE-004."""
     quantizer, separator, scheme = text.partition(":")
     if not quantizer or (separator and not scheme):
         raise UsageError(

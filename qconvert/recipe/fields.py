@@ -45,6 +45,7 @@ def _parse_budget(value: object) -> object:
 
 
 def without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values in the order of their first appearance."""
     return tuple(dict.fromkeys(values))
 
 
@@ -64,21 +65,24 @@ BudgetField = Annotated[str, BeforeValidator(_parse_budget)]
 
 
 class Part(BaseModel):
+    """A frozen part of a recipe, which refuses fields that it does not know."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 class Rule(Part):
-    """Which scheme the layers that match `pattern` (fnmatch on the full module name) get; the first match wins."""
+    """A scheme for the layers that match `pattern` (fnmatch on the full module name); the first match wins."""
 
     pattern: str = Field(description="fnmatch on the full module name, e.g. '*.mlp.*'")
     scheme: RuleSchemeField = Field(description="a scheme, or 'float', which keeps the layer in float")
 
     def matches(self, name: str) -> bool:
+        """Return whether the rule's pattern fits the layer `name`, case and all."""
         return fnmatchcase(name, self.pattern)
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the command line: 'PATTERN=SCHEME' or 'PATTERN=float'. Raises UsageError QC-RECIPE-002, QC-SCHEME-001."""
+        """Parse 'PATTERN=SCHEME' or 'PATTERN=float' of the command line. Raises UsageError QC-RECIPE-002, QC-SCHEME-001."""
         pattern, separator, scheme = text.rpartition("=")
         if not separator or not pattern:
             raise UsageError(
@@ -88,7 +92,7 @@ class Rule(Part):
 
 
 class DataSpec(Part):
-    """Where samples come from and how many are taken."""
+    """The source of samples, and how many of them are taken."""
 
     source: str | None = Field(
         None,

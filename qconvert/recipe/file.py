@@ -12,7 +12,7 @@ from qconvert.recipe.yaml_text import TooMuchError, read_yaml
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, paths relative to the working directory.
+    """Return the settings in a YAML file, paths relative to the working directory.
 
     Raises UsageError QC-RECIPE-004 if it can't be read or is no mapping, QC-RECIPE-005 if it is too large or deep.
     """

@@ -24,12 +24,12 @@ class Gate(Part):
     limit: float
 
     def __str__(self) -> str:
-        """As on the command line: 'kl<=0.2'."""
+        """Return the gate as the command line takes it: 'kl<=0.2'."""
         return f"{self.metric}{self.comparison}{self.limit:.12g}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of `str`. Raises UsageError QC-RECIPE-003."""
+        """Parse what `str` gives. Raises UsageError QC-RECIPE-003."""
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*", text)
         try:
             if match is None:
@@ -45,7 +45,7 @@ class Gate(Part):
 
 
 def refuse_gates(gates: Sequence[Gate], task: Task | None) -> None:
-    """Raises UsageError QC-GATE-002 for gates on a metric that a task does not have. task: None where it is not known yet."""
+    """Raise UsageError QC-GATE-002 for gates on a metric that a task does not have. task: None where it is not known yet."""
     lacking = [str(gate) for gate in gates if task is not None and gate.metric in task.unmeasured]
     if task is not None and lacking:
         measured = [metric for metric in get_args(Metric) if metric not in task.unmeasured]

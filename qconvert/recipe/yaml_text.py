@@ -23,7 +23,7 @@ class TooMuchError(ValueError):
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises what `parse_yaml` does, and OSError."""
+    """Return what a YAML file holds. Raises what `parse_yaml` does, and OSError."""
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)  # not the whole of a device or of a file of 100 GB
     if len(content) > MAX_BYTES:
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML document holds. Raises TooMuchError, other ValueErrors, and YAMLError."""
+    """Return what a YAML document holds. Raises TooMuchError, other ValueErrors, and YAMLError."""
     _check_amount(text)
     return yaml.safe_load(text)
 

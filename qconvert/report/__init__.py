@@ -1,1 +1,1 @@
-"""How a Report or a Plan is shown: tables for people, Markdown for the model's page, JSON for programs."""
+"""The ways to show a Report or a Plan: tables for people, Markdown for the model's page, JSON for programs."""

@@ -89,7 +89,7 @@ ONNX_NUMBERS = {"float16": 10, "bfloat16": 16}
 
 
 def card(report: Report, recipe: Recipe, model_name: str) -> str:
-    """Markdown: what it is, how to run and load it, the evidence, and how to make it again."""
+    """Return the card in Markdown: what the artifact is, how to run and load it, the evidence, and how to make it again."""
     sections = (
         f"# {_plain(model_name)}, {wording.title(report)}",
         f"Made by qconvert from `{_code(model_name)}` with the quantizer `{_code(report.quantizer)}`: "
@@ -144,7 +144,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
 
 
 def _dequantized(report: Report) -> str:
-    """What transformers makes of the weights."""
+    """Say what transformers makes of the weights."""
     without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
     schemes = {layer.scheme.replace("-tensor", "-channel") for layer in report.layers}  # the layout has one form for both
     late = len(schemes) > 1 or any(scheme.startswith("int8-g") for scheme in schemes)

@@ -27,7 +27,7 @@ def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> Renderabl
 
 
 def page(entry: Entry) -> RenderableType:
-    """All that is known of one of them."""
+    """Return a page with all that is known of one quantizer, loader, finder of data or finisher."""
     lines = [Text(entry.name, "bold"), Text(entry.doc)] if entry.doc else [Text(entry.name, "bold")]
     facts = [f"{entry.kind} of {entry.distribution} {entry.version} ({entry.value}), plugin API {entry.api}"]
     if entry.default_scheme is not None:

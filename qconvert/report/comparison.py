@@ -18,7 +18,7 @@ TEXTS = ("", *WORDS, "result")
 
 
 def table(comparison: Comparison) -> RenderableType:
-    """One row per recipe, a star for those on the Pareto front; then what failed, and what to do next."""
+    """Return a table with one row per recipe, a star for those on the Pareto front; then what failed, and what to do next."""
     decoder = comparison.task.generates
     titles = (*TEXTS, "size", "bits", *(("KL", "prefill", "decode") if decoder else ("cosine", "p50 ms")), "seconds")
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")

@@ -17,7 +17,10 @@ logger = logging.getLogger("qconvert")
 
 
 def write_report(report: Report, recipe: Recipe, model_name: str, folder: Path) -> None:
-    """Raises ResourceError QC-DISK-002 on a full disk, QC-DISK-003 where the folder can't be written."""
+    """Write report.json and the card.
+
+    Raises ResourceError QC-DISK-002 on a full disk, QC-DISK-003 where the folder can't be written.
+    """
     replace_file(folder / REPORT, (json.dumps(report.document(), indent=2) + "\n").encode())
     replace_file(folder / CARD, card(report, recipe, model_name).encode())
 

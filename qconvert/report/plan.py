@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def table(plan: Plan) -> RenderableType:
-    """Layers that differ in nothing but a block's number share a row: 'model.layers.*.mlp.up_proj', a pattern for --rule."""
+    """Return a table of the plan.
+
+    Layers that differ in nothing but a block's number share a row: 'model.layers.*.mlp.up_proj', a pattern for --rule.
+    """
     rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     rows.add_column("layer", overflow="fold")
     for title in ("count", "[out, in]"):
@@ -61,7 +64,7 @@ def table(plan: Plan) -> RenderableType:
 
 
 def _cuda(plan: Plan) -> list[str]:
-    """What the table of CUDA kernels says of the layers."""
+    """Say what the table of CUDA kernels tells of the layers."""
     described = [target.describe for target in targets_of(plan.targets) if target.describe is not None]
     if not described:
         return []
@@ -76,7 +79,7 @@ def _cuda(plan: Plan) -> list[str]:
 
 
 def document(plan: Plan) -> dict[str, Any]:
-    """The JSON document of `qconvert plan --json` (schema 1): every layer, every number in bytes."""
+    """Return the JSON document of `qconvert plan --json` (schema 1): every layer, every number in bytes."""
     return {
         "schema": 1,
         "scheme": str(plan.scheme),

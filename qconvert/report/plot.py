@@ -45,7 +45,7 @@ LEADER = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
 
 
 def plot(comparison: Comparison) -> bytes:
-    """PNG. Lower and further to the left is better; needs at least one point."""
+    """Return a PNG that plots size against loss. Lower and further to the left is better; needs at least one point."""
     # Not with the settings of a matplotlibrc, which may lie in the current folder: text.usetex would run LaTeX.
     with style.context("default"):
         return _png(comparison)

@@ -16,7 +16,7 @@ STYLES = {"passed": "green", "failed": "bold red", "not-run": "yellow", "measure
 
 
 def table(report: Report) -> RenderableType:
-    """The verdict, then its evidence, one section per row."""
+    """Return a table of the verdict, then its evidence, one section per row."""
     headline = Text.assemble(
         (wording.verdict(report), verdict_style(report)),
         f" - {printable(report.quantizer)}, {wording.title(report)}, {report.task}",
@@ -30,7 +30,7 @@ def table(report: Report) -> RenderableType:
 
 
 def verdict_style(report: Report) -> str:
-    """Green is for what has lost no more than somebody said it may."""
+    """Return the style of a verdict: green is for what has lost no more than somebody said it may."""
     if report.passed:
         return STYLES["passed"] if report.loss_is_limited else "bold"
     return STYLES["not-run" if report.passed is None else "failed"]

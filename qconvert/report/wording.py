@@ -17,7 +17,7 @@ WORST_LAYERS = 5
 
 
 def byte_size(count: int) -> str:
-    """1234567 -> "1.2 MB": decimal units, as disks and downloads count."""
+    """Word a number of bytes, 1234567 as "1.2 MB": decimal units, as disks and downloads count."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.95 and len(units) > 1:  # what would round to 1000.0
         value /= 1000
@@ -26,7 +26,7 @@ def byte_size(count: int) -> str:
 
 
 def verdict(report: Report) -> str:
-    """One line that claims no more than was shown: without gates nobody has said how much may be lost."""
+    """Word the verdict in a line that claims no more than was shown: without gates nobody has said how much may be lost."""
     missed = sum(not gate.passed for gate in report.gates)
     gates = f"{missed or len(report.gates)} of {len(report.gates)} gates {'missed' if missed else 'kept'}"
     not_run = [part.target for part in report.parity if part.status == "not-run"]
@@ -46,11 +46,15 @@ def verdict(report: Report) -> str:
 
 
 def status(part: Parity | Fidelity | Latency) -> str:
-    """Of a check. Parity has a limit of its own; what is lost, and how fast it is, are measured, and left to gates to judge."""
+    """Word the status of a check.
+
+    Parity has a limit of its own; what is lost, and how fast it is, are measured, and left to gates to judge.
+    """
     return "measured" if part.status == "passed" and not isinstance(part, Parity) else part.status
 
 
 def size(report: Report) -> str:
+    """Word the size: weights, their ratio to the source's, bits per quantized weight, and graphs."""
     part = report.size
     return (
         f"{byte_size(part.weights_bytes)} of weights, {part.ratio:.3g} x the source's {byte_size(part.source_bytes)}; "
@@ -59,7 +63,7 @@ def size(report: Report) -> str:
 
 
 def assignment(part: Assignment, measured: Iterable[Fidelity] = ()) -> str:
-    """What a budget decided, and whether it lost what was predicted. measured: where it was run."""
+    """Word what a budget decided, and whether it lost what was predicted. measured: where it was run."""
     predicted = _number("predicted KL ", part.predicted_kl, ".3g", " nats") or _number(
         "predicted relative error of the output ", part.predicted_error, ".3g"
     )
@@ -68,11 +72,12 @@ def assignment(part: Assignment, measured: Iterable[Fidelity] = ()) -> str:
 
 
 def title(report: Report) -> str:
-    """The scheme, or where there are several how much they average."""
+    """Word the scheme, or where there are several how many bits they average."""
     return f"{report.assignment.average_bits:.3g} bits" if report.assignment else report.scheme
 
 
 def parity(part: Parity) -> str:
+    """Word the parity of one target: its measures, or the reason why there are none."""
     return _measured(
         part.reason,
         _number("max relative error ", part.max_relative_error, ".2g"),
@@ -82,6 +87,7 @@ def parity(part: Parity) -> str:
 
 
 def fidelity(part: Fidelity) -> str:
+    """Word the fidelity on one target: its measures, or the reason why there are none."""
     against = _number(" (float ", part.perplexity_float, ".4g", ")")
     return _measured(
         part.reason,
@@ -94,6 +100,7 @@ def fidelity(part: Fidelity) -> str:
 
 
 def latency(part: Latency) -> str:
+    """Word the latency on one target: its measures and what they ran with, or the reason why there are none."""
     return _measured(
         part.reason,
         speed(part),
@@ -111,7 +118,7 @@ def latency(part: Latency) -> str:
 
 
 def busy(part: Latency) -> str:
-    """That other programs are in the times that follow."""
+    """Say that other programs took part of the cores while this was measured; "" where they did not."""
     if not part.busy:
         return ""
     why = "" if part.others_share is None else f": other programs took {part.others_share:.0%} of its cores' time"
@@ -119,7 +126,7 @@ def busy(part: Latency) -> str:
 
 
 def processor(part: Processor) -> str:
-    """ "AMD EPYC (x86_64, AVX-512, VNNI, no AMX)": its name, and what is known of its features."""
+    """Word the processor's name, and what is known of its features: "AMD EPYC (x86_64, AVX-512, VNNI, no AMX)"."""
     names = {"avx512": "AVX-512", "vnni": "VNNI", "amx": "AMX", "dot_product": "dot product"}
     known = {name: value for field, name in names.items() if (value := getattr(part, field)) is not None}
     return (
@@ -128,13 +135,13 @@ def processor(part: Processor) -> str:
 
 
 def settings(part: Latency | Trial) -> str:
-    """ "2 threads", "2 threads without spinning": of a session."""
+    """Word the settings of a session: "2 threads", "2 threads without spinning"."""
     threads = "1 thread" if part.threads == 1 else f"{part.threads} threads"
     return threads if part.spinning or part.spinning is None else f"{threads} without spinning"
 
 
 def speed(part: Latency) -> str:
-    """Plainly: whether the artifact is slower than float. Of what a busy machine made slower, that is not said."""
+    """Say plainly whether the artifact is slower than float; of a busy machine only the ratio of processor times is said."""
     if part.speedup is None:
         return ""
     if part.busy:
@@ -147,23 +154,24 @@ def speed(part: Latency) -> str:
 
 
 def gate(part: GateResult) -> str:
+    """Word a gate, its value and whether it was kept."""
     value = "not measured" if part.value is None else f"{part.value:.4g}"
     return f"{part.metric} {part.comparison} {part.limit:.4g}: {value}, {'kept' if part.passed else 'MISSED'}"
 
 
 def worst(layers: Iterable[LayerReport]) -> list[LayerReport]:
-    """The layers that lost most, worst first."""
+    """Return the layers that lost most, worst first."""
     return sorted(layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
 
 
 def schemes(layers: Iterable[LayerReport]) -> str:
-    """ "210 int4-g32, 1 int8-channel": most first."""
+    """Word how many layers have each scheme, most first: "210 int4-g32, 1 int8-channel"."""
     counts = Counter(layer.scheme for layer in layers)
     return ", ".join(f"{count} {scheme}" for scheme, count in counts.most_common())
 
 
 def outliers(layers: Iterable[LayerReport]) -> str:
-    """The share of float columns, and how many layers have some; "" where none has."""
+    """Word the share of float columns, and how many layers have some; "" where none has."""
     shares = [layer.outlier_share or 0 for layer in layers]
     some_have = sum(share > 0 for share in shares)
     if not some_have:
@@ -175,17 +183,17 @@ def outliers(layers: Iterable[LayerReport]) -> str:
 
 
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
-    """Modules kept in float, by reason, in the order of first appearance."""
+    """Return the modules kept in float, by reason, in the order of first appearance."""
     return by_reason({part.name: part.reason for part in kept})
 
 
 def other_schemes(layers: Iterable[LayerReport | LayerPlan]) -> list[tuple[str, list[str]]]:
-    """Layers that do not have the scheme that was asked for, by "int4-g16: REASON", in the order of first appearance."""
+    """Return the layers without the scheme that was asked for, by "int4-g16: REASON", in the order of first appearance."""
     return by_reason({layer.name: f"{layer.scheme}: {layer.reason}" for layer in layers if layer.reason is not None})
 
 
 def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    """The names that have a reason in common, in the order of first appearance. reasons: of each name."""
+    """Return the names that have a reason in common, in the order of first appearance. reasons: of each name."""
     grouped: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         grouped.setdefault(reason, []).append(printable(name))
@@ -193,7 +201,7 @@ def by_reason(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
 
 
 def some(names: list[str], limit: int = 3) -> str:
-    """ "a, b, c and 4 more"."""
+    """List a few names: "a, b, c and 4 more"."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 

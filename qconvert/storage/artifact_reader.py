@@ -25,22 +25,24 @@ class ArtifactReader:
 
     @property
     def has_outliers(self) -> bool:
+        """Whether any layer keeps float columns in the sidecar."""
         return any(f"{name}.outlier_columns" in self.tensors for name in self.plan.layers)
 
     def layer(self, name: str) -> QuantizedTensor:
+        """Return the quantized tensor of the planned module `name`."""
         layer = self.plan.layer_of(name)
         assert layer is not None
         return read_layer(self.folder, layer, self.tensors)
 
     def read(self, parameter: str) -> Tensor:
-        """A parameter in the module's shape, dequantized with outliers and smoothing scale put in."""
+        """Return a parameter in the module's shape, dequantized with outliers and smoothing scale put in."""
         name = self._layer_name(parameter)
         if name is not None:
             return in_own_shape(self.model.module.get_submodule(name), self.layer(name).dequantize())
         return read_tensor(self.folder, self.tensors[self.model.stored_name(parameter)])
 
     def read_plain(self, parameter: str) -> Tensor:
-        """Like `read`, but as a loader that knows nothing of outliers sees it."""
+        """Return what `read` does, but as a loader that knows nothing of outliers sees it."""
         name = self._layer_name(parameter)
         if name is not None:
             tensor = self.layer(name)

@@ -1,4 +1,4 @@
-"""How a quantized layer lies in model.safetensors: compressed-tensors' layout, and what its readers can't take.
+"""The layout of a quantized layer in model.safetensors, that of compressed-tensors, and the limits of its readers.
 
     pack-quantized   weight_packed, weight_scale, weight_shape [, weight_zero_point packed along the outputs]
     int-quantized    weight (int8), weight_scale [, weight_zero_point]: layers with int8 activations
@@ -24,7 +24,7 @@ SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "wei
 
 
 def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """Suffix -> tensor of model.safetensors, as `plan.disk_tensors` says; a scale beyond float16 is float32."""
+    """Return the tensors of model.safetensors by suffix, as `plan.disk_tensors` says; a scale beyond float16 is float32."""
     out, bits = plan.out_features, plan.scheme.bits
     packed = plan.form.is_packed
     tensors = {
@@ -40,7 +40,7 @@ def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def decode(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-    """Inverse of `encode`, without smoothing scale and outliers: those are in the sidecar."""
+    """Undo `encode`, without smoothing scale and outliers: those are in the sidecar."""
     scheme = plan.scheme
     rows = 1 if isinstance(scheme.granularity, PerTensor) else plan.out_features
     zero_point = tensors.get("weight_zero_point")
@@ -53,7 +53,7 @@ def decode(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
 
 
 def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:
-    """The layer's scheme in the words of compressed-tensors' `config_groups`, without targets.
+    """Return the layer's scheme in the words of compressed-tensors' `config_groups`, without targets.
 
     outliers: some layer of the model keeps float columns, so the int8 matrices are meant for float activations.
     """
@@ -87,13 +87,14 @@ def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:
 
 
 def dequantizes_exactly(plan: LayerPlan) -> bool:
-    """Whether nothing is lost with `"dequantize": true`: transformers then multiplies in the dtype of the scales, and float16
-    holds codes of 4 bits times scales that `affine.round_scale` has rounded, but not codes of 8 bits."""
+    """Return whether nothing is lost with `"dequantize": true`: transformers then multiplies in the dtype of the scales, and
+    float16 holds codes of 4 bits times scales that `affine.round_scale` has rounded, but not codes of 8 bits.
+    """
     return plan.scheme.format.exact_in_float16 or plan.scheme.scale_dtype == torch.float32
 
 
 def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
-    """Whether transformers can load the layer only with `"dequantize": true`.
+    """Return whether transformers can load the layer only with `"dequantize": true`.
 
     Measured with transformers 5.23 and compressed-tensors 0.20: packed zero points fail with a shape mismatch, and
     int-quantized weights without quantized activations fail at the first forward, and a packed embedding can't be looked
@@ -105,7 +106,7 @@ def must_dequantize(plan: LayerPlan, *, outliers: bool) -> bool:
 
 
 def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False) -> str | None:
-    """Why transformers could not load these layers from one folder, as half a sentence; None if it can.
+    """Return why transformers could not load these layers from one folder, as half a sentence; None if it can.
 
     outliers: the quantizer keeps float columns beside the int8 matrix (llm-int8).
 
@@ -141,7 +142,7 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
 
 
 def _trait(needy: LayerPlan) -> str:
-    """What makes a layer one that must be dequantized."""
+    """Name what makes a layer one that must be dequantized."""
     if needy.form.is_embedding:
         return "is an embedding"
     if not needy.scheme.symmetric:

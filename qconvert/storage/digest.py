@@ -13,7 +13,7 @@ CHUNK = 2**24
 
 
 def sha256(content: Path | bytes) -> str:
-    """Hex digest of a file, or of bytes. Raises OSError for a file that can't be read."""
+    """Return the hex digest of a file, or of bytes. Raises OSError for a file that can't be read."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     digest = hashlib.sha256()
@@ -24,6 +24,6 @@ def sha256(content: Path | bytes) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, little-endian; no copy where it is contiguous already."""
+    """Return the bytes of a tensor in row-major order, little-endian; no copy where it is contiguous already."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return flat.numpy().data

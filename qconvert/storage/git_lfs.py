@@ -10,7 +10,7 @@ _GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_git_lfs_pointer(path: Path) -> None:
-    """Raises InputError QC-INPUT-004 where git left a pointer in place of the file."""
+    """Raise InputError QC-INPUT-004 where git left a pointer in place of the file."""
     if not path.is_file():
         return
     with path.open("rb") as file:

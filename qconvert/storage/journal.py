@@ -31,6 +31,7 @@ class Journal:
         os.truncate(path, valid)
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record at the end, on disk before this returns. Raises ResourceError (disk)."""
         with disk_errors(self.path):
             with self.path.open("ab") as file:
                 file.write(json.dumps(record).encode() + b"\n")
@@ -39,4 +40,5 @@ class Journal:
         self._records.append(dict(record))
 
     def records(self) -> tuple[dict[str, Any], ...]:
+        """Return every record, the oldest first."""
         return tuple(self._records)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice. Raises ValueError: readers disagree on which of two values counts."""
+    """Parse a JSON object in which no key occurs twice. Raises ValueError: readers disagree on which of two values counts."""
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except RecursionError as error:

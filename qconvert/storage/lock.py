@@ -1,4 +1,4 @@
-"""Who works on an output folder."""
+"""The lock of an output folder, which one run at a time holds."""
 
 from __future__ import annotations
 

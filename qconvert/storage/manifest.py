@@ -14,7 +14,7 @@ KEYS = ("schema", "recipe", "inputs", "outputs", "versions", "layers", "sidecar"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """qconvert.json of an output folder. Raises InputError QC-READ-001 if it can't be read."""
+    """Read qconvert.json of an output folder. Raises InputError QC-READ-001 if it can't be read."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -37,7 +37,7 @@ def check_output(output: Path, *, force: bool = False, inputs: Iterable[Path] = 
 
 
 def check_place(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises UsageError if writing `output` would touch an input, or can't be done by renaming."""
+    """Raise UsageError if writing `output` would touch an input, or can't be done by renaming."""
     for path in (path.resolve() for path in inputs):
         inside = any(_same(parent, path) for parent in (output, *output.parents))
         if inside or any(_same(output, parent) for parent in path.parents):
@@ -53,7 +53,7 @@ def check_place(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_free(output: Path, force: bool) -> None:
-    """Raises UsageError if there is something at `output` that may not be replaced."""
+    """Raise UsageError if there is something at `output` that may not be replaced."""
     if not output.exists():
         return
     if not output.is_dir():
@@ -69,7 +69,7 @@ def check_free(output: Path, force: bool) -> None:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one place, also where the file system ignores case."""
+    """Return whether two paths are one place, also where the file system ignores case."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 

@@ -15,7 +15,7 @@ FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name
 
 
 def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> Recipe:
-    """The recipe to verify a published folder by: that of its manifest, its paths resolved against the folder.
+    """Return the recipe to verify a published folder by: that of its manifest, its paths resolved against the folder.
 
     targets, evaluation, gates: take the place of the recipe's where given.
     """
@@ -43,7 +43,7 @@ def _resolved(source: str, folder: Path) -> str:
 
 
 def portable_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """The recipe as JSON with every path relative to the output folder, and without `force`, which changes no byte."""
+    """Return the recipe as JSON with every path relative to the output folder, and without `force`, which changes no byte."""
 
     def relative(value: Any, *, path: bool = False) -> Any:
         if isinstance(value, dict):

@@ -27,18 +27,18 @@ from qconvert.storage.safetensors import DTYPE_NAMES, DTYPES
 
 
 def tensor_record(tensor: StoredTensor) -> dict[str, Any]:
-    """The JSON form of a StoredTensor, without its file."""
+    """Return the JSON form of a StoredTensor, without its file."""
     return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "offset": tensor.offset}
 
 
 def stored_tensor(file: str, record: Mapping[str, Any]) -> StoredTensor:
-    """Inverse of `tensor_record`."""
+    """Undo `tensor_record`."""
     dtype, shape = DTYPES[record["dtype"]], tuple(record["shape"])
     return StoredTensor(file, dtype, shape, record["offset"], dtype.itemsize * torch.Size(shape).numel())
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """Where every tensor of a finished folder lies, weights and sidecar together.
+    """Return where every tensor of a finished folder lies, weights and sidecar together.
 
     Raises InputError QC-READ-001 if a file is missing or its index is damaged.
     """
@@ -63,7 +63,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_written(folder: Path) -> WriteResult:
-    """What the write stage left in a folder, from its files."""
+    """Return what the write stage left in a folder, from its files."""
     manifest = read_manifest(folder)
     layers = tuple(LayerReport.model_validate(layer) for layer in manifest["layers"])
     assignment = Assignment(**manifest["assignment"]) if "assignment" in manifest else None
@@ -71,7 +71,7 @@ def read_written(folder: Path) -> WriteResult:
 
 
 def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
-    """A copy of one stored tensor. Raises InputError QC-READ-002 where the file ends too early."""
+    """Return a copy of one stored tensor. Raises InputError QC-READ-002 where the file ends too early."""
     path = folder / tensor.file
     if not tensor.nbytes:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -93,7 +93,7 @@ def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
 
 
 def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor]) -> QuantizedTensor:
-    """The quantized tensor of a layer, with outliers and smoothing scale from the sidecar.
+    """Return the quantized tensor of a layer, with outliers and smoothing scale from the sidecar.
 
     tensors: `read_index` of a finished folder, or what a stage has journalled so far.
     Raises InputError QC-READ-003 if one of its tensors is missing.

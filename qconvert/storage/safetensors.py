@@ -60,6 +60,7 @@ class SafetensorsFile:
         return stored
 
     def sync(self) -> None:
+        """Put all that was written on disk. Raises ResourceError (disk)."""
         with disk_errors(self.path):
             self.file.flush()
             fsync(self.path)
@@ -81,6 +82,7 @@ class SafetensorsFile:
         self.sync()
 
     def close(self) -> None:
+        """Close the file, which need not be complete. Raises ResourceError (disk)."""
         with disk_errors(self.path):
             self.file.close()
 
@@ -143,7 +145,7 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of the file, in the order of its header. Only the header is read.
+    """Return every tensor of the file, in the order of its header. Only the header is read.
 
     Raises InputError: QC-INPUT-004 Git LFS pointer, 005 header, 006 empty or truncated, 007 tensors that contradict
     their bytes, 008 a dtype that torch can't hold.

@@ -45,6 +45,7 @@ class Sidecar:
         return self.tensors[name]
 
     def sync(self) -> None:
+        """Put all that was written on disk. Raises ResourceError (disk)."""
         if self.tensors:
             with disk_errors(self.path):
                 fsync(self.path)

@@ -59,7 +59,7 @@ class Stage:
             folder.mkdir(parents=True, exist_ok=True)
 
     def _is_damaged(self) -> bool:
-        """Whether `folder` is not what the journal says: published already (then it is the old output), or cut off."""
+        """Return whether `folder` is not what the journal says: published already (then it is the old output), or cut off."""
         for record in self.journal.records():
             if record.get("publishing", self._inode()) != self._inode():
                 return True
@@ -73,11 +73,11 @@ class Stage:
         return self.folder.stat().st_ino
 
     def done_blocks(self) -> tuple[str, ...]:
-        """Names of the blocks that an earlier run of the same digest has written; "" is what lies outside blocks."""
+        """Return the names of the blocks that an earlier run of the same digest has written; "" is what lies outside blocks."""
         return tuple(record["block"] for record in self.journal.records() if "block" in record)
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Name -> place in `folder` of every tensor of the done blocks."""
+        """Return where each tensor of the done blocks lies in `folder`, by name."""
         return {
             name: stored_tensor(file, entry)
             for record in self.journal.records()
@@ -86,10 +86,11 @@ class Stage:
         }
 
     def tensors_of(self, file: str) -> dict[str, StoredTensor]:
+        """Return the tensors of the done blocks that lie in `file`, by name."""
         return {name: tensor for name, tensor in self.tensors().items() if tensor.file == file}
 
     def require_space(self, needed_bytes: int) -> None:
-        """Raises ResourceError QC-DISK-001 if the disk can't take `needed_bytes`, less what the stage holds already."""
+        """Raise ResourceError QC-DISK-001 if the disk can't take `needed_bytes`, less what the stage holds already."""
         held = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.root).free
         if needed_bytes - held > free:

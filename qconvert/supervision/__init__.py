@@ -1,0 +1,1 @@
+"""One process that watches another, which runs plugins: it may crash or hang, and the user is told in what."""

@@ -1,4 +1,4 @@
-"""What a process is to the one that started it.
+"""The side of a process that another one started, and may watch.
 
 Nothing heavy is imported: the process that watches over a command starts with this.
 """
@@ -29,7 +29,7 @@ _channel: Channel | None = None
 
 
 def import_path() -> dict[str, str]:
-    """Environment variables with which a process, and all that it starts, finds no modules in the current folder by itself.
+    """Return environment variables that keep a process, and all that it starts, from finding modules in the current folder.
 
     That folder may be a checkpoint, or hold a script named as a library is. An empty entry of PYTHONPATH means it as well
     (`PYTHONPATH=$PYTHONPATH:/more` leaves one); what the user names stays.
@@ -39,13 +39,16 @@ def import_path() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """When the process that started this one is killed, this one is too (Linux; elsewhere it runs to its end)."""
+    """End this process when the one that started it is killed (Linux; elsewhere it runs to its end)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def become_watched() -> None:
-    """What a process does first that another may watch. What plugins start is not watched with it, hence not told of it."""
+    """Prepare this process, before it does anything else, to be watched by another.
+
+    What plugins start is not watched with it, hence not told of it.
+    """
     global _channel
     path = os.environ.pop(WATCH, None)
     if path is not None:
@@ -55,22 +58,23 @@ def become_watched() -> None:
 
 
 def watched_too() -> dict[str, str]:
-    """Environment variables for a process that is watched with this one."""
+    """Return environment variables for a process that is watched with this one."""
     return {WATCH: str(_channel.path)} if _channel else {}
 
 
 def is_watched() -> bool:
+    """Return whether another process watches this one."""
     return _channel is not None
 
 
 def tell_call(call: Mapping[str, Any] | None, seconds: float = 0) -> None:
-    """From now on a plugin is in this call, which may take so long, or in none."""
+    """Tell the watching process that a plugin is in this call from now on, which may take so long; or in none."""
     if _channel:
         _channel.tell({"call": call, "until": time.monotonic() + seconds} if call else {"call": None})
 
 
 def tell_done(code: int) -> None:
-    """The command is done: its exit code stands, and the process has EXIT_SECONDS to end.
+    """Tell the watching process that the command is done: its exit code stands, and the process has EXIT_SECONDS to end.
 
     A call that is told of stays: it was not over when the process of the verification ended.
     """

@@ -1,4 +1,4 @@
-"""What a watched process tells the one that watches."""
+"""The messages from a watched process to the one that watches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SET_ASIDE = "QCONVERT_SET_ASIDE"
 
 
 class Channel:
-    """What a watched process is doing, in memory that it shares with the one that watches.
+    """A note of what a watched process is doing, in memory that it shares with the one that watches.
 
     A pipe would be one of the process's files, and plugins close and write to files that they did not open.
     """
@@ -37,7 +37,7 @@ class Channel:
         self._memory[: self.HEAD.size + len(data)] = self.HEAD.pack(len(data), crc32(data)) + data
 
     def state(self) -> dict[str, Any] | None:
-        """What was told last, None before that and while it is being written.
+        """Return what was told last, None before that and while it is being written.
 
         call: the call that a plugin is in (plugin/host/calls.py), or None. exit: the exit code of a command that is done, and
         left: what still runs. until: when that call, or the process, has to be over, in seconds of time.monotonic.

@@ -38,7 +38,7 @@ SHOW_CURSOR = "\x1b[?25h"  # ECMA-48 DECTCEM: progress bars hide it
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the command's process ended: its exit code, negative for a signal, and what it told last (process.Channel.state).
+    """The end of the command's process: its exit code, negative for a signal, and what it told last (messages.Channel.state).
 
     told: {} where it could not open the channel.
     timed_out: it was ended because the call that it was in, or its end, took too long.
@@ -57,6 +57,7 @@ class Ending:
 
     @property
     def how(self) -> str:
+        """The way in which the process ended, as the predicate of a sentence: "crashed with SIGSEGV"."""
         if "how" in self.call:
             return str(self.call["how"])
         if self.timed_out:
@@ -65,13 +66,18 @@ class Ending:
 
 
 def is_needed(arguments: Sequence[str]) -> bool:
-    """Not for help, not in the process that is watched, not where a debugger is to see the command."""
+    """Return whether the command needs a process that watches it: not for help, not in the watched process itself, and not
+    where a debugger is to see the command.
+    """
     asks = not arguments or any(argument in ("--help", "--version") for argument in arguments)
     return os.name == "posix" and not asks and WATCH not in os.environ and "QCONVERT_DEBUG" not in os.environ
 
 
 def begin() -> None:
-    """What the command's process does first. It is no process of the terminal's foreground, but may write to it."""
+    """Prepare the command's process before it does anything else.
+
+    It is no process of the terminal's foreground, but may write to it.
+    """
     if WATCH in os.environ:
         become_watched()
         end_with_parent()
@@ -132,7 +138,7 @@ def _shared_file() -> Iterator[Path]:
 
 
 def _follow(channel: Channel, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bool]:
-    """What the command's process told last before it ended, or that it took too long for."""
+    """Return what the command's process told last before it ended, or that its call took too long."""
     told: dict[str, Any] = {}
     while True:
         ended = _has_ended(child)

@@ -1,4 +1,6 @@
-"""When Python's cyclic garbage collector is not to look: it takes a quarter of the time of a short conversion."""
+"""Pauses of Python's cyclic garbage collector while imports and traces make many long-lived objects: it would find nothing to
+free, and took a quarter of a short conversion.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within, no cycles are collected: for work that makes many objects and keeps most of them."""
+    """Pause the cyclic garbage collector within the context, for work that makes many objects and keeps most of them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -22,8 +24,9 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For the imports of a program of ours: modules live as long as the process, so no later collection goes through
-    them, and none goes through all that is left when the process ends."""
+    """Pause the collector for the imports of a program of ours, and take what they made out of its sight: modules live as long
+    as the process, so no later collection goes through them, and none goes through all that is left when the process ends.
+    """
     with uncollected():
         yield
     gc.freeze()

@@ -15,11 +15,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target
 
 
 def targets_of(names: Iterable[str]) -> tuple[Target, ...]:
-    """The targets of these names, in the order of TARGETS."""
+    """Return the targets of these names, in the order of TARGETS."""
     asked = set(names)
     return tuple(target for name, target in TARGETS.items() if name in asked)
 
 
 def graph_files(task: Task, target: Target = CPU) -> dict[str, str]:
-    """Part of a model -> the file of its graph for a target, in the order in which the parts run."""
+    """Return the file of the graph of each part of a model for a target, in the order in which the parts run."""
     return {part: target.graph_file(part) for part in task.parts}

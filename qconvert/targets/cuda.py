@@ -23,7 +23,7 @@ def _block_size(plan: LayerPlan) -> int:
 
 
 def _describe(plan: LayerPlan) -> str:
-    """What a layer becomes on CUDA, in a few words."""
+    """Say in a few words what a layer becomes on CUDA."""
     if plan.form is LayerForm.CONVOLUTION:
         return "Conv, its weight dequantized when the model is loaded (small on disk, not fast)"
     if plan.form is LayerForm.INT8_EMBEDDING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """One provider. How a layer is lowered for it is said in qconvert/export.
+    """One execution provider that graphs are made for. How a layer is lowered for it is said in qconvert/export.
 
     name: what users type. provider: ONNX Runtime's name. device: where it keeps values, as ONNX Runtime names it.
     package: the distribution of ONNX Runtime that has it, from the oldest version that runs the graphs.
@@ -38,9 +38,9 @@ class Target:
     provider_options: tuple[dict[str, Any], ...]
 
     def graph_file(self, part: str) -> str:
-        """The file of the graph of a part of a model (see Task.parts)."""
+        """Return the file of the graph of a part of a model (see Task.parts)."""
         return f"{part}.{self.variant}.onnx" if self.variant else f"{part}.onnx"
 
     def is_padded(self, layer: LayerPlan) -> bool:
-        """Whether the shared bytes do not fit the kernel's blocks, so that it needs a padded copy."""
+        """Return whether the shared bytes do not fit the kernel's blocks, so that it needs a padded copy."""
         return layer.in_features % self.block_size(layer) != 0

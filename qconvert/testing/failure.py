@@ -1,4 +1,4 @@
-"""What a check raises, and how it says where."""
+"""The failure of a check, and the place that it names."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ class CheckFailure(AssertionError):
 
 
 def place(layer: Layer, scheme: QuantScheme) -> str:
-    """ "layer 'typical.0' [48, 64], scheme int4-g32"."""
+    """Name a layer, its shape and its scheme for a message: "layer 'typical.0' [48, 64], scheme int4-g32"."""
     return f"layer {layer.name!r} {list(layer.weight.shape)}, scheme {scheme}"

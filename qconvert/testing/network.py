@@ -21,13 +21,14 @@ class Network(nn.Module):
         self.head = nn.Linear(HIDDEN, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of x [rows, WIDTH], [rows, CLASSES]."""
         x = self.norm(x)
         logits: Tensor = self.head(torch.relu(self.gate(x)) + self.value(x))
         return logits
 
 
 def network() -> tuple[nn.Module, Tensor]:
-    """The network with fixed weights, and example inputs [48, 64] of which two columns are large."""
+    """Return the network with fixed weights, and example inputs [48, 64] of which two columns are large."""
     with torch.random.fork_rng(devices=[]):  # modules draw their first weights from the global generator
         made = Network()
     with torch.no_grad():

@@ -28,7 +28,7 @@ def check_keeps_scheme(quantizer: Quantizer) -> None:
 
 
 def check_codes_have_shape(quantizer: Quantizer) -> None:
-    """q is int8 [out, in]: one code per weight, unpacked, outlier columns included."""
+    """Codes q are int8 [out, in]: one per weight, unpacked, outlier columns included."""
     for layer, scheme, tensor in returned(quantizer, typical()):
         _require(place(layer, scheme), "q", tensor.q, torch.int8, tuple(layer.weight.shape))
 
@@ -40,7 +40,7 @@ def check_codes_in_range(quantizer: Quantizer) -> None:
 
 
 def check_scale_has_shape(quantizer: Quantizer) -> None:
-    """scale is float32 [out, groups], per tensor [1, 1]: one form for every granularity."""
+    """A scale is float32 [out, groups], per tensor [1, 1]: one form for every granularity."""
     for layer, scheme, tensor in returned(quantizer, typical()):
         _require(place(layer, scheme), "scale", tensor.scale, torch.float32, scheme.scale_shape(*layer.weight.shape))
 

@@ -22,8 +22,9 @@ OUT, WIDTH = 6, 64
 
 
 def half_steps(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half a step, 0 in groups of
-    zeros; [out, in] float64."""
+    """Return the largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half a step, 0
+    in groups of zeros; [out, in] float64.
+    """
     scale, _ = affine.choose_qparams(weight, scheme)
     groups = affine.grouped(weight, scheme)
     half = torch.where((groups != 0).any(-1), scale.double().abs() / 2, 0.0)
@@ -31,7 +32,7 @@ def half_steps(weight: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def require_covering_error(outcome: Outcome) -> None:
-    """Raises CheckFailure unless the result is finite, its root mean square error at most that of half a step in every place.
+    """Raise CheckFailure unless the result is finite, its root mean square error at most that of half a step in every place.
 
     With statistics it is the error of the output that counts, as quantizers may trade errors of weights for it; errors of half
     a step that have nothing to do with each other would add up to sum_j E[x_j^2] (step_j / 2)^2. Without, it is that of the

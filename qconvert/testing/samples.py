@@ -1,4 +1,4 @@
-"""What quantizers are tried on: tiny linears with inputs, and the two calls that qconvert makes.
+"""The samples that quantizers are tried on: tiny linears with inputs, and the two calls that qconvert makes.
 
 All numbers come from generators with fixed seeds; the global random state is neither read nor changed.
 """
@@ -35,13 +35,13 @@ SCHEMES = tuple(
 
 
 def schemes_of(quantizer: Quantizer) -> tuple[QuantScheme, ...]:
-    """The quantizer's default scheme, then those of SCHEMES that it does not refuse."""
+    """Return the quantizer's default scheme, then those of SCHEMES that it does not refuse."""
     accepted = (scheme for scheme in SCHEMES if quantizer.refuses(scheme) is None)
     return tuple(dict.fromkeys((quantizer.default_scheme, *accepted)))
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    """Standard normal float32 numbers, the same for every call with this seed."""
+    """Return standard normal float32 numbers, the same for every call with this seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -67,13 +67,14 @@ class Sample:
         return LinearGroup(layers, stats=stats)
 
     def fits(self, scheme: QuantScheme) -> bool:
+        """Return whether the scheme's groups divide the width of the weights."""
         width = self.weights[0].shape[1]
         return width % scheme.group_size(width) == 0
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of one layer.
+    """One layer before and after quantization.
 
     layer: as `quantize` got it, its weight scaled. rows: [n, in], what it then reads.
     weight: [out, in] as it was. tensor: with the smoothing scale, if any.
@@ -86,11 +87,12 @@ class Outcome:
 
     @property
     def place(self) -> str:
+        """The layer, its shape and its scheme, for messages."""
         return place(self.layer, self.tensor.scheme)
 
 
 def statistics(observers: tuple[type[Observer], ...], rows: Tensor) -> CalibrationStats | None:
-    """What the observers make of rows [n, in] that all count alike; None without observers."""
+    """Return what the observers make of rows [n, in] that all count alike; None without observers."""
     if not observers:
         return None
     values = {}
@@ -102,8 +104,8 @@ def statistics(observers: tuple[type[Observer], ...], rows: Tensor) -> Calibrati
 
 
 def quantized(quantizer: Quantizer, sample: Sample, scheme: QuantScheme) -> tuple[Outcome, ...]:
-    """The layers of a sample as qconvert quantizes them where a smoothing scale can't be folded: `prepare`, the scale put into
-    weights and statistics, `quantize`; both calls held to their contract.
+    """Quantize the layers of a sample as qconvert does where a smoothing scale can't be folded: `prepare`, the scale put into
+    weights and statistics, `quantize`; both calls are held to their contract.
 
     Raises CheckFailure for what the contract refuses and for what the quantizer raises.
     """
@@ -127,7 +129,7 @@ def quantized(quantizer: Quantizer, sample: Sample, scheme: QuantScheme) -> tupl
 
 
 def every_outcome(quantizer: Quantizer, sample: Sample) -> Iterator[Outcome]:
-    """`quantized` with every scheme of the quantizer that fits the sample."""
+    """Yield the outcomes of `quantized` with every scheme of the quantizer that fits the sample."""
     for scheme in schemes_of(quantizer):
         if sample.fits(scheme):
             yield from quantized(quantizer, sample, scheme)
@@ -136,7 +138,7 @@ def every_outcome(quantizer: Quantizer, sample: Sample) -> Iterator[Outcome]:
 def returned(
     quantizer: Quantizer, sample: Sample, scale_bits: int = 24
 ) -> Iterator[tuple[Layer, QuantScheme, QuantizedTensor]]:
-    """What `quantize` returns for each layer and scheme, held to nothing: the checks of the record do that one by one."""
+    """Yield what `quantize` returns for each layer and scheme, held to nothing: the checks of the record do that one by one."""
     for scheme in schemes_of(quantizer):
         scheme = dataclasses.replace(scheme, scale_bits=scale_bits)
         if sample.fits(scheme):
@@ -149,7 +151,7 @@ def returned(
 
 
 def difference(one: QuantizedTensor, other: QuantizedTensor) -> str | None:
-    """Where two results differ, "q in 3 of 3072 places, first at [0, 7]"; None if they are the same bytes."""
+    """Return where two results differ, "q in 3 of 3072 places, first at [0, 7]"; None if they are the same bytes."""
     for name in ("q", "scale", "zero_point", "smoothing_scale", "outliers.columns", "outliers.weight"):
         a, b = _field(one, name), _field(other, name)
         if a is None or b is None:
@@ -172,14 +174,14 @@ def _field(tensor: QuantizedTensor, name: str) -> Tensor | None:
 
 @cache
 def typical() -> Sample:
-    """Two linears of width 64; their inputs are correlated, and two columns are 30 times as large as the others."""
+    """Return two linears of width 64; their inputs are correlated, and two columns are 30 times as large as the others."""
     rows = normal(192, 64, seed=1) @ (torch.eye(64) + 0.3 * normal(64, 64, seed=2) / 8)
     rows[:, [5, 40]] *= 30
     return Sample("typical", (normal(48, 64, seed=3) * 0.1, normal(16, 64, seed=4) * 0.1), rows)
 
 
 def with_weight(name: str, weight: Tensor, kind: LayerKind = "linear") -> Sample:
-    """One linear of weight [out, in] with correlated inputs."""
+    """Return one linear of weight [out, in] with correlated inputs."""
     width = weight.shape[1]
     rows = normal(96, width, seed=5) @ (torch.eye(width) + 0.3 * normal(width, width, seed=6) / width**0.5)
     return Sample(name, (weight,), rows, kind)

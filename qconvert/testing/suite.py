@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check.
+    """The result of one check.
 
     status: "expected" is a failure that the quantizer declares, message then holds its reason.
     message: "" where it passed.
@@ -57,7 +57,7 @@ class CheckResult:
 
 
 def checks() -> tuple[Check, ...]:
-    """Every check, in the order in which a new quantizer is best repaired."""
+    """Return every check, in the order in which a new quantizer is best repaired."""
     return tuple(check for subject in SUBJECTS for check in _checks_of(subject))
 
 
@@ -78,7 +78,7 @@ def check_quantizer(quantizer: Quantizer, on_result: Callable[[CheckResult], Non
 
 
 def parametrize_with_checks(quantizers: Sequence[Quantizer]) -> pytest.MarkDecorator:
-    """Decorator for `def test_conforms(quantizer, check): check(quantizer)`; ids are like "awq-deterministic".
+    """Decorate `def test_conforms(quantizer, check): check(quantizer)`; ids are like "awq-deterministic".
 
     Expected failures are marked as such, strictly. Raises ValueError for one that no check is named like. Needs pytest.
     """

@@ -113,7 +113,7 @@ def _expected(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
 
 
 def _first_cause(failure: BaseException) -> str:
-    """In one line what went wrong at the bottom: the exporter wraps it in pages of advice."""
+    """Return in one line what went wrong at the bottom: the exporter wraps it in pages of advice."""
     while failure.__cause__ is not None:
         failure = failure.__cause__
     return f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"

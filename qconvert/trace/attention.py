@@ -25,7 +25,7 @@ DECODER, ENCODER, ENCODER_DECODER = "qconvert-decoder", "qconvert-encoder", "qco
 
 @dataclass
 class AttentionContext:
-    """What the attention of every block needs from the graph around it, for the duration of one trace.
+    """The values that the attention of every block needs from the graph around it, for the duration of one trace.
 
     past: layer index -> (key, value) [batch, kv_heads, past, head_size]; present likewise, filled by the blocks.
     last_place: [batch] int32, where in the cache the last column of this run goes; total: int32 scalar, length of the rows.
@@ -52,7 +52,7 @@ _context = AttentionContext()
 
 @contextmanager
 def attention_context() -> Iterator[AttentionContext]:
-    """A fresh context for one trace."""
+    """Give the trace within the context an AttentionContext of its own."""
     global _context
     previous, _context = _context, AttentionContext()
     try:
@@ -78,7 +78,7 @@ def group_query_attention(  # noqa: PLR0913 - as transformers calls attention fu
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """com.microsoft::GroupQueryAttention on query [batch, heads, sequence, head_size], key and value with kv_heads."""
+    """Trace com.microsoft::GroupQueryAttention on query [batch, heads, sequence, head_size], key and value with kv_heads."""
     batch, heads, sequence, size = query.shape
     kv_heads = key.shape[1]
     index = int(module.layer_idx)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def multi_head_attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """com.microsoft::MultiHeadAttention on query, key and value [batch, heads, sequence, head_size]."""
+    """Trace com.microsoft::MultiHeadAttention on query, key and value [batch, heads, sequence, head_size]."""
     _refuse_windows(more)
     batch, heads, sequence, size = query.shape
     assert _context.padding is not None
@@ -146,7 +146,7 @@ def encoder_decoder_attention(  # noqa: PLR0913 - as transformers calls attentio
     position_bias: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """com.microsoft::MultiHeadAttention: an encoder's, a decoder's on its cache, or that of a decoder on its source.
+    """Trace com.microsoft::MultiHeadAttention: an encoder's, a decoder's on its cache, or that of a decoder on its source.
 
     position_bias: [1, heads, sequence, total], added to the scores.
     """
@@ -201,9 +201,11 @@ class NoCache:
     is_compileable = False
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the keys and values as they are."""
         return key, value
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Return 0: nothing has gone before."""
         return 0
 
 
@@ -212,6 +214,7 @@ class SelfCache(NoCache):
     keys, so they are given joined; the op gets the two parts."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the layer's past keys and values with the new ones behind them, and note the new ones."""
         if layer_idx not in _context.past:
             return key, value
         _context.fresh[layer_idx] = key, value
@@ -219,6 +222,7 @@ class SelfCache(NoCache):
         return torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Return the number of tokens that the past holds."""
         return next((key.shape[2] for key, _ in _context.past.values()), 0)
 
 
@@ -228,9 +232,11 @@ class SourceCache(NoCache):
 
     @property
     def layers(self) -> Mapping[int, SimpleNamespace]:
+        """The keys and values that attend to the source, by layer."""
         return {index: SimpleNamespace(keys=key, values=value) for index, (key, value) in _context.cross.items()}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Note the keys and values of the source as the encoder's, and return them."""
         _context.cross[layer_idx] = key, value
         return key, value
 
@@ -263,7 +269,7 @@ def rotation_left_to_attention(module: nn.Module) -> Iterator[None]:
 
 
 def rotary_caches(module: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
-    """The (cos, sin) [positions, rotary_dim / 2] that GroupQueryAttention rotates with.
+    """Return the (cos, sin) [positions, rotary_dim / 2] that GroupQueryAttention rotates with.
 
     Raises ValueError where the model has no rotary embedding of that kind.
     """

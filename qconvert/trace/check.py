@@ -1,4 +1,4 @@
-"""Whether traced graphs compute what the model computes: the traced blocks are run both ways on real weights."""
+"""The check that traced graphs compute what the model computes: the traced blocks are run both ways on real weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
-    """What torch computes for each of the probes with only `blocks` kept: name of the graph's output -> tensor.
+    """Return what torch computes for each of the probes with only `blocks` kept: name of the graph's output -> tensor.
 
     Raises InputError QC-INPUT-014 for a model with outputs that no graph would have, and whatever the model raises.
     """
@@ -38,7 +38,9 @@ def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
 def relative_error(
     model: Model, graphs: Mapping[str, onnx_ir.Model], blocks: list[str], expected: Sequence[Mapping[str, Tensor]]
 ) -> float:
-    """Largest difference of traced graphs' outputs to torch's, relative to their largest value; inf if one is not finite.
+    """Return the largest difference of traced graphs' outputs to torch's, relative to their largest value.
+
+    Infinite if one is not finite.
 
     graphs: part -> graph; blocks: those that they hold; expected: their `reference`.
 

@@ -11,7 +11,7 @@ from qconvert.ir.template import DOMAIN
 
 
 def drop_reshape_pairs(graph: onnx_ir.Graph) -> None:
-    """Reshape(Reshape(x)) whose result has the very shape of x is x.
+    """Replace Reshape(Reshape(x)), whose result has the very shape of x, by x.
 
     Attention ops of ONNX Runtime take [batch, sequence, heads * size], transformers goes through
     [batch, heads, sequence, size] on the way in and out.
@@ -29,7 +29,7 @@ def drop_reshape_pairs(graph: onnx_ir.Graph) -> None:
 
 
 def keep_sums_before_norms(graph: onnx_ir.Graph) -> None:
-    """LayerNormalization(Add(a, b)) becomes LayerNormalization(Sum(a, b)).
+    """Replace LayerNormalization(Add(a, b)) by LayerNormalization(Sum(a, b)).
 
     ONNX Runtime fuses the first into SkipLayerNormalization, whose CPU kernel takes five times as long as its two parts
     (16 x 128 rows of 384: 3.0 ms against 0.6 ms); it knows nothing to do with Sum.
@@ -43,7 +43,7 @@ def keep_sums_before_norms(graph: onnx_ir.Graph) -> None:
 
 
 def fuse_sums_into_rms_norms(graph: onnx_ir.Graph) -> None:
-    """RMSNormalization(Add(a, b)) over the last axis becomes SkipSimplifiedLayerNormalization(a, b), which gives the sum too.
+    """Replace RMSNormalization(Add(a, b)) over the last axis by SkipSimplifiedLayerNormalization(a, b), which adds too.
 
     One op less per norm and pass over the hidden state; a sum that broadcasts is left alone. Source:
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -81,14 +81,14 @@ def _is_hidden_state(value: onnx_ir.Value) -> bool:
 
 
 def drop_zero_biases(graph: onnx_ir.Graph) -> None:
-    """MultiHeadAttention whose attention bias is zero everywhere has none: T5 makes one for every attention."""
+    """Take from MultiHeadAttention an attention bias that is zero everywhere: T5 makes one for every attention."""
     for node in graph:
         if node.op_type == "MultiHeadAttention" and len(node.inputs) > 5 and _is_zero(node.inputs[5]):
             node.replace_input_with(5, None)
 
 
 def _is_zero(value: onnx_ir.Value | None) -> bool:
-    """Whether a value is a zero constant, spread out to some shape."""
+    """Return whether a value is a zero constant, spread out to some shape."""
     node = None if value is None else value.producer()
     if node is None or node.op_type != "Expand" or node.inputs[0] is None:
         return False
@@ -97,7 +97,7 @@ def _is_zero(value: onnx_ir.Value | None) -> bool:
 
 
 def drop_markers(graph: onnx_ir.Graph) -> None:
-    """Block markers compute nothing: their output is their input."""
+    """Replace the output of every block marker by its input, since markers compute nothing."""
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type in ("BlockInput", "BlockOutput"):
             assert node.inputs[0] is not None
@@ -112,7 +112,7 @@ CLEAN_UPS: tuple[CleanUp, ...] = (drop_reshape_pairs, drop_zero_biases, keep_sum
 
 
 def cleaned_up(model: onnx_ir.Model, clean_ups: Sequence[CleanUp]) -> onnx_ir.Model:
-    """`model` itself, without block markers and unused nodes, and with `clean_ups` done."""
+    """Return `model` itself, without block markers and unused nodes, and with `clean_ups` done."""
     drop_markers(model.graph)
     for clean_up in clean_ups:
         clean_up(model.graph)

@@ -53,6 +53,7 @@ class _Encoder(Wrapper):
 
 
 def encoder(module: nn.Module, decoder_blocks: list[str], form: Form) -> Signature:
+    """Return the signature of the encoder's graph, which also gives the keys and values of the decoder's blocks."""
     indices = layer_indices(decoder_blocks)
     inputs = {name: torch.ones(BATCH, SOURCE, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     return Signature(
@@ -91,7 +92,7 @@ class _Decoder(Wrapper):
 
 
 def decoder(module: nn.Module, decoder_blocks: list[str], form: Form, encoder_graph: onnx_ir.Graph) -> Signature:
-    """encoder_graph: gives the heads and the head size of the decoder's caches."""
+    """Return the signature of the decoder's graph. encoder_graph: gives the heads and the head size of the decoder's caches."""
     indices = layer_indices(decoder_blocks)
     key = next(value for value in encoder_graph.outputs if value.name == f"cross_key_values.{indices[0]}.key")
     assert key.shape is not None

@@ -1,4 +1,4 @@
-"""Which linears share an input, and who produces it: read off the graph, no architecture tables."""
+"""The linears that share an input, and its producer: read off the graph, no architecture tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]) -> tuple[InputGroup, ...]:
-    """All linears and convolutions of a model's graphs, linears of one block that read one value together, in forward order.
+    """Return all linears and convolutions of a model's graphs in forward order, linears of one block with one input together.
 
     A convolution is alone: what it multiplies are patches of the value, cut by its own kernel and stride. Linears of
     several blocks may read one value (an encoder's output); they are quantized at different times, so nothing of the one
@@ -47,12 +47,12 @@ def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]
 
 
 def _read_by(nodes: Sequence[onnx_ir.Node]) -> tuple[onnx_ir.Value, ...]:
-    """What the calls of one layer read, each value once."""
+    """Return the values that the calls of one layer read, each once."""
     return tuple(dict.fromkeys(value for node in nodes if (value := node.inputs[0]) is not None))
 
 
 def _times_used(producer: Producer, calls: Mapping[str, Sequence[onnx_ir.Node]], graphs: Sequence[onnx_ir.Graph]) -> int:
-    """How often the model computes with a producer; a norm is found by its weight."""
+    """Return how often the model computes with a producer; a norm is found by its weight."""
     if producer.kind == "linear":
         return len(calls[producer.name])
     weight = f"{producer.name}.weight"

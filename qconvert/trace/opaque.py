@@ -29,11 +29,12 @@ class Opaque(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing to compute with, which would fail by its shape; but some models ask for its dtype (T5)."""
+        """An empty tensor, with which any computation fails by its shape; but some models ask for its dtype (T5)."""
         self.weights_read.add(self.name)
         return torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Trace as one node of the qconvert domain, with the module's name as an attribute."""
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.kind}",
             (x,),
@@ -45,7 +46,7 @@ class Opaque(nn.Module):
 
 
 def opaque(name: str, module: nn.Module) -> Opaque | None:
-    """The stand-in for a linear, Conv1D, Conv2d or embedding; None for anything that computes something else.
+    """Return the stand-in for a linear, Conv1D, Conv2d or embedding; None for anything that computes something else.
 
     A subclass with a forward of its own (a scaled embedding, say) is traced as it is: only the forward that we know is
     replaced. The same goes for convolutions that pad with anything but zeros.
@@ -88,7 +89,7 @@ def _opaque_conv(name: str, conv: nn.Conv2d) -> Opaque:
 
 
 def kind_of(block: nn.Module) -> tuple[Any, ...]:
-    """What makes two blocks the same computation: classes, plain attributes and parameter shapes, all but their index."""
+    """Return what makes two blocks the same computation: classes, plain attributes and parameter shapes, all but an index."""
     parts: list[Any] = []
     for name, module in block.named_modules():
         attributes = {
@@ -102,13 +103,13 @@ def kind_of(block: nn.Module) -> tuple[Any, ...]:
 
 
 def representatives(model: Model) -> dict[str, str]:
-    """Block -> the first block of the same kind in its stack."""
+    """Return the first block of the same kind in its stack, for every block."""
     first: dict[tuple[Any, ...], str] = {}
     return {name: first.setdefault((stack_of(name), kind_of(model.module.get_submodule(name))), name) for name in model.blocks}
 
 
 def shortened(model: Model, blocks: list[str]) -> nn.Module:
-    """A copy of the skeleton that keeps only `blocks`, under their old names in `Opaque` and in `layer_idx`."""
+    """Return a copy of the skeleton that keeps only `blocks`, under their old names in `Opaque` and in `layer_idx`."""
     module = copy.deepcopy(model.module)
     for stack, kept in groupby(blocks, stack_of):
         _shorten(module, stack, [int(name.rpartition(".")[2]) for name in kept])
@@ -132,12 +133,12 @@ def _shorten(module: nn.Module, stack: str, kept: list[int]) -> None:
 
 
 def places(blocks: list[str]) -> dict[str, str]:
-    """Name in the shortened model -> block."""
+    """Return which block each name of the shortened model stands for."""
     return {f"{stack}.{position}": block for stack, kept in groupby(blocks, stack_of) for position, block in enumerate(kept)}
 
 
 def original_name(name: str, blocks: list[str]) -> str:
-    """The full model's name of a module or parameter of the shortened one."""
+    """Return the full model's name of a module or parameter of the shortened one."""
     for place, block in places(blocks).items():
         if name == place or name.startswith(place + "."):
             return block + name[len(place) :]

@@ -34,12 +34,12 @@ class TokensFirst:
         self.positions = self.applied((self.before[:, None] + so_far - 1).clamp(min=0))
 
     def applied(self, columns: Tensor) -> Tensor:
-        """[batch, sequence] in this order. Only traced: ONNX counts a place of -1 from the end, torch does not."""
+        """Put [batch, sequence] into this order. Only traced: ONNX counts a place of -1 from the end, torch does not."""
         return columns.scatter(1, self.places, columns)
 
     @contextmanager
     def undone_before(self, head: nn.Module) -> Iterator[None]:
-        """Within the context, `head` reads its hidden states [batch, sequence, hidden] in the rows' own order."""
+        """Let `head` read its hidden states [batch, sequence, hidden] in the rows' own order within the context."""
 
         def undo(module: nn.Module, args: tuple[Any, ...]) -> Any:
             states: Tensor = args[0]

@@ -1,4 +1,4 @@
-"""What a graph takes and gives, per task: the module that the exporter sees, example inputs, names.
+"""The inputs and outputs of a graph, per task: the module that the exporter sees, example inputs, names.
 
 Encoder-decoders, which are two graphs, are in encoder_decoder.py.
 """
@@ -55,8 +55,11 @@ FUSED = {CAUSAL_LM: attention.DECODER, SEQ2SEQ_LM: attention.ENCODER_DECODER, EN
 
 @dataclass(frozen=True)
 class Signature:
-    """wrapper: takes `arguments` and the parameters, by name. shapes: the dynamic dimensions of the arguments, as
-    torch.export wants them. inputs, outputs: names in the graph, in the order of the wrapper's tensors."""
+    """The inputs and outputs of one graph, and the module that is traced for it.
+
+    wrapper: takes `arguments` and the parameters, by name. shapes: the dynamic dimensions of the arguments, as torch.export
+        wants them. inputs, outputs: names in the graph, in the order of the wrapper's tensors.
+    """
 
     wrapper: nn.Module
     arguments: dict[str, Any]
@@ -79,14 +82,17 @@ class Wrapper(nn.Module):
         self.module, self.form = module, form
 
     def call(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the model with these parameters in the place of its own."""
         return torch.func.functional_call(self.module, parameters, args, kwargs)
 
 
 def layer_indices(blocks: list[str]) -> list[int]:
+    """Return the position of each block in its stack, from its name."""
     return [int(name.rpartition(".")[2]) for name in blocks]
 
 
 def cache_names(prefix: str, indices: list[int]) -> list[str]:
+    """Return the names of keys and values in a graph, those of one block together."""
     return [f"{prefix}.{index}.{part}" for index in indices for part in ("key", "value")]
 
 

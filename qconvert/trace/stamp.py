@@ -1,8 +1,8 @@
-"""From one traced block of each kind to the graph of the whole model.
+"""Stamping: one traced block of each kind becomes the graph of the whole model.
 
-A block in the traced graph lies between its BlockInput and BlockOutput markers. What it gives, and what depends on that
-input, on the block's own parameters and layers or on its own cache, is cloned for every block of the kind; the rest
-(positions, masks) is shared. Two things lie beside that chain:
+A block in the traced graph lies between its BlockInput and BlockOutput markers. The body of a block is every node that
+depends on its BlockInput marker, parameters, layers or caches and is needed for its BlockOutput marker, its caches or a
+later block. Bodies are cloned per block; the rest (positions, masks) is shared. Two things lie beside that chain:
 
 1. The first block of a stack may hand on more than its hidden state (T5's position biases). The later ones read the
    clone of what they read in the trace, which must not depend on the hidden state.
@@ -177,7 +177,7 @@ class _Cloner:
         self.hidden = values[body.result] if body.start else None
 
     def _given(self, body: _Body, block: str) -> dict[onnx_ir.Value, onnx_ir.Value]:
-        """What the values that the body's nodes read become: hidden state, caches and parameters."""
+        """Return what stands for the values that the body's nodes read: hidden state, caches and parameters of the block."""
         values = dict(self.handed or {})
         if body.start is not None:
             assert self.hidden is not None

@@ -88,7 +88,7 @@ class SignRound(BlockTuner):
 
 
 class _Variables:
-    """What is tuned of one layer."""
+    """The scales and roundings of one layer, which are tuned."""
 
     def __init__(self, weight: Tensor, tensor: QuantizedTensor) -> None:
         self.start = tensor

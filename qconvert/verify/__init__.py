@@ -27,7 +27,7 @@ __all__ = ["check_digests", "verify"]
 
 
 def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
-    """Everything that is said about an artifact, measured on the job's targets and evaluation samples.
+    """Measure everything that is said about an artifact, on the job's targets and evaluation samples.
 
     folder: an output folder or a stage with its manifest.
 

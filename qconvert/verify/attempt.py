@@ -1,4 +1,4 @@
-"""From a difference, or from a check that could not be made, to the verdict of a parity."""
+"""The verdict of a parity, made of a difference or of a check that could not be made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("qconvert")
 
 
 def attempt(target: str, check: Callable[[], Parity]) -> Parity:
-    """What `check` finds; an artifact that can't be run has failed.
+    """Return what `check` finds; an artifact that can't be run has failed.
 
     Raises what says nothing about the artifact: a lack of memory, and errors that know their cause.
     """
@@ -31,12 +31,12 @@ def attempt(target: str, check: Callable[[], Parity]) -> Parity:
 
 
 def measured_parity(target: str, measure: Callable[[], float]) -> Parity:
-    """A measured difference, or what went wrong: an artifact that can't be run has failed."""
+    """Judge a measured difference, or say what went wrong: an artifact that can't be run has failed."""
     return attempt(target, lambda: judged(target, measure()))
 
 
 def judged(target: str, error: float, what: str = "outputs") -> Parity:
-    """The verdict on the largest relative difference of `what`."""
+    """Judge the largest relative difference of `what`."""
     if error <= TOLERANCE:
         return Parity(target=target, status="passed", max_relative_error=error)
     if error == float("inf"):

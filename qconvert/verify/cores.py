@@ -1,4 +1,4 @@
-"""Whose work the cores did while something was measured: this process's, or that of other programs."""
+"""The work that the cores did while something was measured: this process's, and that of other programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CoreTimes:
 
     @classmethod
     def now(cls) -> Self | None:
-        """None where the system does not tell."""
+        """Read the times of this moment; None where the system does not tell them."""
         try:
             every = psutil.cpu_times(percpu=True)
         except (OSError, RuntimeError, NotImplementedError):
@@ -39,7 +39,7 @@ class CoreTimes:
         return cls(time.perf_counter(), time.process_time(), busy, busy + idle, len(cores))
 
     def others_share_since(self, before: CoreTimes) -> float | None:
-        """The share of the cores' time that other programs took, 0 to 1; None where the system's figures mean nothing."""
+        """Return the share of the cores' time that other programs took, 0 to 1; None where the system's figures are useless."""
         available = (self.passed - before.passed) * self.cores
         if not available or self.counted - before.counted < SMALLEST_COUNT * available:
             return None
@@ -48,6 +48,6 @@ class CoreTimes:
 
 
 def others_share(before: CoreTimes | None) -> float | None:
-    """`CoreTimes.others_share_since` until now."""
+    """Return `CoreTimes.others_share_since` from `before` until now; None where the system does not tell."""
     now = CoreTimes.now()
     return None if before is None or now is None else now.others_share_since(before)

@@ -1,5 +1,6 @@
-"""Outputs that are no finite numbers: of the artifact, which has failed then, or of the float model, which leaves nothing to
-compare with."""
+"""Outputs with NaN or infinity: the artifact's, which has failed then, and the float model's, which nothing can be compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from qconvert.ir.finite import not_finite
 
 
 def first_not_finite(output: Tensor, batch: Batch) -> int | None:
-    """The first row of an output [rows, ...] that holds NaN or infinity, and not where tokens of `batch` are padding."""
+    """Return the first row of an output [rows, ...] that holds NaN or infinity, except where tokens of `batch` are padding."""
     wrong = ~torch.isfinite(output)
     if "attention_mask" in batch and output.ndim == 3:  # [rows, tokens, values]
         wrong &= batch["attention_mask"][..., None].bool()
@@ -20,7 +21,7 @@ def first_not_finite(output: Tensor, batch: Batch) -> int | None:
 
 
 def require_finite_float(output: Tensor, batch: Batch, data: str, before: int = 0) -> None:
-    """Raises InputError QC-FLOAT-001 where an output of the float model is not finite.
+    """Raise InputError QC-FLOAT-001 where an output of the float model is not finite.
 
     data: what the rows of `batch` are samples of. before: samples that came before them.
     """

@@ -17,7 +17,7 @@ from qconvert.ort.session import DEFAULT, SessionSettings, file_session, memory_
 
 
 def session_at_all_positions(path: Path, target: str, settings: SessionSettings = DEFAULT) -> Any:
-    """A session over a graph as it ships, but for the last position: logits [batch, sequence, vocabulary]."""
+    """Open a session over a graph as it ships, but that gives logits at all positions: [batch, sequence, vocabulary]."""
     model = onnx_ir.load(path)
     if not keeps_last_position(model.graph):
         return file_session(path, target, settings)
@@ -26,8 +26,9 @@ def session_at_all_positions(path: Path, target: str, settings: SessionSettings 
 
 
 def last_position_pairs(model: Model, path: Path, target: str) -> list[tuple[np.ndarray[Any, Any], ...]]:
-    """(logits that the graph gives, those of the same graph at the last token of each row), of a prompt whose rows are padded
-    on the right, then on the left, and of steps on its caches; [] for a graph that gives all positions."""
+    """Return (logits that the graph gives, those of the same graph at the last token of each row): of a prompt whose rows are
+    padded on the right, then on the left, and of steps on its caches; [] for a graph that gives all positions.
+    """
     if not keeps_last_position(onnx_ir.load(path).graph):
         return []
     last, every = file_session(path, target), session_at_all_positions(path, target)

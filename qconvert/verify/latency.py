@@ -41,8 +41,8 @@ OpenSession = Callable[[SessionSettings], Any]
 def measure_latency(
     model: Model, artifact: OpenSession, baseline: OpenSession | None, batches: Sequence[Batch], target: str
 ) -> Latency:
-    """p50 and p95 of one run: a prefill of 128 tokens for decoders (of an encoder-decoder: a source of 128 tokens and the
-    decoder's first), 16 x 128 tokens for encoders, a batch for modules. With the session settings that are fastest here.
+    """Measure p50 and p95 of one run: a prefill of 128 tokens for decoders (of an encoder-decoder: a source of 128 tokens and
+    the decoder's first), 16 x 128 tokens for encoders, a batch for modules. With the session settings that are fastest here.
 
     Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt). A model that
     takes fewer tokens is given fewer. Without a baseline, nothing is said about float.
@@ -120,7 +120,7 @@ def _fastest(
 
 
 def workload(model: Model, batches: Sequence[Batch]) -> tuple[Batch, int, int]:
-    """(what one run is given, tokens of the prompt, tokens to decode after it)."""
+    """Return (what one run is given, tokens of the prompt, tokens to decode after it)."""
     limit = position_limit(model) or PROMPT + NEW_TOKENS
     new_tokens = min(NEW_TOKENS, limit // 4)
     prompt, length = min(PROMPT, limit - new_tokens), min(ENCODER_LENGTH, limit)

@@ -20,7 +20,7 @@ from qconvert.verify.parity import torch_outputs
 
 
 def transformers_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
-    """Largest relative difference of the folder loaded by transformers to torch on the dequantized weights.
+    """Return the largest relative difference of the folder loaded by transformers to torch on the dequantized weights.
 
     expected: `torch_outputs` on the dequantized weights.
     The folder is loaded as its card says, in the dtype that its config.json names. The weights that this gave are then

@@ -22,7 +22,7 @@ Pairs = Sequence[tuple[np.ndarray[Any, Any], ...]]
 
 
 def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs], *, in_float16: bool = False) -> Parity:
-    """The smallest cosine of any output, and for decoders the mean KL(reference || output) over positions, in nats.
+    """Measure the smallest cosine of any output, and for decoders the mean KL(reference || output) over positions, in nats.
 
     compare: gives (output, reference) pairs, see ort.compare.compared. A graph that can't be run has failed.
 
@@ -32,7 +32,7 @@ def narrow_parity(target: str, task: Task, compare: Callable[[], Pairs], *, in_f
 
 
 def overflow(target: str, data: str) -> UsageError:
-    """The error QC-CUDA-004 for a graph in float16 that gives NaN or infinity where float32 does not. data: what for."""
+    """Return the error QC-CUDA-004 for a graph in float16 that gives NaN or infinity where float32 does not. data: what for."""
     return UsageError(
         "QC-CUDA-004",
         f"on {target}, NaN or infinity comes out of the graph for {data}, and not in float32: activations leave the range of "

@@ -50,7 +50,7 @@ FED = "/dequantized"
 def torch_outputs(
     model: Model, read: Callable[[str], Tensor], batches: Sequence[Batch] | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """The model's outputs in torch on the weights that `read` gives, one block in memory at a time.
+    """Run the model in torch on the weights that `read` gives, one block in memory at a time, and return its outputs.
 
     batches: unset, `probes.probes`.
     """
@@ -62,7 +62,7 @@ def torch_outputs(
 
 
 def float_parity(model: Model, session: Any, sample: Batch) -> float:
-    """Part 5: largest relative difference of the float graph to torch, on one evaluation sample of full length.
+    """Measure part 5: the largest relative difference of the float graph to torch, on one evaluation sample of full length.
 
     session: over the float graph. The trace is checked on a few tokens only; what is lost beyond them (a long window, say)
     would be lost in the artifact and in the float graph that it is compared with.
@@ -141,7 +141,7 @@ def _value(graph: onnx_ir.Graph, name: str) -> onnx_ir.Value:
 
 
 def cluster_parity(artifact: ArtifactReader) -> float:
-    """Part 2: largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
+    """Measure part 2: the largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
     return worst_cluster(artifact)[0]
 
 
@@ -185,7 +185,7 @@ def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str | No
 
 
 def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, maker: str | None = None) -> Tensor:
-    """y [..., out] of x [..., in] as the int8 kernels compute it: exact integer products, one activation scale per row.
+    """Compute y [..., out] of x [..., in] as the int8 kernels do: exact integer products, one activation scale per row.
 
     maker: type of the node that gives x.
     """

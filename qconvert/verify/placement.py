@@ -1,4 +1,4 @@
-"""Where ONNX Runtime ran the nodes of a graph, out of its own profile of one run."""
+"""The places where ONNX Runtime ran the nodes of a graph, out of its own profile of one run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint1
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """nodes: how many ran on the target's provider, copies left out.
+    """The places where the nodes of one run were computed. nodes: how many ran on the target's provider, copies left out.
 
     cpu_nodes: "OP NAME" of those that ran on the CPU instead; misplaced: those of them that compute with floats.
     copies: copies between device and host within one run.
@@ -42,7 +42,7 @@ def measure_placement(files: Mapping[str, Path], target: str, batch: Batch) -> P
 
 
 def placement(events: Iterable[Mapping[str, Any]], target: str) -> Placement:
-    """What the events of a profile say of one run."""
+    """Return where the nodes of one run were computed, from the events of its profile."""
     ran = [event for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
     work = [event for event in ran if event["args"]["op_name"] not in COPIES]
     elsewhere = [event for event in work if event["args"]["provider"] != PROVIDERS[target]]

@@ -1,4 +1,4 @@
-"""Whether a folder holds what was written, and whether the float model is the one that it was made from."""
+"""The digests of a folder and of its float source: whether they are what was written, and what it was made from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qconvert.storage.manifest import read_manifest
 
 
 def check_digests(folder: Path) -> None:
-    """Raises InputError QC-VERIFY-001 if a file is missing or differs from its digest in qconvert.json."""
+    """Raise InputError QC-VERIFY-001 if a file is missing or differs from its digest in qconvert.json."""
     for name, expected in read_manifest(folder)["outputs"].items():
         path = folder / name
         try:
@@ -28,7 +28,7 @@ def check_digests(folder: Path) -> None:
 
 
 def check_source(folder: Path, model: Model) -> None:
-    """Raises InputError QC-VERIFY-004 where a file of the float model is missing or differs from the manifest's digest."""
+    """Raise InputError QC-VERIFY-004 where a file of the float model is missing or differs from the manifest's digest."""
     inputs = read_manifest(folder)["inputs"]
     for name, expected in ((name, expected) for name, expected in inputs.items() if is_model_file(name)):
         path = model.input_files.get(name)

@@ -39,7 +39,7 @@ Outputs = Sequence[tuple[Tensor, ...]]
 
 
 class TargetCheck:
-    """What is measured of an artifact on one target.
+    """The measurements of an artifact on one target, from its files.
 
     paths: part -> the file of its graph.
     not_run: why it can't be run, None where it can.
@@ -52,18 +52,18 @@ class TargetCheck:
 
     @property
     def is_there(self) -> bool:
-        """Whether the folder holds its graphs."""
+        """Whether the folder holds the target's graphs."""
         return all(path.exists() for path in self.paths.values())
 
     def parity(self, dequantized: Outputs) -> Parity:
-        """The graphs against torch on the artifact's own weights."""
+        """Compare the graphs with torch on the artifact's own weights."""
         name = self.target.name
         if not self.target.half_precision:
             return attempt(name, lambda: judged(name, *self._largest_difference(dequantized)))
         return narrow_parity(name, self.job.model.task, partial(self._pairs, dequantized), in_float16=self._in_float16)
 
     def fidelity(self, baseline: Any, progress: Progress) -> Fidelity:
-        """The graphs against the float model, on the evaluation samples. Raises UsageError QC-CUDA-004."""
+        """Compare the graphs with the float model, on the evaluation samples. Raises UsageError QC-CUDA-004."""
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
         session = joined({part: session_at_all_positions(path, name, SHARING) for part, path in self.paths.items()})
         progress.stage(f"fidelity on {name}", sum(map(row_count, samples)))
@@ -73,7 +73,7 @@ class TargetCheck:
         return found
 
     def latency(self, progress: Progress) -> Latency:
-        """How fast the graphs are, and what they ran with."""
+        """Measure how fast the graphs are, and with which settings and kernels they ran."""
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
         progress.stage(f"latency on {name}", None)
 
@@ -113,7 +113,7 @@ class TargetCheck:
 
 
 def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False) -> Any:
-    """A session over the float graphs of a model, fed from its source.
+    """Open a session over the float graphs of a model, fed from its source.
 
     last_position: whether the head is spared the rest of a prompt, as it is in the artifact.
     """

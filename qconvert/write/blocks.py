@@ -67,7 +67,7 @@ class Writer:
         self._write(waiting.pop(0), block)
 
     def finish(self) -> WriteResult:
-        """Once all blocks have been appended: what lies between them, and the other files."""
+        """Write what lies between the blocks, and the other files, once all blocks have been appended."""
         for unit in self._waiting:
             if unit.layers:
                 raise _internal(f"block {unit.name!r} never came")
@@ -79,6 +79,7 @@ class Writer:
         return WriteResult(self.stage.tensors(), _layer_reports(self.plan, self.stage), self.plan.assignment)
 
     def close(self) -> None:
+        """Close the file of the weights, complete or not."""
         self._weights.close()
 
     def _write(self, unit: Unit, block: QuantizedBlock) -> None:
@@ -157,7 +158,7 @@ def _float_tensor(model: Model, block: QuantizedBlock, output: str, source: str)
 
 
 def _is_parameter(model: Model, name: str) -> bool:
-    """Whether the module computes with it: checkpoints also hold masks and the like, which may well be infinite."""
+    """Return whether the module computes with it: checkpoints also hold masks and the like, which may well be infinite."""
     try:
         model.module.get_parameter(name)
     except AttributeError:

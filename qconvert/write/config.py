@@ -48,7 +48,7 @@ def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None
 
 
 def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str, Any]:
-    """The entry of config.json that makes transformers and vLLM read the quantized layers.
+    """Return the entry of config.json that makes transformers and vLLM read the quantized layers.
 
     outliers: some layer keeps float columns in the sidecar, which these loaders know nothing of.
     """

@@ -1,4 +1,4 @@
-"""What model.safetensors holds, known before anything is quantized."""
+"""The contents of model.safetensors, known before anything is quantized."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Unit:
 
 
 def units(model: Model, plan: Plan) -> tuple[Unit, ...]:
-    """The units in the order of the file: blocks, then "". Every source tensor is in one of them, or quantized."""
+    """Return the units in the order of the file: blocks, then "". Every source tensor is in one of them, or quantized."""
     floats = float_tensors(model, plan)
     return tuple(
         Unit(
@@ -38,7 +38,7 @@ def units(model: Model, plan: Plan) -> tuple[Unit, ...]:
 
 
 def float_tensors(model: Model, plan: Plan) -> dict[str, str]:
-    """Name in the output -> name in the source, of everything but the weights of quantized layers.
+    """Return the name in the source of everything but the weights of quantized layers, by its name in the output.
 
     A tied tensor is kept, once, if any of its users stays float: then it goes under the name of that user, because a
     loader does not expect a float weight beside the packed one of a quantized layer.
@@ -54,7 +54,7 @@ def float_tensors(model: Model, plan: Plan) -> dict[str, str]:
 
 
 def largest(model: Model, every: tuple[Unit, ...]) -> dict[str, TensorInfo]:
-    """Every tensor of the file, scales as float32: the most that they can take."""
+    """Return every tensor of the file, scales as float32: the most that they can take."""
     tensors: dict[str, TensorInfo] = {}
     for unit in every:
         for name, layer in unit.layers.items():

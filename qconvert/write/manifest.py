@@ -49,7 +49,7 @@ def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: WriteR
 
 
 def run_digest(recipe: Recipe, origin: Origin) -> str:
-    """What names the stage of a run: everything that the bytes of its weights depend on.
+    """Return the digest that names the stage of a run, of everything that the bytes of its weights depend on.
 
     What is only done with them afterwards (verification, gates) is left out: changing it must not quantize again. Evaluation
     samples are among that: what they leave for calibration shows in the samples that were drawn for it.

@@ -1,4 +1,4 @@
-"""What the bytes of an artifact depend on, beside its recipe: files, data, code, versions, and the machine."""
+"""The origin of an artifact's bytes, beside its recipe: files, data, code, versions, and the machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ STEERING = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the manifest holds of it, and a resumed run must have in common with the run before.
+    """The state of everything that an artifact's bytes depend on beside its recipe: the manifest holds it, and a resumed run
+    must have it in common with the run before.
 
     inputs: name -> hex sha256. The model's files have their own names, all else one with a kind and a colon before it
         (qconvert.ir.artifact.INPUT_KINDS), such as "calibration:text.txt".
@@ -54,7 +55,7 @@ class Origin:
 
 
 def origin_of(job: Job) -> Origin:
-    """What the bytes of a job's artifact depend on, beside its recipe."""
+    """Return what the bytes of a job's artifact depend on, beside its recipe."""
     unread = () if job.plan.calibrated else ("calibration",) if job.recipe.verify else ("calibration", "evaluation")
     inputs = {
         **{name: digest for name, digest in job.digests.items() if name.partition(":")[0] not in unread},
@@ -68,7 +69,7 @@ def origin_of(job: Job) -> Origin:
 
 
 def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
-    """Name -> hex sha256 of the content. Raises InputError QC-WRITE-005 for a file that can't be read."""
+    """Return the hex sha256 of each file's content by name. Raises InputError QC-WRITE-005 for a file that can't be read."""
 
     def digest(path: Path | bytes) -> str:
         try:
@@ -85,7 +86,10 @@ def file_digests(files: Mapping[str, Path | bytes]) -> dict[str, str]:
 
 
 def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
-    """Of the samples that were drawn: of text that comes with Python, of what a tokenizer makes of a file, of examples."""
+    """Return one digest of the samples that calibrate, {} without any.
+
+    It stands for text that comes with Python, for what a tokenizer makes of a file, and for examples.
+    """
     digest = hashlib.sha256()
     for batch in calibration:
         for name, tensor in batch.items():
@@ -95,7 +99,7 @@ def sample_digests(calibration: Sequence[Batch]) -> dict[str, str]:
 
 
 def graph_digests(model: Model, template: Template) -> dict[str, str]:
-    """Of what a factory's module computes, whose code may lie in many files: part -> digest; {} for models of a library."""
+    """Digest what a factory's module computes, whose code may lie in many files: part -> digest; {} for models of a library."""
     if model.task.takes_text:
         return {}
     return {f"graph:{part}": hashlib.sha256(_bare(graph, model)).hexdigest() for part, graph in template.graphs.items()}
@@ -123,7 +127,7 @@ def option_digests(part: Quantizer | BlockTuner, kind: str) -> dict[str, str]:
 
 
 def versions(used: Iterable[Code]) -> dict[str, str]:
-    """Of Python, of what qconvert computes with, and of the plugins that are used and what they need."""
+    """Return the versions of Python, of what qconvert computes with, and of the plugins that are used and what they need."""
     found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     for code in used:
         found |= {**requirements(code.distribution.name), code.distribution.name: code.distribution.version}
@@ -131,7 +135,7 @@ def versions(used: Iterable[Code]) -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """The processor, how many threads share a product, and what a user has set for either.
+    """Return the processor, how many threads share a product, and what a user has set for either.
 
     Measured with gptq on MiniLM: one thread or two, AVX2 or AVX-512 give other codes, all as good.
     """
@@ -147,7 +151,7 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def _processor_name() -> str:
-    """As Linux tells it; elsewhere what Python knows."""
+    """Return the name that Linux gives the processor; elsewhere the one that Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

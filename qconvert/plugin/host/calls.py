@@ -32,14 +32,14 @@ _said: set[tuple[Distribution | str, ...]] = set()  # warnings are not repeated
 
 
 def limit_calls(seconds: float) -> None:
-    """From now on, every call of a plugin may take this long."""
+    """Limit every call of a plugin to this time from now on."""
     global _seconds
     _seconds = seconds
 
 
 @contextmanager
 def calling(distribution: Distribution, call: str) -> Iterator[None]:
-    """While code of a plugin runs: `call` says what is asked of it, e.g. "quantize 'model.layers.0.mlp.up_proj'".
+    """Guard code of a plugin within the context; `call` says what is asked of it, e.g. "quantize 'model.layers.0.mlp.up_proj'".
 
     Settings of the process are put back, with a warning. What the code raises is an Exception or a SystemExit, but for Ctrl-C:
     libraries in Rust panic with another BaseException. Where the process is watched, the call may take 90 % of the memory that
@@ -80,7 +80,9 @@ def _settings_kept(distribution: Distribution) -> Iterator[None]:
 
 @contextmanager
 def _told(distribution: Distribution, call: str) -> Iterator[None]:
-    """Who watches is told. Files 0 to 2 are afterwards what they were; until then, what is written to 1 goes to stderr.
+    """Tell the watching process of a call within the context.
+
+    Files 0 to 2 are afterwards what they were; until then, what is written to 1 goes to stderr.
 
     A process whose files were closed can't go on: it ends in the call, and who watches knows why.
     """
@@ -110,7 +112,7 @@ def _copies() -> Iterator[tuple[int, int, os.stat_result]]:
 
 
 def _is_open(descriptor: int, status: os.stat_result) -> bool:
-    """Whether it is still the file that had that status."""
+    """Return whether a descriptor is still the file that had that status."""
     try:
         return os.path.samestat(os.fstat(descriptor), status)
     except OSError:
@@ -161,7 +163,7 @@ def _data_bytes() -> int:
 
 
 def _available_bytes() -> int:
-    """Of the machine, or of the control group (a container) if that has less."""
+    """Return the memory available in the machine, or in the control group (a container) if that has less, in bytes."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError):  # no control group, or "max"

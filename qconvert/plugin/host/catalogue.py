@@ -53,7 +53,7 @@ class Entry:
     expected_failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the entry as JSON."""
         return dataclasses.asdict(self)
 
 
@@ -71,7 +71,7 @@ def entries(plugins: PluginManager) -> tuple[Entry, ...]:
 
 
 def document(found: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> dict[str, Any]:
-    """`qconvert plugins list --json` (schema 1)."""
+    """Return what `qconvert plugins list --json` prints (schema 1)."""
     return {
         "schema": 1,
         "api": hookspecs.API_VERSION,
@@ -138,7 +138,7 @@ def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
 
 
 def _schemes(kind: type[Quantizer]) -> Iterator[str]:
-    """Those that it takes with its default options; a quantizer that can't be made without options tells its default."""
+    """Yield the schemes that a quantizer takes with its default options, its default if it can't be made without options."""
     from qconvert.ir.scheme import QuantScheme
 
     try:

@@ -29,7 +29,10 @@ Part = Quantizer | Observer | BlockTuner
 
 
 def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
-    """`quantizer.refuses(scheme)`. Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no text or None."""
+    """Call `quantizer.refuses(scheme)`.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no text or None.
+    """
     with _guarded(quantizer, "refuse", str(scheme), ()):
         reason = quantizer.refuses(scheme)
     if reason is not None and not isinstance(reason, str):
@@ -38,7 +41,9 @@ def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
 
 
 def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme, ...]) -> LinearGroup:
-    """`quantizer.prepare(group, schemes)`: the same layers, and an smoothing_scale [in] that is finite and positive, or None.
+    """Call `quantizer.prepare(group, schemes)`.
+
+    It must give the same layers, and a smoothing_scale [in] that is finite and positive, or None.
 
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
     """
@@ -60,7 +65,7 @@ def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme
 
 
 def quantize(quantizer: Quantizer, layer: Layer, scheme: QuantScheme) -> QuantizedTensor:
-    """`quantizer.quantize(layer, scheme)`, checked.
+    """Call `quantizer.quantize(layer, scheme)`, and check what it gives.
 
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
     """
@@ -97,7 +102,7 @@ def tune(
 
 
 def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> None:
-    """`observer.update(rows, importance)`, rows [n, in] being inputs of the layer `where`.
+    """Call `observer.update(rows, importance)`, rows [n, in] being inputs of the layer `where`.
 
     Raises PluginError QC-PLUGIN-007 if it raises.
     """
@@ -106,13 +111,15 @@ def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> 
 
 
 def merge(observer: Observer, other: Observer, where: str) -> None:
-    """`observer.merge(other)`, of the same kind. Raises PluginError QC-PLUGIN-007 if it raises."""
+    """Call `observer.merge(other)`, of the same kind. Raises PluginError QC-PLUGIN-007 if it raises."""
     with _blamed(observer, "merge", where):
         observer.merge(other)
 
 
 def finalize(observer: Observer, where: str) -> Tensor:
-    """`observer.finalize()`, on the CPU. Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no tensor."""
+    """Call `observer.finalize()`, and return the statistic on the CPU. Raises PluginError QC-PLUGIN-007 if it raises,
+    QC-PLUGIN-008 if it gives no tensor.
+    """
     with _blamed(observer, "finalize", where):
         statistic = observer.finalize()
     if not isinstance(statistic, Tensor):
@@ -121,7 +128,7 @@ def finalize(observer: Observer, where: str) -> Tensor:
 
 
 def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantizer: Quantizer) -> QuantizedTensor:
-    """`tensor`, if it is what QuantizedTensor promises for this layer [out, in] and scheme.
+    """Return `tensor`, if it is what QuantizedTensor promises for this layer [out, in] and scheme.
 
     Raises PluginError QC-PLUGIN-008 with the first thing that is wrong.
     """
@@ -266,7 +273,7 @@ def _blamed(part: Part, method: str, where: str) -> Iterator[None]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of all bytes; crc32 is as fast as memory (4 GB/s measured) and sees permutations, which a sum does not."""
+    """Return the crc32 of all bytes: as fast as memory (4 GB/s measured), and it sees permutations, which a sum does not."""
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

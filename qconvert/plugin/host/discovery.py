@@ -56,7 +56,7 @@ class BrokenPlugin:
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """One that was imported. implementation: a module, or any object with hook implementations."""
+    """A plugin that was imported. implementation: a module, or any object with hook implementations."""
 
     implementation: Any
     distribution: Distribution
@@ -64,7 +64,7 @@ class Plugin:
 
 
 def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
-    """Every plugin of this environment that QCONVERT_PLUGINS allows, by name, and then those of `files`.
+    """Yield every plugin of this environment that QCONVERT_PLUGINS allows, by name, and then those of `files`.
 
     Raises UsageError QC-PLUGIN-009 for a file that does not exist.
     """
@@ -85,18 +85,18 @@ def discovered(files: Sequence[Path]) -> Iterator[Plugin | BrokenPlugin]:
 
 
 def broken(distribution: Distribution, value: str, error: BaseException, implementation: object = None) -> BrokenPlugin:
-    """What is to be said of a plugin that raised `error`; `implementation`: what was imported, if it came to that."""
+    """Describe a plugin that raised `error`; `implementation`: what was imported, if it came to that."""
     tail = "".join(traceback.format_exception(error, limit=-3))
     return BrokenPlugin(distribution, value, reason(error), _location(error, implementation), tail)
 
 
 def reason(error: BaseException) -> str:
-    """In one line."""
+    """Return the type of an error and what it says, in one line."""
     return f"{type(error).__name__}: {in_one_line(error)}"
 
 
 def hook_functions(implementation: object) -> dict[str, Callable[..., Any]]:
-    """The functions of a plugin that @hookimpl marks, by name."""
+    """Return the functions of a plugin that @hookimpl marks, by name."""
     found = ((name, getattr(implementation, name, None)) for name in dir(implementation))
     return {name: function for name, function in found if getattr(function, f"{GROUP}_impl", None) and callable(function)}
 
@@ -138,7 +138,7 @@ def _chosen(found: Iterable[EntryPoint]) -> tuple[list[EntryPoint], list[str]]:
 
 
 def _normalized(name: str) -> str:
-    """As package indexes compare names (PEP 503)."""
+    """Return a name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
@@ -148,7 +148,9 @@ def _set_aside() -> Iterator[BrokenPlugin]:
 
 
 def _location(error: BaseException, implementation: object) -> str:
-    """Where in the plugin: a line that can't be parsed, the hook that the error names, or the last line that ran."""
+    """Return where the fault of a plugin is: a line that can't be parsed, the hook that the error names, or the last line that
+    ran.
+    """
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}"
     for name, function in hook_functions(implementation).items():

@@ -1,4 +1,4 @@
-"""Where a plugin comes from: the name and version that messages and the manifest give."""
+"""The origin of a plugin: the name and version that messages and the manifest give."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = "qconvert_files"  # the package that plugins read from a file, `--plugin
 
 
 class Distribution(NamedTuple):
-    """str: "qconvert-kmeans 1.2"."""
+    """An installed distribution, or what stands for one; as text "qconvert-kmeans 1.2"."""
 
     name: str
     version: str
@@ -37,22 +37,23 @@ class Code(NamedTuple):
 
 @cache
 def builtin() -> Distribution:
-    """qconvert itself."""
+    """Return qconvert itself, which brings the built-in plugins."""
     return Distribution("qconvert", version("qconvert"))
 
 
 def of_file(path: Path) -> Distribution:
-    """A plugin that is no distribution: the file's name, and what it holds in place of a version."""
+    """Return a stand-in for the distribution of a plugin file: its name, and a digest of its code in place of a version."""
     return Distribution(path.name, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}")
 
 
 def of_entry_point(entry_point: EntryPoint) -> Distribution:
+    """Return the distribution that an entry point was installed with; one without metadata goes by the entry point's name."""
     dist = entry_point.dist
     return Distribution(dist.name, dist.version) if dist else Distribution(entry_point.name, "(no version)")
 
 
 def distribution_of(part: object) -> Distribution:
-    """The distribution whose entry point names the package that the class of `part` is defined in.
+    """Return the distribution whose entry point names the package that the class of `part` is defined in.
 
     A class from a file is named by that, one from anywhere else (a test, a notebook) by its module, with "no version".
     """
@@ -74,7 +75,7 @@ def _distribution_of(module: str) -> Distribution:
 
 @cache
 def code_digest(module: str) -> str:
-    """Hex sha256 of the Python files of the package that an imported module is part of, or of its own file."""
+    """Return the hex sha256 of the Python files of the package that an imported module is part of, or of its own file."""
     top = sys.modules[module if module.startswith(f"{FILES}.") else module.partition(".")[0]]
     file = getattr(top, "__file__", None)
     folders = [Path(folder) for folder in getattr(top, "__path__", ())]
@@ -90,7 +91,7 @@ def code_digest(module: str) -> str:
 
 
 def requirements(name: str) -> dict[str, str]:
-    """Name -> version of what an installed distribution says that it needs; {} where there is no such distribution."""
+    """Return the version of each distribution that an installed one says it needs; {} where there is no such distribution."""
     found = {}
     with contextlib.suppress(PackageNotFoundError):
         for text in requires(name) or []:

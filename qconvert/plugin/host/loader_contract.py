@@ -27,10 +27,14 @@ class PluginSource:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that the plugin's source names."""
         return self._source.tensors
 
     def read(self, name: str) -> Tensor:
-        """Raises PluginError QC-PLUGIN-006 if the plugin raises, or reads what is not the tensor that it has described."""
+        """Return the tensor that the plugin reads.
+
+        Raises PluginError QC-PLUGIN-006 if the plugin raises, or reads what is not the tensor that it has described.
+        """
         from torch import Tensor  # here: who asks for data needs no torch
 
         try:
@@ -58,7 +62,7 @@ class PluginSource:
 
 
 def model_problems(model: object) -> Iterator[str]:
-    """What is wrong with what `load_model` returned, in the order in which one check relies on those before it."""
+    """Yield what is wrong with what `load_model` returned, in the order in which one check relies on those before it."""
     from qconvert.ir.model import Model  # here: who asks for data needs no torch
 
     if not isinstance(model, Model):
@@ -85,7 +89,7 @@ def model_problems(model: object) -> Iterator[str]:
 
 
 def data_problems(path: object) -> Iterator[str]:
-    """What is wrong with what `find_data` returned."""
+    """Yield what is wrong with what `find_data` returned."""
     if not isinstance(path, Path):
         yield f"it returned {type(path).__name__}, not a Path"
     elif not path.is_file():

@@ -51,7 +51,7 @@ CALIBRATED = ("awq", "gptq", "llm-int8", "smoothquant")
 
 
 def plugin_manager(files: Sequence[Path] = ()) -> PluginManager:
-    """All plugins of this environment, and those of `files`."""
+    """Return the manager of all plugins of this environment, and of those in `files`."""
     return PluginManager(BUILTINS, files)
 
 
@@ -80,7 +80,7 @@ class PluginManager:
                 self._set_aside(broken(found.distribution, found.value, error, found.implementation))
 
     def quantizer(self, name: str, options: Mapping[str, object]) -> Quantizer:
-        """The quantizer that registered as `name`, with the user's options.
+        """Return the quantizer that registered as `name`, with the user's options.
 
         Raises UsageError QC-PLUGIN-002 if none did, QC-PLUGIN-004 for wrong options; PluginError QC-PLUGIN-001 if none
         did but a broken plugin may have been meant to, QC-PLUGIN-003 if two did, QC-PLUGIN-005 if it can't be built.
@@ -105,7 +105,7 @@ class PluginManager:
         return any("load_model" in hook_functions(plugin.implementation) for plugin in self.plugins)
 
     def load_model(self, source: str) -> Model | None:
-        """What the first plugin that knows `source` makes of it, None if none does.
+        """Load `source` with the first plugin that knows it; None if none does.
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no complete Model; its own QConvertErrors pass.
         """
@@ -119,7 +119,7 @@ class PluginManager:
         return dataclasses.replace(model, source=PluginSource(model.source, plugin.distribution))
 
     def find_data(self, source: str) -> Path | None:
-        """The file that the first plugin which knows `source` names for it, None if none does.
+        """Return the file that the first plugin which knows `source` names for it, None if none does.
 
         Raises PluginError QC-PLUGIN-006 if a plugin raises, or returns what is no file; its own QConvertErrors pass.
         """
@@ -145,7 +145,7 @@ class PluginManager:
                 )
 
     def distribution_of(self, quantizer: Quantizer) -> Distribution:
-        """Name and version of the distribution that a quantizer came from."""
+        """Return name and version of the distribution that a quantizer came from."""
         return distribution_of(quantizer)
 
     def code_of(self, quantizer: Quantizer, tuner: BlockTuner | None) -> tuple[Code, ...]:
@@ -286,6 +286,6 @@ class PluginManager:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells whether a folder was written to: name -> size and time of every file."""
+    """Return the size and time of every file by name, which tell whether a folder was written to."""
     found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path.relative_to(folder).as_posix(): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}

@@ -23,7 +23,7 @@ OURS = "qconvert"  # the logger whose warnings a user sees
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """name: for the warning. put_back: takes what `read` gave."""
+    """A setting of the process that foreign code may change. name: for the warning. put_back: takes what `read` gave."""
 
     name: str
     read: Callable[[], Any]
@@ -32,7 +32,7 @@ class Setting:
 
 @contextmanager
 def settings_kept() -> Iterator[list[str]]:
-    """Within, foreign code runs. What it has changed is put back, and the names of that are then in the list."""
+    """Put back what foreign code changes within the context; the names of what was changed are in the list afterwards."""
     before = [(setting, setting.read()) for setting in settings()]
     had_torch = "torch" in sys.modules
     changed: list[str] = []
@@ -55,7 +55,7 @@ def _has_put_back(setting: Setting, before: Any) -> bool:
 
 
 def settings() -> tuple[Setting, ...]:
-    """Those of Python, and of torch and numpy once torch is imported."""
+    """Return the settings of Python, and of torch and numpy once torch is imported."""
     return (*_PYTHON, *_torch()) if "torch" in sys.modules else _PYTHON
 
 
@@ -73,7 +73,7 @@ def _torch() -> Iterator[Setting]:
 
 
 def _torch_as_imported() -> list[tuple[Setting, Any]]:
-    """Those of torch and numpy whose value after the import is the same everywhere, for code that imports torch itself."""
+    """Return the settings of torch and numpy that every import sets alike, for code that imports torch itself."""
     import torch
 
     values = {
@@ -95,7 +95,10 @@ def _default_device() -> object:
 
 
 def _precision() -> tuple[str | None, str, str]:
-    """Of all products (None where torch does not tell it, as another was set by itself), of those on the CPU, and on CUDA."""
+    """Return the precision of all products, of those on the CPU, and on CUDA.
+
+    The first is None where one of the others was set by itself: torch does not tell it then.
+    """
     import torch
 
     every = None
@@ -136,7 +139,7 @@ def _set_affinity(before: set[int]) -> None:
 
 
 def _signals() -> dict[str, Any]:
-    """By name what happens, and whether SIGALRM is under way."""
+    """Return what happens at each signal by name, and whether SIGALRM is under way."""
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
     return {**handlers, "": hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > 0}
 
@@ -178,7 +181,7 @@ def _set_errors(before: list[Any]) -> None:
 
 
 def _logging() -> dict[str, Any]:
-    """What decides whether a warning of qconvert's is shown: of the root, and of its own loggers by name."""
+    """Return what decides whether a warning of qconvert's is shown: of the root, and of its own loggers by name."""
     ours = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == OURS]
     loggers = (logging.root, *map(logging.getLogger, ours))
     found = {each.name: (each.level, each.disabled, each.propagate, list(each.handlers)) for each in loggers}
