@@ -33,6 +33,7 @@ SCALE_STEP = 0.1  # how far a scale moves where a rounding moves by one
 
 @hookimpl
 def register_tuners() -> list[type[BlockTuner]]:
+    """Register the tuner of this module."""
     return [SignRound]
 
 
