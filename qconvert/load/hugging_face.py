@@ -15,7 +15,7 @@ from qconvert.errors import InputError
 from qconvert.execution.probes import vocabulary_size
 from qconvert.ir.model import Model, TensorSource
 from qconvert.ir.task import Task
-from qconvert.load import names, skeleton
+from qconvert.load import names, skeleton, structure
 from qconvert.load.computed import computed_tensors
 from qconvert.load.folder import CONFIG, INDEX, carried_files, contained, no_folder, read_json, refuse_adapter
 from qconvert.load.names import RenamedSource
@@ -83,11 +83,11 @@ def model_from_config(
         task=task,
         module=module,
         source=fitted.source,
-        blocks=skeleton.repeated_blocks(module, task),
+        blocks=structure.repeated_blocks(module, task),
         tied=fitted.tied,
         unplaced=fitted.unplaced,
-        output_head=skeleton.output_head(module, task),
-        input_names=skeleton.input_names(module, task),
+        output_head=structure.output_head(module, task),
+        input_names=structure.input_names(module, task),
         encode_text=encode_text,
         config={**fitted.config, "architectures": [type(module).__name__]},
         files=files,
