@@ -1,4 +1,4 @@
-"""targets/cpu.py: ONNX Runtime's kernels compute with our bytes what dequantize says."""
+"""targets/cpu_sidecar.py: ONNX Runtime's kernels compute with our bytes what dequantize says."""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from qconvert.ir.layer import LayerKind
     from qconvert.ir.scheme import QuantScheme
 
+if TYPE_CHECKING:
+    from qconvert.ir.layer import LayerKind
+
 
 class LayerForm(Enum):
     """The closed set of forms. Who writes, exports, plans or verifies a layer matches on these.
