@@ -2,7 +2,7 @@
 
 x86-64 processors with AVX2 but without VNNI multiply unsigned by signed bytes with VPMADDUBSW, which adds pairs of products
 in 16 bits and saturates. Processors with VNNI or AMX, those without AVX2, and ARM64 are exact. Measured with random codes over
-the whole range (tests/test_processors.py does it again, on emulated processors); docs/processors.md has the figures.
+the whole range (tests/export/test_processors.py does it again, on emulated processors); docs/processors.md has the figures.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 import onnx_ir
 import pytest
+from forced_processor import forced
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from test_processors import forced
 
 from qconvert import Recipe, convert
 from qconvert.export.processors import FLIPPED
