@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole suite; none for what was named, which is done before they have started, or is a benchmark."""
     return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests trace is kept for later tests, in all processes and runs, and not among what the user's own runs keep."""
+    os.environ.setdefault("QCONVERT_CACHE", str(config.cache.mkdir("qconvert") if config.cache else ""))
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that change how models are traced: they find nothing that was traced before, and leave nothing behind."""
+    monkeypatch.setenv("QCONVERT_CACHE", "")
 
 
 TEMPLATES: dict[str, Template] = {}

@@ -136,6 +136,7 @@ def test_a_source_of_a_batch_gives_what_it_gives_alone(side: str, tmp_path: Path
         assert largest_difference(together[row], answered(tokenizer([text], return_tensors="np"))[0]) < ROUNDING
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_graph_that_leaves_padding_where_it_is_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokensFirst, "applied", lambda self, ids: ids)
     with pytest.raises(InputError, match=r"as one operator: differs from the model by \d"):

@@ -190,6 +190,7 @@ def test_the_norms_of_a_decoder_add_and_its_float_graph_too() -> None:
     assert (ops.count("SkipSimplifiedLayerNormalization"), ops.count("RMSNormalization"), ops.count("Add")) == (8, 1, 0)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_clean_up_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def bend_gates(graph: onnx_ir.Graph) -> None:
         for node in [node for node in graph if node.op_type == "Sigmoid"]:
@@ -202,6 +203,7 @@ def test_a_clean_up_that_is_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert "Tanh" not in ops
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def reversed_caches(module: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_caches(module, positions)
@@ -213,6 +215,7 @@ def test_a_rotation_that_is_silently_wrong_is_found_and_the_model_rotates_itself
     assert attention_of(trace(model)) == [(GQA, False, 0)] * 4
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_model_that_no_form_gets_right_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qconvert.trace.relative_error", lambda *_: 0.25)
     _, model = build("bert")
@@ -232,11 +235,12 @@ def test_a_model_that_does_not_run_in_torch_is_told_from_one_that_can_not_be_tra
     assert caught.value.code == "QC-EXPORT-001"
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_lack_of_memory_is_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("qconvert.trace.capture", no_memory)
+    monkeypatch.setattr("qconvert.trace.cache.capture", no_memory)
     _, model = build("bert")
     with pytest.raises(MemoryError):
         trace(model)

@@ -10,7 +10,8 @@ from torch import Tensor
 from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN, Template
-from qconvert.trace.capture import Captured, capture
+from qconvert.trace.cache import TraceCache
+from qconvert.trace.capture import Captured
 from qconvert.trace.check import TOLERANCE, reference, relative_error
 from qconvert.trace.cleanup import CLEAN_UPS, CleanUp, cleaned_up
 from qconvert.trace.groups import input_groups
@@ -60,15 +61,20 @@ def _inside(name: str, block: str) -> bool:
 
 def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Captured], Sequence[CleanUp]]:
     """The capture in the fastest form that agrees with torch, and the clean-ups after which it still does."""
+    cache = TraceCache(model, blocks)
+    if (known := cache.right()) is not None:
+        return known[0], CLEAN_UPS if known[1] else ()
     expected = _expected(model, blocks)
+    outputs = list(expected[0])
     failures: list[tuple[Form, str]] = []
     for form in FORMS[model.task]:
         try:
-            captured = capture(model, blocks, form, list(expected[0]))
+            captured = cache.capture(form, outputs)
             for clean_ups in (CLEAN_UPS, ()):
                 graphs = {part: cleaned_up(traced.graph.clone(), clean_ups) for part, traced in captured.items()}
                 error = relative_error(model, graphs, blocks, expected)
                 if error <= TOLERANCE:
+                    cache.keep(form, outputs, cleaned=bool(clean_ups))
                     return captured, clean_ups
         except InputError:
             raise

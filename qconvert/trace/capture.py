@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,20 +142,26 @@ def _rename(
     for value, name in zip(values, inputs + parameters, strict=True):
         value.name = name
     del core.inputs[len(inputs) :]
-    constants = {}
+    constants = []
     for name, value in list(core.initializers.items()):
         if value.const_value is not None and value.const_value.nbytes > 256:
             value.name = prefix + name
-            constants[prefix + name] = torch.from_numpy(value.const_value.numpy().copy())
+            constants.append(prefix + name)
     for value in values[len(inputs) :]:
         if value.uses():
-            core.register_initializer(_as_initializer(value))
+            core.register_initializer(as_initializer(value))
     for value, name in zip(core.outputs, outputs, strict=True):
         value.name = name
-    return constants
+    return constants_of(core, constants)
 
 
-def _as_initializer(value: onnx_ir.Value) -> onnx_ir.Value:
+def constants_of(graph: onnx_ir.Graph, names: Iterable[str]) -> dict[str, Tensor]:
+    """Initializers that have data, by name."""
+    tensors = {name: graph.initializers[name].const_value for name in names}
+    return {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in tensors.items() if tensor is not None}
+
+
+def as_initializer(value: onnx_ir.Value) -> onnx_ir.Value:
     """An initializer needs a tensor; parameters get one that says where the data will be, not what it is."""
     assert value.name is not None
     assert value.shape is not None

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is what a first conversion takes."""
+    monkeypatch.setenv("QCONVERT_CACHE", "")
+
+
 @pytest.fixture(scope="session")
 def models(request: pytest.FixtureRequest) -> Path:
     """A folder with minilm/, smollm2/, smollm2-offgrid/ and smollm2.gguf."""
