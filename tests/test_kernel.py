@@ -1,4 +1,4 @@
-"""targets/cpu.py: ONNX Runtime's kernels compute with our bytes what dequantize says."""
+"""targets/cpu_sidecar.py: ONNX Runtime's kernels compute with our bytes what dequantize says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qconvert.ir.scheme import GROUP_SIZES, QuantScheme
 from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.storage import compressed_tensors
 from qconvert.storage.digest import tensor_bytes
-from qconvert.targets import cpu
+from qconvert.targets import cpu_sidecar
 from qconvert.targets.cpu import CPU
 
 OUT = 6
@@ -33,7 +33,7 @@ def quantized(width: int, scheme: str, kind: LayerKind = "linear", out: int = OU
 
 def matmul_nbits(plan: LayerPlan, tensor: QuantizedTensor) -> Tensor:
     """The matrix [out, in] that MatMulNBits multiplies with: its output for an identity matrix."""
-    disk, sidecar = compressed_tensors.encode(plan, tensor), cpu.sidecar_tensors(plan, tensor)
+    disk, sidecar = compressed_tensors.encode(plan, tensor), cpu_sidecar.sidecar_tensors(plan, tensor)
     size, bits = CPU.block_size(plan), plan.scheme.bits
     packed = sidecar["kernel_weight"] if CPU.is_padded(plan) else disk["weight_packed"]
     shape = (plan.out_features, -(-plan.in_features // size), size * bits // 8)
@@ -133,7 +133,7 @@ def test_the_block_is_the_group_or_the_largest_that_divides(scheme: str, width: 
 def test_the_sidecar_holds_only_what_the_shared_bytes_do_not(
     scheme: str, width: int, expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> None:
-    extra = cpu.sidecar_tensors(*quantized(width, scheme))
+    extra = cpu_sidecar.sidecar_tensors(*quantized(width, scheme))
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()} == expected
 
 
@@ -141,7 +141,7 @@ def test_the_sidecar_holds_only_what_the_shared_bytes_do_not(
 def test_convolutions_get_unpacked_unsigned_zero_points(scheme: str, bits: int) -> None:
     plan, tensor = quantized(32, scheme, "conv2d")
     assert tensor.zero_point is not None
-    extra = cpu.sidecar_tensors(plan, tensor)
+    extra = cpu_sidecar.sidecar_tensors(plan, tensor)
     assert extra.keys() == {"kernel_zero_point"}
     assert extra["kernel_zero_point"].dtype == torch.uint8
     assert torch.equal(extra["kernel_zero_point"].int(), tensor.zero_point.int().expand(OUT, -1) + 2 ** (bits - 1))
@@ -156,7 +156,7 @@ def with_outliers(columns: list[int], dtype: torch.dtype) -> tuple[LayerPlan, Qu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_int8_product_without_the_outliers_plus_their_float_product_is_the_whole(dtype: torch.dtype) -> None:
     plan, tensor = with_outliers([3, 17], dtype)
-    extra = cpu.sidecar_tensors(plan, tensor)
+    extra = cpu_sidecar.sidecar_tensors(plan, tensor)
     assert extra["outlier_weight"].dtype == dtype  # in half the space only where that loses nothing
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     codes = tensor.q.float() * tensor.scale
@@ -168,7 +168,7 @@ def test_what_could_not_be_folded_is_a_factor_of_the_input() -> None:
     plan, tensor = quantized(32, "int8-channel")
     scale = torch.linspace(0.5, 2, 32)
     scaled = QuantizedTensor(tensor.q, tensor.scale, None, tensor.scheme, input_scale=scale)
-    factor = cpu.sidecar_tensors(plan, scaled)["input_factor"]
+    factor = cpu_sidecar.sidecar_tensors(plan, scaled)["input_factor"]
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     assert torch.allclose((x * factor) @ tensor.dequantize().T, x @ scaled.dequantize().T, atol=1e-5)
 

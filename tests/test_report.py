@@ -14,7 +14,8 @@ from onnx import TensorProto
 from rich.console import Console, RenderableType
 
 from qconvert.graph import cuda_kernels
-from qconvert.ir.plan import Assignment, KeptFloat, LayerPlan, Plan
+from qconvert.ir.decisions import Assignment, KeptFloat
+from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Report, SampleCounts, Size
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.task import TASKS, TaskName

@@ -12,8 +12,9 @@ from qconvert.allocate.knapsack import solve
 from qconvert.allocate.sensitivity import measure_losses
 from qconvert.errors import UsageError
 from qconvert.ir.budget import Budget
+from qconvert.ir.decisions import Assignment
 from qconvert.ir.layer import Block
-from qconvert.ir.plan import Assignment, Plan
+from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress
 from qconvert.ir.scheme import QuantScheme
 from qconvert.job import Job

@@ -19,7 +19,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.recipe import Recipe
 from qconvert.storage import compressed_tensors
-from qconvert.targets import cpu, targets_of
+from qconvert.targets import cpu_sidecar, targets_of
 
 # Weights only, with fast kernels on every target, and a layout whose bytes the kernels read as they are.
 SCHEMES = tuple(map(QuantScheme.parse, ("int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8-g128", "int8-g32")))
@@ -115,4 +115,4 @@ def _stored_bytes(plan: LayerPlan) -> int:
     scale = torch.ones(plan.scheme.scale_shape(out, width))
     zero_point = None if plan.scheme.symmetric else torch.zeros(scale.shape, dtype=torch.int8)
     tensor = QuantizedTensor(torch.zeros(out, width, dtype=torch.int8), scale, zero_point, plan.scheme)
-    return plan.nbytes + sum(extra.nbytes for extra in cpu.sidecar_tensors(plan, tensor).values())
+    return plan.nbytes + sum(extra.nbytes for extra in cpu_sidecar.sidecar_tensors(plan, tensor).values())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from qconvert.ir.layer import LayerKind
 from qconvert.ir.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from qconvert.ir.layer import LayerKind
 
 
 class LayerForm(Enum):

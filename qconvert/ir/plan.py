@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
+from qconvert.ir.decisions import Assignment, KeptFloat
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
@@ -59,33 +59,6 @@ class LayerPlan:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.disk_tensors.values())
-
-
-@dataclass(frozen=True, slots=True)
-class KeptFloat:
-    """A module that stays in float, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What `auto` decided. average_bits: of all quantized weights. schemes: name -> number of layers.
-
-    predicted_kl in nats, for models that write text; predicted_error: of the output, relative, for others. Both are sums over
-    what each layer loses alone, on calibration data.
-    """
-
-    budget: str
-    average_bits: float
-    schemes: Mapping[str, int]
-    predicted_kl: float | None = None
-    predicted_error: float | None = None
-
-    def document(self) -> dict[str, Any]:
-        """The JSON document of it; what a task has no use for is absent."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

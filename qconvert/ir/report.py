@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qconvert.ir.plan import Assignment, KeptFloat
+from qconvert.ir.decisions import Assignment, KeptFloat
 from qconvert.ir.task import TaskName
 
 Status = Literal["passed", "failed", "not-run"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qconvert.ir.artifact import StoredTensor
-from qconvert.ir.plan import Assignment
+from qconvert.ir.decisions import Assignment
 from qconvert.ir.report import LayerReport
 
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from qconvert.errors import UsageError
 from qconvert.execution.modules import layer_kind
+from qconvert.ir.decisions import KeptFloat
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
-from qconvert.ir.plan import KeptFloat, LayerPlan, Plan
+from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template
 from qconvert.plan.fit import Fitting

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qconvert.errors import UsageError
+from qconvert.ir.decisions import KeptFloat
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
-from qconvert.ir.plan import KeptFloat, LayerPlan
+from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import GROUP_SIZES, Granularity, PerChannel, PerGroup
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qconvert.errors import printable
-from qconvert.ir.plan import Assignment, KeptFloat
+from qconvert.ir.decisions import Assignment, KeptFloat
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
-from qconvert.ir.plan import Assignment, LayerPlan
+from qconvert.ir.decisions import Assignment
+from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult

@@ -1,22 +1,14 @@
-"""What ONNX Runtime's kernels want beside the shared bytes of model.safetensors; it goes into the sidecar.
-
-weight-only linear   MatMulNBits: B = weight_packed itself where the width is a multiple of the block,
-                     scales per block, zero points packed along the blocks
-int8 activations     weight, weight_scale and weight_zero_point themselves; outlier columns beside them
-conv2d               weight_packed, weight_scale itself; zero points unpacked
-"""
+"""The CPU provider. What its kernels want beside the shared bytes is in cpu_sidecar.py."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from qconvert.ir.affine import stored_scale
-from qconvert.ir.layer_form import LayerForm
-from qconvert.ir.plan import LayerPlan
-from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import GROUP_SIZES, PerGroup
 from qconvert.targets.target import Target
+
+if TYPE_CHECKING:
+    from qconvert.ir.plan import LayerPlan
 
 
 def _block_size(plan: LayerPlan) -> int:
@@ -38,64 +30,3 @@ CPU = Target(
     describe=None,
     provider_options=(),
 )
-
-
-def stored_outliers(weight: Tensor) -> Tensor:
-    """Float columns in half the space where the quantizer has rounded them to float16 already."""
-    half = weight.half()
-    return half if torch.equal(half.float(), weight) else weight
-
-
-def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """Suffix -> tensor that the graph for the CPU provider needs beside `plan.disk_tensors`.
-
-    kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
-    kernel_scale [out, blocks]: the scale repeated per block.
-    kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
-    outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] uint8 with
-    zeros at the outliers.
-    input_factor [in] float32: what the input is multiplied by, 1 / input_scale.
-    """
-    extra: dict[str, Tensor] = {}
-    if tensor.input_scale is not None:
-        extra["input_factor"] = 1 / tensor.input_scale
-    match plan.form:
-        case LayerForm.CONVOLUTION:
-            extra |= _unpacked_zero_points(plan, tensor)
-        case LayerForm.INT8_ROWS | LayerForm.INT8_EMBEDDING:
-            extra |= _outliers(plan, tensor)
-        case LayerForm.PACKED_WEIGHTS | LayerForm.PACKED_EMBEDDING:
-            extra |= _blocks(plan, tensor)
-    return extra
-
-
-def _unpacked_zero_points(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    if tensor.zero_point is None:
-        return {}
-    unsigned = tensor.zero_point.to(torch.int16) + plan.scheme.format.offset
-    return {"kernel_zero_point": unsigned.to(torch.uint8).expand(plan.out_features, -1)}
-
-
-def _outliers(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    if tensor.outliers is None:
-        return {}
-    mask = torch.ones(plan.in_features, dtype=torch.uint8)
-    mask[tensor.outliers.columns] = 0
-    weight = stored_outliers(tensor.outliers.weight.T)
-    return {"outlier_columns": tensor.outliers.columns, "outlier_weight": weight, "outlier_mask": mask}
-
-
-def _blocks(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """Codes, scales and zero points in the kernel's blocks, where the shared file does not hold them so."""
-    extra: dict[str, Tensor] = {}
-    size, out, pack = CPU.block_size(plan), plan.out_features, plan.scheme.format.pack
-    blocks = -(-plan.in_features // size)
-    if CPU.is_padded(plan):
-        padded = torch.nn.functional.pad(tensor.q, (0, blocks * size - plan.in_features))
-        extra["kernel_weight"] = pack(padded).reshape(out, blocks, -1)
-    per_block = blocks // tensor.scale.shape[1]
-    if tensor.scale.shape != (out, blocks):
-        extra["kernel_scale"] = stored_scale(tensor.scale, plan.scheme).repeat_interleave(per_block, 1).expand(out, -1)
-    if tensor.zero_point is not None:
-        extra["kernel_zero_point"] = pack(tensor.zero_point.repeat_interleave(per_block, 1).expand(out, -1))
-    return extra

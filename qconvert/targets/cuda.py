@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qconvert.ir.layer_form import LayerForm
-from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import PerGroup
 from qconvert.targets.target import Target
+
+if TYPE_CHECKING:
+    from qconvert.ir.plan import LayerPlan
 
 # Of MatMulNBits' CUDA kernels, those for few rows take blocks of 16 to 128, those for many rows, on weights that are packed
 # when the model is loaded, only 32 (contrib_ops/cuda/quantization/matmul_4bits.cu and what the 1.31.1 wheel says of itself).

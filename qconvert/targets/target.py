@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qconvert.ir.plan import LayerPlan
 from qconvert.vocabulary import TargetName
+
+if TYPE_CHECKING:
+    from qconvert.ir.plan import LayerPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)

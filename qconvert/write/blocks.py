@@ -20,7 +20,7 @@ from qconvert.storage.compressed_tensors import SUFFIXES, encode
 from qconvert.storage.reader import tensor_record
 from qconvert.storage.safetensors import SafetensorsFile
 from qconvert.storage.stage import Stage
-from qconvert.targets import cpu
+from qconvert.targets import cpu_sidecar
 from qconvert.write.carried import write_carried
 from qconvert.write.config import write_config
 from qconvert.write.contents import Unit, largest, units
@@ -97,7 +97,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
     extra = {
         name: [
             (f"{name}.{suffix}", stage.sidecar.append(f"{name}.{suffix}", tensor))
-            for suffix, tensor in cpu.sidecar_tensors(unit.layers[name], layer.tensor).items()
+            for suffix, tensor in cpu_sidecar.sidecar_tensors(unit.layers[name], layer.tensor).items()
         ]
         for name, layer in layers.items()
     }
