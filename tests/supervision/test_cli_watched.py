@@ -46,12 +46,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ids=["ends", "exits", "exits with another code", "crashes", "writes to closed files"],
 )
 def test_the_exit_code_is_what_the_command_gave(command: Any, end: str) -> None:
-    assert command(f"process.tell_done(3)\ntry:\n    {end or 'pass'}\nexcept OSError: pass") == 3
+    assert command(f"child.tell_done(3)\ntry:\n    {end or 'pass'}\nexcept OSError: pass") == 3
 
 
 def test_a_thread_that_is_left_is_named_and_not_waited_for(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     thread = "threading.Thread(target=time.sleep, args=(1000,), name='poll')"
-    begin = f"thread = {thread}\nthread.start()\nprocess.left_running[thread] = 'plugin qconvert-rude 0.3'\n"
+    begin = f"thread = {thread}\nthread.start()\nchild.left_running[thread] = 'plugin qconvert-rude 0.3'\n"
     assert command(f"{begin}child.tell_done(0)") == 0
     said = "thread 'poll' of plugin qconvert-rude 0.3 ran on for 10 seconds after the command was done, and was ended"
     assert capsys.readouterr().err == f"warning: {said}\n"
@@ -63,8 +63,8 @@ def test_neither_is_an_exit_handler(command: Any, capsys: pytest.CaptureFixture[
 
 
 def test_a_process_that_is_left_ends_with_the_command(command: Any, tmp_path: Path) -> None:
-    start = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])"
-    assert command(f"{start}\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\nprocess.tell_done(0)") == 0
+    start = "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])"
+    assert command(f"{start}\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(left.pid))\nchild.tell_done(0)") == 0
     state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     deadline = time.monotonic() + 10
     while (runs := state.exists() and ") Z " not in state.read_text()) and time.monotonic() < deadline:
@@ -108,9 +108,9 @@ def test_a_plugin_that_dies_when_it_is_imported_is_set_aside_once(command: Any, 
 
 
 def test_what_a_watched_process_starts_is_not_watched_with_it(command: Any) -> None:
-    assert command("process.tell_done(7 if 'QCONVERT_WATCH' in os.environ else 0)") == 0
+    assert command("child.tell_done(7 if 'QCONVERT_WATCH' in os.environ else 0)") == 0
     assert "QCONVERT_WATCH" not in os.environ
 
 
 def test_a_process_that_finds_no_channel_is_believed(command: Any) -> None:
-    assert command("process._channel.tell({})\nprocess._channel = None\nprocess.tell_done(0)\nsys.exit(4)") == 4
+    assert command("child._channel.tell({})\nchild._channel = None\nchild.tell_done(0)\nsys.exit(4)") == 4
