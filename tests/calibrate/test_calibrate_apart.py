@@ -64,7 +64,7 @@ def test_a_block_that_was_pickled_is_quantized_to_the_same_bytes(settings: dict[
 def test_a_block_of_any_model_can_be_run_where_it_was_sent(build: Callable[[], tuple[nn.Module, Model]]) -> None:
     """What a model calls its blocks with, and what they hand on, travels with them."""
     _, model = build()
-    batches = [source_batch((9, 6))] if model.task == "seq2seq-lm" else BATCHES[:1]
+    batches = [source_batch((9, 6))] if model.task.reads_source else BATCHES[:1]
     for block in calibrated(model, plan_of(model), (), Seeing(), batches):
         sent = pickle.loads(pickle.dumps(block))
         assert sent.name == block.name

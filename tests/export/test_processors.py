@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import image_module
 import numpy as np
 import onnx
 import onnx_ir
@@ -26,7 +27,6 @@ from forced_processor import forced
 from generation import keep_activations_of_graph_float
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import tiny_bert, tiny_llama, tiny_t5
-from torch import nn
 
 from qconvert.export import processors
 from qconvert.export.graph import GraphBuilder
@@ -140,24 +140,6 @@ RECIPES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 }
 
 
-class Images(nn.Module):
-    """A convolution, an activation and a linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 16)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.linear(torch.relu(self.conv(image)).flatten(1))  # type: ignore[no-any-return]
-
-
-def images() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """What module: takes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Images().eval(), {"image": torch.randn(4, 3, 8, 8)}
-
-
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The artifact of a recipe by its name, converted and verified once."""
@@ -166,7 +148,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @cache
     def convert(name: str) -> Path:
         make, settings = RECIPES[name]
-        source = f"module:{__file__}:images" if name == "convolutions" else str(make(base / f"{name}-source"))
+        source = f"module:{image_module.__file__}:images" if name == "convolutions" else str(make(base / f"{name}-source"))
         data = {} if name == "convolutions" else {"calibration": {"source": "builtin", "samples": 4, "length": 32}}
         recipe = {"model": source, "output": str(base / name), "evaluation": {"samples": 4, "length": 32}} | data | settings
         report = conversion.convert(Recipe.from_settings(recipe))
@@ -184,7 +166,7 @@ def sample(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of a graph: two rows, the second padded."""
     names = [value.name for value in file_session(path).get_inputs()]
     if "image" in names:
-        return {"image": images()[1]["image"].numpy()}
+        return {"image": image_module.images()[1]["image"].numpy()}
     ids = torch.arange(48).reshape(2, 24) * 7 % 300 + 5
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
@@ -261,7 +243,7 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 def test_the_documents_table_is_the_code_s() -> None:
-    text = (TESTS.parent / "docs" / "processors.md").read_text(encoding="utf-8")
+    text = (TESTS.parents[1] / "docs" / "processors.md").read_text(encoding="utf-8")
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and "uint8 x" in line]
 
     def pairs(found: frozenset[Pair]) -> set[str]:

@@ -120,7 +120,7 @@ def test_what_is_stored_under_another_name_is_named_with_what_is_missing(tmp_pat
         ("weight_scale", torch.ones(64, 1)),
         ("weight_scale_inv", torch.ones(1, 1)),
         ("weight_packed", torch.zeros(64, 16, dtype=torch.int32)),
-        ("smoothing_scale", torch.tensor(0.02)),
+        ("input_scale", torch.tensor(0.02)),
         ("g_idx", torch.zeros(64, dtype=torch.int32)),
         ("SCB", torch.ones(64)),
         ("weight.absmax", torch.ones(64)),

@@ -27,6 +27,7 @@ from qconvert.execution.probes import padded_batch
 from qconvert.ir.artifact import CARD, GENAI_CONFIG, SIDECAR, WEIGHTS
 from qconvert.ir.graph_names import is_cache
 from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.task import SEQ2SEQ_LM
 from qconvert.load.hugging_face import load_folder
 from qconvert.ort.compare import feed, largest_difference, next_inputs
 from qconvert.ort.session import EncoderDecoderSession, file_session, why_unavailable
@@ -34,6 +35,7 @@ from qconvert.pipeline import conversion, preparation, verification
 from qconvert.recipe import Recipe
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
+from qconvert.targets.cuda import CUDA
 from qconvert.verify.parity import TOLERANCE, cluster_parity, graph_parity, torch_outputs
 
 GRAPHS = ("encoder.onnx", "decoder.onnx")
@@ -271,7 +273,7 @@ def test_both_graphs_are_written_for_cuda_too(scheme: str, tmp_path: Path) -> No
         pytest.skip("CUDA runs here")
     with pytest.raises(TargetError, match="no provider for cuda"):
         conversion.convert(Recipe.from_settings(settings | data))
-    for file in graph_files("seq2seq-lm", "cuda").values():
+    for file in graph_files(SEQ2SEQ_LM, CUDA).values():
         graph = onnx.load(tmp_path / "out" / file, load_external_data=False).graph
         caches = [value for value in (*graph.input, *graph.output) if is_cache(value.name)]
         assert caches

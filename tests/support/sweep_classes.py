@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qconvert import pipeline
 from qconvert.cli import main
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
+from qconvert.ir.task import ENCODER, SEQ2SEQ_LM
+from qconvert.pipeline import conversion, verification
 from qconvert.recipe import Recipe
 from qconvert.targets import graph_files
 
@@ -105,7 +106,7 @@ def convert(source: Path, output: Path, *flags: str) -> tuple[int, str]:
     recipe, data = source.parent / "recipe.yaml", {"samples": 2, "length": 24}
     recipe.write_text(json.dumps({"calibration": data, "evaluation": data}))
     with (
-        mock.patch.object(pipeline, "verify_in_fresh_process", _measured_here),
+        mock.patch.object(conversion, "verify_in_fresh_process", _measured_here),
         mock.patch("qconvert.verify.latency.REPEATS", 1),
         mock.patch("os.sched_getaffinity", return_value={0}),
     ):
@@ -115,7 +116,7 @@ def convert(source: Path, output: Path, *flags: str) -> tuple[int, str]:
 
 
 def _measured_here(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Report:
-    return pipeline.measure(folder, recipe, progress)
+    return verification.measure(folder, recipe, progress)
 
 
 def batch() -> dict[str, Tensor]:
@@ -146,7 +147,7 @@ def onnx_outputs(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     given["encoder_attention_mask"] = given["attention_mask"]
     found: dict[str, np.ndarray[Any, Any]] = {}
     seq2seq = (folder / "decoder.onnx").exists()
-    for file in graph_files("seq2seq-lm" if seq2seq else "encoder").values():
+    for file in graph_files(SEQ2SEQ_LM if seq2seq else ENCODER).values():
         session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
         for value in session.get_inputs():
             if value.name.startswith("past_key_values."):

@@ -183,7 +183,7 @@ MUTANTS: dict[str, Quantizer] = {
     "zero-point-fits-scheme": returning(lambda tensor, *_: replace(tensor, zero_point=tensor.scale.to(torch.int8))),
     "outliers-are-declared": returning(outlying),
     "prepare-keeps-layers": preparing(lambda group: replace(group, layers=group.layers[:1])),
-    "input-scale-is-usable": preparing(lambda group: replace(group, smoothing_scale=torch.zeros(64))),
+    "smoothing-scale-is-usable": preparing(lambda group: replace(group, smoothing_scale=torch.zeros(64))),
     "deterministic": clipping(counting),
     "independent-of-random-state": clipping(lambda *_: 1 - 0.1 * random.random()),
     "leaves-random-state": doing(lambda layer: torch.manual_seed(0)),

@@ -225,7 +225,7 @@ def test_a_node_that_computes_on_the_cpu_instead_is_a_failure(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Placement(nodes=60, cpu_nodes=("Shape a", "Elu b"), misplaced=("Elu b",), copies=2)
-    monkeypatch.setattr("qconvert.verify.measure_placement", lambda *_: found)
+    monkeypatch.setattr("qconvert.verify.target_check.measure_placement", lambda *_: found)
     report = conversion.convert(recipe(source, tmp_path / "out"))
     latency = report.latency[0]
     assert (latency.status, latency.reason) == ("failed", "these nodes ran on the CPU: Elu b")
