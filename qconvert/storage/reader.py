@@ -6,7 +6,6 @@ Format of model.safetensors: 8 bytes header length (little-endian), a JSON heade
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
 from qconvert.storage import compressed_tensors
 from qconvert.storage.manifest import read_manifest
-from qconvert.storage.safetensors import DTYPE_NAMES, DTYPES
+from qconvert.storage.safetensors import DTYPE_NAMES, DTYPES, Entry, read_header
 
 
 def tensor_record(tensor: StoredTensor) -> dict[str, Any]:
@@ -44,22 +43,23 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """
     path = folder / WEIGHTS
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError(f"its header should have {length} bytes, more than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        index = {
-            name: stored_tensor(WEIGHTS, {**entry, "offset": 8 + length + entry["data_offsets"][0]})
-            for name, entry in header.items()
-        }
+        weights = {name: _stored(entry) for name, entry in read_header(path).items()}
         sidecar = read_manifest(folder)["sidecar"]
-        return index | {name: stored_tensor(SIDECAR, record) for name, record in sidecar.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            "QC-READ-001", f"{path} can't be read: {error}", hint="give a folder that qconvert wrote, or convert again"
-        ) from error
+        return weights | {name: stored_tensor(SIDECAR, record) for name, record in sidecar.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, str(error)) from error
+    except InputError as error:
+        raise error if error.code == "QC-READ-001" else _unreadable(path, error.message) from error
+
+
+def _stored(entry: Entry) -> StoredTensor:
+    return StoredTensor(WEIGHTS, entry.info.dtype, entry.info.shape, entry.start, entry.stop - entry.start)
+
+
+def _unreadable(path: Path, problem: str) -> InputError:
+    return InputError(
+        "QC-READ-001", f"{path} can't be read: {problem}", hint="give a folder that qconvert wrote, or convert again"
+    )
 
 
 def read_written(folder: Path) -> WriteResult:
