@@ -39,7 +39,8 @@ from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.targets.cpu import CPU
 
-TESTS = Path(__file__).parents[1] / "support"
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 # AVX2 without VNNI, no AVX, ARM64 without and with dot product.
 SATURATES = "EPYC-Milan"
 PROCESSORS = (SATURATES, "Nehalem", "cortex-a72", "neoverse-n1")
@@ -210,7 +211,7 @@ def cases(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, np.ndarray[Any, Any]]]:
     """What all cases give on a processor, run once."""
     base = tmp_path_factory.mktemp("emulated")
-    script = TESTS.parent / "examples" / "as_processor.sh"
+    script = ROOT / "examples" / "as_processor.sh"
 
     def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHON": sys.executable}
@@ -226,7 +227,7 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
         for name, (path, inputs) in cases.items():
             np.savez(folder / f"{name}.npz", **inputs)
             (folder / f"{name}.path").write_text(str(path))
-        ran = call(processor, TESTS / "run_graphs.py", folder, base / f"{processor}.npz")
+        ran = call(processor, SUPPORT / "run_graphs.py", folder, base / f"{processor}.npz")
         assert ran.returncode == 0, ran.stderr
         with np.load(base / f"{processor}.npz") as results:
             return dict(results)
@@ -243,7 +244,7 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 def test_the_documents_table_is_the_code_s() -> None:
-    text = (TESTS.parents[1] / "docs" / "processors.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "processors.md").read_text(encoding="utf-8")
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and "uint8 x" in line]
 
     def pairs(found: frozenset[Pair]) -> set[str]:
@@ -323,7 +324,7 @@ def test_the_oldest_onnx_runtime_that_the_card_asks_for_runs_every_artifact(case
     for name in names:
         np.savez(folder / f"{name}.npz", **cases[name][1])
         (folder / f"{name}.path").write_text(str(cases[name][0]))
-    subprocess.run([python, TESTS / "run_graphs.py", folder, tmp_path / "found.npz"], check=True)
+    subprocess.run([python, SUPPORT / "run_graphs.py", folder, tmp_path / "found.npz"], check=True)
     with np.load(tmp_path / "found.npz") as found:
         for name in names:
             here = file_session(cases[name][0]).run(None, cases[name][1])[0]
@@ -374,7 +375,7 @@ def test_onnxruntime_web_takes_either_answer(cases: Cases, tmp_path: Path) -> No
         files = [each for each in (WEIGHTS, SIDECAR) if (path.parent / each).exists()]
         listed[name] = {"graph": str(path), "files": files, "inputs": feeds}
     (tmp_path / "cases.json").write_text(json.dumps(listed))
-    command = ["node", TESTS / "run_web.mjs", modules, tmp_path / "cases.json"]
+    command = ["node", SUPPORT / "run_web.mjs", modules, tmp_path / "cases.json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     for name, values in found.items():
         first = np.array(found[name.removesuffix("-signed").removesuffix("-unsigned")])
