@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -27,8 +28,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What tests trace is kept for later tests, in all processes and runs, and not among what the user's own runs keep."""
-    os.environ.setdefault("QCONVERT_CACHE", str(config.cache.mkdir("qconvert") if config.cache else ""))
+    """What tests trace is kept for later tests, in all processes, and not among what the user's own runs keep.
+
+    Where pytest has a cache, it is kept for later runs too."""
+    if "QCONVERT_CACHE" in os.environ:  # the processes that xdist starts inherit it
+        return
+    cache: pytest.Cache | None = getattr(config, "cache", None)
+    folder = None if cache else tempfile.TemporaryDirectory(prefix="qconvert-")
+    os.environ["QCONVERT_CACHE"] = str(cache.mkdir("qconvert")) if cache else folder.name if folder else ""
+    if folder:
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture
