@@ -14,3 +14,8 @@ Batch = dict[str, Any]
 def row_count(inputs: Mapping[str, Tensor]) -> int:
     """Return how many rows inputs have: an input that all rows of a module share has one row, or is a scalar."""
     return max(len(value) for value in inputs.values() if value.ndim)
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """Return the rows of a text model's batch, each as a batch of its own."""
+    return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(row_count(batch))]

@@ -89,6 +89,8 @@ class Latency(_Part):
 
     speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float. On a busy machine
         it is float_processor_ms / processor_ms, the time that the cores worked for one run.
+    float_pieces: of a float model that is too large to be run whole, into how many pieces it was divided, whose times add up;
+        float_pieces_measured: how many of them were run, the others being like one of those.
 
     others_share: of the cores' time, what other programs took meanwhile, 0 to 1; None where the system does not tell. spread:
     how far apart the middle half of the repeats is, relative to p50_ms.
@@ -108,6 +110,8 @@ class Latency(_Part):
     p50_ms: float | None = None
     p95_ms: float | None = None
     float_p50_ms: float | None = None
+    float_pieces: int | None = None
+    float_pieces_measured: int | None = None
     speedup: float | None = None
     trials: tuple[Trial, ...] | None = None
     device_nodes: int | None = None

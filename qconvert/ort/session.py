@@ -200,19 +200,21 @@ class EncoderDecoderSession:
         cross = [value for value in self.encoder.get_outputs() if value.name.startswith(CROSS)]
         return [*self.decoder.get_outputs(), *cross]
 
-    def run(self, names: None, inputs: Values) -> list[np.ndarray[Any, Any]]:
-        """Return every output of `get_outputs`, in order, of the decoder run after the encoder."""
+    def run(self, names: Sequence[str] | None, inputs: Values) -> list[np.ndarray[Any, Any]]:
+        """Return the outputs of the decoder run after the encoder: those that are named, or every one of `get_outputs`."""
         values = self.values(inputs)
         found = values["encoder"] | values["decoder"]
-        return [found[value.name] for value in self.get_outputs()]
+        return [found[name] for name in names or [value.name for value in self.get_outputs()]]
 
     def values(self, inputs: Values) -> dict[str, Values]:
         """Run both parts, and return of each all values that go into its graph and come out of it, by name."""
         encoded = run_named(self.encoder, inputs) if "input_ids" in inputs else {}
-        known = inputs | encoded
+        return {"encoder": encoded, "decoder": run_named(self.decoder, self.decoder_inputs(inputs | encoded))}
+
+    def decoder_inputs(self, known: Values) -> Values:
+        """Return the inputs of the decoder. known: values by their names in the whole model."""
         names = [value.name for value in self.decoder.get_inputs()]
-        decoded = run_named(self.decoder, {name: known[WHOLE_NAMES.get(name, name)] for name in names})
-        return {"encoder": encoded, "decoder": decoded}
+        return {name: known[WHOLE_NAMES.get(name, name)] for name in names}
 
 
 def run_named(session: Any, inputs: Values) -> Values:

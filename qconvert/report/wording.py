@@ -105,7 +105,7 @@ def latency(part: Latency) -> str:
         part.reason,
         speed(part),
         busy(part),
-        _number("p50 ", part.p50_ms, ".3g", _number(" ms (float ", part.float_p50_ms, ".3g", " ms)") or " ms"),
+        _number("p50 ", part.p50_ms, ".3g", _number(" ms (float ", part.float_p50_ms, ".3g", f" ms{pieces(part)})") or " ms"),
         _number("p95 ", part.p95_ms, ".3g", " ms"),
         _number("prefill ", part.prefill_tokens_per_s, ".0f", " tokens/s"),
         _number("decode ", part.decode_tokens_per_s, ".0f", " tokens/s"),
@@ -115,6 +115,13 @@ def latency(part: Latency) -> str:
         "" if part.cpu_nodes is None else f"{len(part.cpu_nodes)} on the CPU",
         _number("", part.copies, "d", " copy between them" if part.copies == 1 else " copies between them"),
     )
+
+
+def pieces(part: Latency) -> str:
+    """Say that the float model was run in pieces: ", in 9 pieces, 3 of them measured"; "" where it was run whole."""
+    if part.float_pieces is None:
+        return ""
+    return f", in {part.float_pieces} pieces, {part.float_pieces_measured} of them measured"
 
 
 def busy(part: Latency) -> str:

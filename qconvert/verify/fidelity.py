@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from qconvert.execution.divergence import kl_divergence, log_probabilities
-from qconvert.ir.batch import Batch, row_count
+from qconvert.ir.batch import Batch, row_count, rows_of
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity
 from qconvert.ir.task import Task
 from qconvert.ort.compare import feed
+from qconvert.ort.pieces import run_each
 from qconvert.verify.finite import first_not_finite, require_finite_float
 
 # Positions whose logits are compared at once: 128 of a vocabulary of 150,000 are 150 MB in float64.
@@ -31,20 +32,19 @@ def measure_fidelity(
     by_token = task.generates
     done = 0
     meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
-    for batch in batches:
-        rows = row_count(batch)
-        # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
-        parts = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(rows)] if by_token else [batch]
-        for part in parts:
-            found, expected = (torch.from_numpy(each.run(None, feed(each, part))[0]) for each in (artifact, baseline))
-            require_finite_float(expected, part, "evaluation", done)
-            row = first_not_finite(found, part)
-            if row is not None:
-                reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
-                return Fidelity(target=target, status="failed", reason=reason)
-            meter.update(found, expected, part)
-            done += row_count(part)
-        progress.advance(rows)
+    # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
+    parts = [part for batch in batches for part in (rows_of(batch) if by_token else [batch])]
+    floats = run_each(baseline, [feed(baseline, part) for part in parts], [baseline.get_outputs()[0].name])
+    for part, (output,) in zip(parts, floats, strict=True):
+        found, expected = torch.from_numpy(artifact.run(None, feed(artifact, part))[0]), torch.from_numpy(output)
+        require_finite_float(expected, part, "evaluation", done)
+        row = first_not_finite(found, part)
+        if row is not None:
+            reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
+            return Fidelity(target=target, status="failed", reason=reason)
+        meter.update(found, expected, part)
+        done += row_count(part)
+        progress.advance(row_count(part))
     return meter.result(target)
 
 

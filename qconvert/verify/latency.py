@@ -22,6 +22,7 @@ from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency, Trial
 from qconvert.ort.compare import feed, next_inputs
+from qconvert.ort.pieces import PieceTimes, is_in_pieces, seconds_in_pieces
 from qconvert.ort.session import SessionSettings
 from qconvert.targets import TARGETS
 from qconvert.targets.cpu import CPU
@@ -32,6 +33,8 @@ ENCODER_BATCH, ENCODER_LENGTH = 16, 128
 REPEATS, TURNS, PAUSE_SECONDS = 10, 2, 0.05
 # To choose session settings takes fewer; they differ by more than this share of the time, or the default is kept.
 TRIAL_REPEATS, TRIAL_TOKENS, NOISE = 4, 8, 0.05
+# Of a piece of a float model that is too large to be run whole.
+PIECE_REPEATS = 4
 # A slow machine or a large model gets fewer repeats rather than a long wait.
 BUDGET_SECONDS = 30.0
 
@@ -45,7 +48,8 @@ def measure_latency(
     the decoder's first), 16 x 128 tokens for encoders, a batch for modules. With the session settings that are fastest here.
 
     Decoders also report tokens per second of prefill and of greedy decoding (32 tokens after the prompt). A model that
-    takes fewer tokens is given fewer. Without a baseline, nothing is said about float.
+    takes fewer tokens is given fewer. Without a baseline, nothing is said about float; one that runs in pieces is timed
+    piece by piece, after the artifact.
 
     On a busy machine (Latency.busy) the speedup is that of the processor time, and no settings are said to be the fastest.
     """
@@ -54,20 +58,28 @@ def measure_latency(
     decoder = model.task.generates
     settings, trials = _fastest(artifact, inputs, new_tokens if decoder else 0, _candidates(target))
     # Float gets these settings and the default: it is as fast as the better of the two.
-    floats = dict.fromkeys((settings, _candidates(target)[0])) if baseline is not None else ()
-    sessions = [artifact(settings), *(baseline(each) for each in floats if baseline is not None)]
+    settings_of_float = dict.fromkeys((settings, _candidates(target)[0])) if baseline is not None else ()
+    floats = [baseline(each) for each in settings_of_float if baseline is not None]
+    in_pieces = any(map(is_in_pieces, floats))
+    sessions = [artifact(settings), *([] if in_pieces else floats)]
     times = _in_turns([partial(session.run, None, feed(session, inputs)) for session in sessions], REPEATS, time.perf_counter)
-    p50, float_p50 = median(times[0]), min(map(median, times[1:]), default=None)
+    p50 = median(times[0])
+    step_seconds = _step_seconds(sessions[0], inputs, new_tokens) if decoder else None
+    del sessions  # those that follow take as much memory
+    float_times = _piece_times(floats[-1], inputs, time.perf_counter) if in_pieces else None
+    float_p50 = min(map(median, times[1:]), default=float_times.seconds if float_times else None)
     measured = Latency(
         target=target,
         status="passed",
         threads=settings.threads,
         spinning=settings.spinning,
         prefill_tokens_per_s=prompt / p50 if decoder else None,
-        decode_tokens_per_s=1 / _step_seconds(sessions[0], inputs, new_tokens) if decoder else None,
+        decode_tokens_per_s=None if step_seconds is None else 1 / step_seconds,
         p50_ms=1e3 * p50,
         p95_ms=1e3 * float(np.percentile(times[0], 95)),
         float_p50_ms=None if float_p50 is None else 1e3 * float_p50,
+        float_pieces=float_times and float_times.pieces,
+        float_pieces_measured=float_times and float_times.measured,
         speedup=None if float_p50 is None else float_p50 / p50,
         trials=trials if len(trials) > 1 else None,
         spread=float(np.subtract(*np.percentile(times[0], (75, 25)))) / p50,
@@ -75,7 +87,6 @@ def measure_latency(
     )
     if not measured.busy:
         return measured
-    del sessions  # those that follow take as much memory
     return measured.model_copy(update={"trials": None, **_processor_times(artifact, baseline, settings, inputs)})
 
 
@@ -87,9 +98,16 @@ def _processor_times(
         return {}
     waiting = dataclasses.replace(settings, spinning=False)
     sessions = [artifact(waiting), baseline(waiting)]
-    calls = [partial(session.run, None, feed(session, inputs)) for session in sessions]
-    own, float_own = map(fmean, _in_turns(calls, REPEATS, time.process_time))  # a clock that may tick once in several runs
+    calls = [partial(session.run, None, feed(session, inputs)) for session in sessions if not is_in_pieces(session)]
+    # The mean, of a clock that may tick once in several runs.
+    own, *others = map(fmean, _in_turns(calls, REPEATS, time.process_time))
+    float_own = others[0] if others else _piece_times(sessions[1], inputs, time.process_time).seconds
     return {"processor_ms": 1e3 * own, "float_processor_ms": 1e3 * float_own, "speedup": float_own / own if own else None}
+
+
+def _piece_times(session: Any, inputs: Batch, clock: Callable[[], float]) -> PieceTimes:
+    """How long a run of the float model takes, each of its pieces by itself."""
+    return seconds_in_pieces(session, feed(session, inputs), lambda run: fmean(_in_turns([run], PIECE_REPEATS, clock)[0]))
 
 
 def _candidates(target: str) -> list[SessionSettings]:

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir
@@ -34,6 +35,7 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.template import made_by
 from qconvert.ort import compare
+from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import joined, memory_session, run_named
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
@@ -107,8 +109,8 @@ def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]
         layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
-    sessions = {part: memory_session(model, read, folder=artifact.folder, target=target.name) for part, model in graphs.items()}
-    session = joined(sessions)
+    open_piece = partial(memory_session, read=read, folder=artifact.folder, target=target.name)
+    session = joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
     return compare.relative_error(artifact.model, session, expected)
 
 
@@ -151,10 +153,8 @@ def worst_cluster(artifact: ArtifactReader, target: Target = CPU) -> tuple[float
     clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
     if not clusters:
         return 0.0, ""
-    sessions = {
-        part: memory_session(model, artifact.read, folder=artifact.folder, target=target.name) for part, model in graphs.items()
-    }
-    session = joined(sessions)
+    open_piece = partial(memory_session, read=artifact.read, folder=artifact.folder, target=target.name)
+    session = joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
     inputs = compare.feed(session, probes.padded_batch(artifact.model))
     values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
     errors = []

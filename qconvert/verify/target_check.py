@@ -19,6 +19,7 @@ from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
+from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
@@ -113,7 +114,7 @@ class TargetCheck:
 
 
 def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False) -> Any:
-    """Open a session over the float graphs of a model, fed from its source.
+    """Open a session over the float graphs of a model, fed from its source; over large ones, in pieces.
 
     last_position: whether the head is spared the rest of a prompt, as it is in the artifact.
     """
@@ -122,7 +123,8 @@ def float_session(job: Job, settings: SessionSettings, *, last_position: bool = 
     if last_position and model.output_head is not None:
         keep_last_position(graphs["model"].graph, model.output_head)
     floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
-    return joined({part: memory_session(graph, model.read, settings) for part, graph in floats.items()})
+    open_piece = partial(memory_session, read=model.read, settings=settings)
+    return joined({part: sized_session(graph, open_piece) for part, graph in floats.items()})
 
 
 def _placed(measured: Latency, found: Placement) -> Latency:

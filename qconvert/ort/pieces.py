@@ -1,0 +1,168 @@
+"""A graph whose weights are too large to be held in float32 at once, run piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from onnx_ir import DataType
+
+from qconvert.graph.pieces import divide, weight_bytes
+from qconvert.ort.session import EncoderDecoderSession, Values, run_named
+
+# Of weights in float32, in a session, and in a piece where they are more: a model of up to 150 million is run whole.
+WHOLE_BYTES, PIECE_BYTES = 600_000_000, 200_000_000
+
+OpenPiece = Callable[[onnx_ir.Model], Any]
+Measure = Callable[[Callable[[], object]], float]  # seconds of a call
+TYPES = {DataType.FLOAT: "tensor(float)", DataType.INT64: "tensor(int64)", DataType.BOOL: "tensor(bool)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a graph, as onnxruntime describes it."""
+
+    name: str
+    shape: list[int | str | None]
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class PieceTimes:
+    """How long a graph takes that was run in pieces.
+
+    seconds: of all pieces. measured: how many were run; the others are like one of those.
+    """
+
+    seconds: float
+    pieces: int
+    measured: int
+
+
+def sized_session(model: onnx_ir.Model, open_piece: OpenPiece) -> Any:
+    """Open a session over a graph in memory, piece by piece if its weights take more than WHOLE_BYTES.
+
+    open_piece: opens a session over a graph whose initializers may lack data (see ort.session.memory_session).
+    """
+    if weight_bytes(model.graph.initializers.values()) <= WHOLE_BYTES:
+        return open_piece(model)
+    return PiecewiseSession(model, open_piece)
+
+
+def run_each(session: Any, feeds: Sequence[Values], names: Sequence[str] | None = None) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """Yield the outputs for one input after the other. names: of the outputs; unset, all."""
+    match session:
+        case PiecewiseSession():
+            yield from session.run_each(names, feeds)
+        case EncoderDecoderSession() if is_in_pieces(session):
+            yield from run_each(session.decoder, _decoder_feeds(session, feeds), names)
+        case _:
+            for each in feeds:
+                yield session.run(names, each)
+
+
+def is_in_pieces(session: Any) -> bool:
+    """Return whether a session, or one of its parts, is a PiecewiseSession."""
+    if isinstance(session, EncoderDecoderSession):
+        return is_in_pieces(session.encoder) or is_in_pieces(session.decoder)
+    return isinstance(session, PiecewiseSession)
+
+
+def seconds_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTimes:
+    """Return how long a run takes, as `measure` says of each piece by itself."""
+    match session:
+        case PiecewiseSession():
+            return session.seconds(inputs, measure)
+        case EncoderDecoderSession():
+            encoder = seconds_in_pieces(session.encoder, _own(session.encoder, inputs), measure)
+            decoder = seconds_in_pieces(session.decoder, _decoder_feeds(session, [inputs])[0], measure)
+            return PieceTimes(*map(sum, zip(astuple(encoder), astuple(decoder), strict=True)))
+        case _:
+            return PieceTimes(measure(partial(session.run, None, inputs)), 1, 1)
+
+
+def _decoder_feeds(session: EncoderDecoderSession, feeds: Sequence[Values]) -> list[Values]:
+    """Run the encoder on each of the inputs, and return those of the decoder."""
+    names = [port.name for port in session.encoder.get_outputs()]
+    encoded = run_each(session.encoder, [_own(session.encoder, each) for each in feeds])
+    return [
+        session.decoder_inputs(each | dict(zip(names, found, strict=True))) for each, found in zip(feeds, encoded, strict=True)
+    ]
+
+
+def _own(session: Any, inputs: Values) -> Values:
+    return {port.name: inputs[port.name] for port in session.get_inputs()}
+
+
+class PiecewiseSession:
+    """A graph of which one piece at a time is open. Every run opens them anew, but `run_each` once for all of its inputs."""
+
+    def __init__(self, model: onnx_ir.Model, open_piece: OpenPiece) -> None:
+        self._graph, self._open = model.graph, open_piece
+        self._pieces = divide(model, PIECE_BYTES)
+
+    def get_inputs(self) -> list[Port]:
+        """Return the graph's inputs."""
+        return [_port(value) for value in self._graph.inputs]
+
+    def get_outputs(self) -> list[Port]:
+        """Return the graph's outputs."""
+        return [_port(value) for value in self._graph.outputs]
+
+    def run(self, names: Sequence[str] | None, feeds: Values) -> list[np.ndarray[Any, Any]]:
+        """Run all pieces, and return the graph's outputs in order, or those that are named."""
+        return next(self.run_each(names, [feeds]))
+
+    def run_each(self, names: Sequence[str] | None, feeds: Sequence[Values]) -> Iterator[list[np.ndarray[Any, Any]]]:
+        """Yield what `run` returns for each of the inputs; between two pieces what crosses there is kept of all of them."""
+        outputs = [str(value.name) for value in self._graph.outputs] if names is None else list(names)
+        known = [dict(each) for each in feeds]
+        for number, piece in enumerate(self._pieces):
+            needed = {str(value.name) for later in self._pieces[number + 1 :] for value in later.graph.inputs} | {*outputs}
+            session = self._open(_typed(piece, known[0]))
+            for place, values in enumerate(known):
+                found = values | run_named(session, values)
+                known[place] = {name: value for name, value in found.items() if name in needed}
+                if number == len(self._pieces) - 1:
+                    yield [known[place].pop(name) for name in outputs]
+            del session  # before the next one is opened
+
+    def seconds(self, inputs: Values, measure: Measure) -> PieceTimes:
+        """Add up what `measure` says of a run of each piece. Of those that are alike, as in a stack of blocks, one is run."""
+        known, total = dict(inputs), 0.0
+        measured: dict[object, tuple[float, list[np.ndarray[Any, Any]]]] = {}
+        for piece in self._pieces:
+            kind = _kind(piece.graph)
+            if kind not in measured:
+                session = self._open(_typed(piece, known))
+                run = partial(session.run, None, {str(value.name): known[str(value.name)] for value in piece.graph.inputs})
+                measured[kind] = measure(run), run()
+                del session, run
+            seconds, found = measured[kind]
+            total += seconds
+            known |= {str(value.name): array for value, array in zip(piece.graph.outputs, found, strict=True)}
+        return PieceTimes(total, len(self._pieces), len(measured))
+
+
+def _port(value: onnx_ir.Value) -> Port:
+    dims = () if value.shape is None else value.shape.dims
+    shape = [dim if isinstance(dim, int) else dim.value for dim in dims]
+    return Port(str(value.name), shape, TYPES.get(value.dtype, "") if value.dtype else "")
+
+
+def _typed(piece: onnx_ir.Model, known: Values) -> onnx_ir.Model:
+    """The piece, with types for those of its inputs that a node before it gives and the graph knows no type of."""
+    for value in piece.graph.inputs:
+        if value.dtype is None:
+            value.dtype = DataType.from_numpy(known[str(value.name)].dtype)
+    return piece
+
+
+def _kind(graph: onnx_ir.Graph) -> object:
+    """What pieces that take the same time have in common: nodes and shapes of weights."""
+    shapes = [str(value.shape) for value in graph.initializers.values()]
+    return tuple((node.domain, node.op_type, len(node.inputs)) for node in graph), tuple(shapes), len(graph.inputs)

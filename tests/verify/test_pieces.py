@@ -1,0 +1,54 @@
+"""Models that are too large to be held in float32 are verified piece by piece, with the same findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+from qconvert.ort import pieces
+from qconvert.pipeline.conversion import convert
+from qconvert.pipeline.verification import verify
+from qconvert.recipe import Recipe
+from qconvert.report import wording
+
+# Less than one tiny block, so that blocks are cut as well.
+TINY_PIECE = 60_000
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme"),
+    [
+        (tiny_llama, "int4-g32"),
+        (tiny_llama, "int8-channel-a8"),
+        (tiny_gpt2, "int8-channel-a8"),
+        (tiny_bert, "int8-channel-a8"),
+        (tiny_t5, "int4-g32-asym"),
+        (tiny_t5, "int8-channel-a8"),
+    ],
+)
+def test_a_model_in_pieces_is_found_to_be_what_it_is_as_a_whole(
+    make: Callable[[Path], Path], scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = make(tmp_path / "source"), tmp_path / "output"
+    convert(Recipe(model=str(source), output=output, quantizer="absmax", scheme=scheme, verify=False))
+    whole = verify(output)
+    monkeypatch.setattr(pieces, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", TINY_PIECE)
+    divided = verify(output)
+
+    assert divided.passed
+    assert [part.target for part in divided.parity] == [part.target for part in whole.parity]
+    assert all(part.status == "passed" for part in divided.parity)
+    (before,), (after,) = whole.fidelity, divided.fidelity
+    measures = {"kl", "perplexity_float", "cosine", "max_abs", "top1"}
+    found, expected = (part.model_dump(include=measures, exclude_none=True) for part in (after, before))
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    (speed,) = divided.latency
+    assert speed.float_pieces is not None
+    assert speed.float_pieces_measured is not None
+    assert 2 < speed.float_pieces_measured <= speed.float_pieces
+    assert f", in {speed.float_pieces} pieces, {speed.float_pieces_measured} of them measured)" in wording.latency(speed)
+    assert whole.latency[0].float_pieces is None
