@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
+from math import prod
+from typing import cast
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from compressed_tensors.quantization import disable_quantization
 from torch import Tensor, nn
 
 from qconvert.execution import probes
 from qconvert.execution.auto_class import auto_class
 from qconvert.execution.outputs import graph_outputs
-from qconvert.ort import compare
+from qconvert.ir.model import Model
+from qconvert.ort import compare, pieces
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.parity import torch_outputs
 
@@ -26,10 +30,20 @@ def transformers_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tenso
     The folder is loaded as its card says, in the dtype that its config.json names. The weights that this gave are then
     compared, in float32 on both sides: they should be the dequantized ones, as a loader that knows nothing of outliers sees
     them, rounded to that dtype once.
+
+    A model with more than WHOLE_BYTES of weights is loaded several times, a group of blocks each time and all else on the meta
+    device, and its weights themselves are compared.
     """
     model = artifact.model
+    if sum(_float_bytes(model, unit) for unit in (*model.blocks, "")) <= pieces.WHOLE_BYTES:
+        return _outputs_difference(artifact, expected)
+    return max(_weights_difference(artifact, units) for units in _groups(model))
+
+
+def _outputs_difference(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
+    model = artifact.model
     with redirect_stderr(StringIO()):  # compressed-tensors draws bars there, and has no switch for them
-        loaded = getattr(transformers, auto_class(model)).from_pretrained(artifact.folder, local_files_only=True)
+        loaded = _loaded(artifact)
         # Weights that are still packed, or int8, are dequantized by the first call, in float32.
         dtypes = {
             name: part.dtype for name, part in loaded.named_parameters(remove_duplicate=False) if part.is_floating_point()
@@ -44,6 +58,57 @@ def transformers_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tenso
         for outputs, reference in zip(found, expected, strict=True)
         for a, b in zip(outputs, reference, strict=True)
     )
+
+
+def _weights_difference(artifact: ArtifactReader, units: Collection[str]) -> float:
+    """The largest relative difference of a weight to the dequantized one. units: blocks, "" for what lies outside them."""
+    model = artifact.model
+    devices = {unit: "cpu" if unit in units else "meta" for unit in ("", *model.blocks)}
+    with redirect_stderr(StringIO()):
+        loaded = _loaded(artifact, devices)
+        remove_hook_from_submodules(loaded)  # accelerate's, which keep the weights and hand them to the modules call by call
+        error = 0.0
+        for name in model.parameter_shapes:
+            if model.block_of(name) in units:
+                weight = _weight_of(loaded, name)
+                reference = artifact.read_plain(name).to(weight.dtype).float()
+                error = max(error, compare.largest_difference(weight.float().numpy(), reference.numpy()))
+    return error
+
+
+def _loaded(artifact: ArtifactReader, devices: dict[str, str] | None = None) -> nn.Module:
+    kind = getattr(transformers, auto_class(artifact.model))
+    loaded: nn.Module = kind.from_pretrained(artifact.folder, local_files_only=True, device_map=devices)
+    return loaded
+
+
+def _weight_of(loaded: nn.Module, name: str) -> Tensor:
+    """A parameter, of a layer that is still packed after a call that unpacks it."""
+    owner, _, leaf = name.rpartition(".")
+    module = loaded.get_submodule(owner)
+    if leaf not in module._parameters:
+        module(torch.zeros(1, cast(nn.Linear, module).in_features))
+    return cast(Tensor, getattr(module, leaf)).detach()
+
+
+def _groups(model: Model) -> Iterator[list[str]]:
+    """The units of a model in groups that take at most WHOLE_BYTES, or are a unit alone."""
+    group: list[str] = []
+    size = 0
+    for unit in (*model.blocks, ""):
+        nbytes = _float_bytes(model, unit)
+        if group and size + nbytes > pieces.WHOLE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(unit)
+        size += nbytes
+    yield group
+
+
+def _float_bytes(model: Model, unit: str) -> int:
+    """Bytes of a unit's parameters in float32."""
+    parameters = {model.stored_name(name): shape for name, shape in model.parameter_shapes.items()}
+    return sum(4 * prod(shape) for name, shape in parameters.items() if model.block_of(name) == unit)
 
 
 def _compute_in_float32(loaded: nn.Module, skeleton: nn.Module) -> None:
