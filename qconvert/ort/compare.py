@@ -14,7 +14,6 @@ from qconvert.execution.probes import (
     LENGTHS,
     NEXT_TOKENS,
     SIDES,
-    Side,
     _rows,
     columns_of,
     padded_batch,
@@ -23,6 +22,7 @@ from qconvert.execution.probes import (
 from qconvert.ir.batch import row_count
 from qconvert.ir.graph_names import CROSS
 from qconvert.ir.model import Model
+from qconvert.ort.pieces import run_each
 from qconvert.ort.session import Values, empty
 
 # The reference's outputs for each of the probes; (what a session gives, what it should give).
@@ -81,50 +81,57 @@ def compared(model: Model, session: Any, expected: Sequence[tuple[Tensor, ...]])
     pairs_of = _encoder_pairs
     if model.task.generates:
         pairs_of = _stepwise if model.task.reads_source else _decoder_pairs
-    return [pair for side in SIDES for pair in pairs_of(model, session, side, references)]
+    return list(pairs_of(model, session, references))
 
 
-def _decoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Return the pairs of each row's tokens, and of a step after them.
+def _decoder_pairs(model: Model, session: Any, references: References) -> Pairs:
+    """Yield the pairs of each row's tokens, and of a step after them.
 
     references: of each row by itself, logits of all its tokens.
     """
-    inputs = feed(session, padded_batch(model, side))
-    found = session.run(None, inputs)
+    prompts, found = _first_runs(model, session)
     step = np.array(NEXT_TOKENS)[:, None] % vocabulary_size(model)
-    next_logits, *_ = session.run(None, next_inputs(session, inputs, found, step))
-    for row, length in enumerate(LENGTHS):
-        logits = references[row][0][0]
-        yield found[0][row, columns_of(row, side)], logits[:length]
-        yield next_logits[row, 0], logits[length]
+    steps = [next_inputs(session, *run, step) for run in zip(prompts, found, strict=True)]
+    for side, outputs, (next_logits, *_) in zip(SIDES, found, run_each(session, steps), strict=True):
+        for row, length in enumerate(LENGTHS):
+            logits = references[row][0][0]
+            yield outputs[0][row, columns_of(row, side)], logits[:length]
+            yield next_logits[row, 0], logits[length]
 
 
-def _encoder_pairs(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Return the pairs of each row's tokens, or its one vector.
+def _encoder_pairs(model: Model, session: Any, references: References) -> Pairs:
+    """Yield the pairs of each row's tokens, or its one vector.
 
     references: of each row by itself, then of the batch padded on the left.
     """
-    found = session.run(None, feed(session, padded_batch(model, side)))
-    for output, *alone, batch in zip(found, *references, strict=True):
-        by_token = len({reference.shape[1] for reference in alone}) > 1  # or one vector per sentence
-        for row, reference in enumerate(alone):
-            own = (row, columns_of(row, side)) if by_token else row
-            yield output[own], reference[0] if side == "right" else batch[own]
+    for side, found in zip(SIDES, _first_runs(model, session)[1], strict=True):
+        for output, *alone, batch in zip(found, *references, strict=True):
+            by_token = len({reference.shape[1] for reference in alone}) > 1  # or one vector per sentence
+            for row, reference in enumerate(alone):
+                own = (row, columns_of(row, side)) if by_token else row
+                yield output[own], reference[0] if side == "right" else batch[own]
 
 
-def _stepwise(model: Model, session: Any, side: Side, references: References) -> Pairs:
-    """Return the pairs of the first run and of every step after it.
+def _stepwise(model: Model, session: Any, references: References) -> Pairs:
+    """Yield the pairs of the first run and of every step after it.
 
     references: logits of all tokens, of each row's source by itself, then of the batch padded on the left.
     """
-    expected = np.concatenate([logits for (logits,) in references[:-1]]) if side == "right" else references[-1][0]
+    expected = np.concatenate([logits for (logits,) in references[:-1]]), references[-1][0]
     tokens = torch.cat([row["decoder_input_ids"] for row in _rows(model, later=True)]).numpy()
-    inputs = feed(session, padded_batch(model, side))
-    found = session.run(None, inputs)
-    read = DECODER_STEPS[0]
-    yield found[0], expected[:, :read]
-    for count in DECODER_STEPS[1:]:
-        inputs = next_inputs(session, inputs, found, tokens[:, read : read + count])
-        found = session.run(None, inputs)
-        yield found[0], expected[:, read : read + count]
+    inputs, found = _first_runs(model, session)
+    read = 0
+    for count in DECODER_STEPS:
+        if read:
+            later = tokens[:, read : read + count]
+            inputs = [next_inputs(session, *run, later) for run in zip(inputs, found, strict=True)]
+            found = list(run_each(session, inputs))
+        for outputs, logits in zip(found, expected, strict=True):
+            yield outputs[0], logits[:, read : read + count]
         read += count
+
+
+def _first_runs(model: Model, session: Any) -> tuple[list[Values], list[list[np.ndarray[Any, Any]]]]:
+    """The batch padded on either side of SIDES, and what comes out of each."""
+    inputs = [feed(session, padded_batch(model, side)) for side in SIDES]
+    return inputs, list(run_each(session, inputs))

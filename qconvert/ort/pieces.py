@@ -86,7 +86,9 @@ def seconds_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTi
 
 
 def _decoder_feeds(session: EncoderDecoderSession, feeds: Sequence[Values]) -> list[Values]:
-    """Run the encoder on each of the inputs, and return those of the decoder."""
+    """Return the inputs of the decoder, after a run of the encoder on each of the feeds that hold its inputs."""
+    if "input_ids" not in feeds[0]:
+        return [session.decoder_inputs(each) for each in feeds]
     names = [port.name for port in session.encoder.get_outputs()]
     encoded = run_each(session.encoder, [_own(session.encoder, each) for each in feeds])
     return [

@@ -9,7 +9,6 @@ from typing import Literal
 
 import pytest
 import torch
-from pytest import MonkeyPatch
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 from qconvert.ort import pieces
@@ -35,7 +34,11 @@ TINY_PIECE = 60_000
     ],
 )
 def test_a_model_in_pieces_is_found_to_be_what_it_is_as_a_whole(
-    make: Callable[[Path], Path], scheme: str, layout: Literal["transformers", "onnx"], tmp_path: Path, monkeypatch: MonkeyPatch
+    make: Callable[[Path], Path],
+    scheme: str,
+    layout: Literal["transformers", "onnx"],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, output = make(tmp_path / "source"), tmp_path / "output"
     convert(Recipe(model=str(source), output=output, quantizer="per-channel", scheme=scheme, layout=layout, verify=False))
