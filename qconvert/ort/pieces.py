@@ -12,11 +12,13 @@ import onnx_ir
 from onnx_ir import DataType
 
 from qconvert.graph.pieces import divide, weight_bytes
-from qconvert.ort.session import EncoderDecoderSession, Values, run_named
+from qconvert.ort.session import EncoderDecoderSession, Values, ort_value
 
 # Of weights in float32, in a session, and in a piece where they are more: a model of up to 150 million is run whole.
 WHOLE_BYTES, PIECE_BYTES = 600_000_000, 200_000_000
 
+# Values between pieces stay what onnxruntime made: numpy has no bfloat16.
+OrtValues = dict[str, Any]
 OpenPiece = Callable[[onnx_ir.Model], Any]
 Measure = Callable[[Callable[[], object]], float]  # seconds of a call
 TYPES = {DataType.FLOAT: "tensor(float)", DataType.INT64: "tensor(int64)", DataType.BOOL: "tensor(bool)"}
@@ -59,7 +61,11 @@ def run_each(session: Any, feeds: Sequence[Values], names: Sequence[str] | None 
         case PiecewiseSession():
             yield from session.run_each(names, feeds)
         case EncoderDecoderSession() if is_in_pieces(session):
-            yield from run_each(session.decoder, _decoder_feeds(session, feeds), names)
+            known = _encoded(session, feeds)
+            decoded = run_each(session.decoder, [session.decoder_inputs(each) for each in known], names)
+            cross = [] if names else [port.name for port in session.cross_outputs()]
+            for each, found in zip(known, decoded, strict=True):
+                yield [*found, *(each[name] for name in cross)]
         case _:
             for each in feeds:
                 yield session.run(names, each)
@@ -79,21 +85,19 @@ def seconds_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTi
             return session.seconds(inputs, measure)
         case EncoderDecoderSession():
             encoder = seconds_in_pieces(session.encoder, _own(session.encoder, inputs), measure)
-            decoder = seconds_in_pieces(session.decoder, _decoder_feeds(session, [inputs])[0], measure)
+            decoder = seconds_in_pieces(session.decoder, session.decoder_inputs(*_encoded(session, [inputs])), measure)
             return PieceTimes(*map(sum, zip(astuple(encoder), astuple(decoder), strict=True)))
         case _:
             return PieceTimes(measure(partial(session.run, None, inputs)), 1, 1)
 
 
-def _decoder_feeds(session: EncoderDecoderSession, feeds: Sequence[Values]) -> list[Values]:
-    """Return the inputs of the decoder, after a run of the encoder on each of the feeds that hold its inputs."""
+def _encoded(session: EncoderDecoderSession, feeds: Sequence[Values]) -> list[Values]:
+    """Return the feeds, with what the encoder gives for those that hold its inputs."""
     if "input_ids" not in feeds[0]:
-        return [session.decoder_inputs(each) for each in feeds]
+        return list(feeds)
     names = [port.name for port in session.encoder.get_outputs()]
-    encoded = run_each(session.encoder, [_own(session.encoder, each) for each in feeds])
-    return [
-        session.decoder_inputs(each | dict(zip(names, found, strict=True))) for each, found in zip(feeds, encoded, strict=True)
-    ]
+    found = run_each(session.encoder, [_own(session.encoder, each) for each in feeds])
+    return [each | dict(zip(names, outputs, strict=True)) for each, outputs in zip(feeds, found, strict=True)]
 
 
 def _own(session: Any, inputs: Values) -> Values:
@@ -122,31 +126,31 @@ class PiecewiseSession:
     def run_each(self, names: Sequence[str] | None, feeds: Sequence[Values]) -> Iterator[list[np.ndarray[Any, Any]]]:
         """Yield what `run` returns for each of the inputs; between two pieces what crosses there is kept of all of them."""
         outputs = [str(value.name) for value in self._graph.outputs] if names is None else list(names)
-        known = [dict(each) for each in feeds]
+        known = [{name: ort_value(value) for name, value in each.items()} for each in feeds]
         for number, piece in enumerate(self._pieces):
             needed = {str(value.name) for later in self._pieces[number + 1 :] for value in later.graph.inputs} | {*outputs}
             session = self._open(_typed(piece, known[0]))
             for place, values in enumerate(known):
-                found = values | run_named(session, values)
+                found = values | _run(session, piece, values)
                 known[place] = {name: value for name, value in found.items() if name in needed}
                 if number == len(self._pieces) - 1:
-                    yield [known[place].pop(name) for name in outputs]
+                    yield [known[place].pop(name).numpy() for name in outputs]
             del session  # before the next one is opened
 
     def seconds(self, inputs: Values, measure: Measure) -> PieceTimes:
         """Add up what `measure` says of a run of each piece. Of those that are alike, as in a stack of blocks, one is run."""
-        known, total = dict(inputs), 0.0
-        measured: dict[object, tuple[float, list[np.ndarray[Any, Any]]]] = {}
+        known, total = {name: ort_value(value) for name, value in inputs.items()}, 0.0
+        measured: dict[object, tuple[float, list[Any]]] = {}
         for piece in self._pieces:
             kind = _kind(piece.graph)
             if kind not in measured:
                 session = self._open(_typed(piece, known))
-                run = partial(session.run, None, {str(value.name): known[str(value.name)] for value in piece.graph.inputs})
-                measured[kind] = measure(run), run()
+                run = partial(_run, session, piece, known)
+                measured[kind] = measure(run), list(run().values())
                 del session, run
             seconds, found = measured[kind]
             total += seconds
-            known |= {str(value.name): array for value, array in zip(piece.graph.outputs, found, strict=True)}
+            known |= {str(value.name): given for value, given in zip(piece.graph.outputs, found, strict=True)}
         return PieceTimes(total, len(self._pieces), len(measured))
 
 
@@ -156,12 +160,19 @@ def _port(value: onnx_ir.Value) -> Port:
     return Port(str(value.name), shape, TYPES.get(value.dtype, "") if value.dtype else "")
 
 
-def _typed(piece: onnx_ir.Model, known: Values) -> onnx_ir.Model:
+def _typed(piece: onnx_ir.Model, known: OrtValues) -> onnx_ir.Model:
     """The piece, with types for those of its inputs that a node before it gives and the graph knows no type of."""
     for value in piece.graph.inputs:
         if value.dtype is None:
-            value.dtype = DataType.from_numpy(known[str(value.name)].dtype)
+            value.dtype = DataType(known[str(value.name)].element_type())
     return piece
+
+
+def _run(session: Any, piece: onnx_ir.Model, known: OrtValues) -> OrtValues:
+    """Run a piece: the values that it gives, by name."""
+    inputs = {str(value.name): known[str(value.name)] for value in piece.graph.inputs}
+    outputs = [str(value.name) for value in piece.graph.outputs]
+    return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
 
 
 def _kind(graph: onnx_ir.Graph) -> object:

@@ -64,6 +64,13 @@ def empty(shape: Sequence[int], kind: str) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), FLOATS[kind])
 
 
+def ort_value(value: Any) -> Any:
+    """Return an array as onnxruntime's own kind of value; one that is that already, as it is."""
+    if isinstance(value, np.ndarray):
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
     """The settings of a session.
@@ -130,9 +137,7 @@ class DeviceSession:
         """Run the graph, and return its outputs in order. feeds: arrays, and caches as an earlier run or `empty` gave them."""
         binding = self.session.io_binding()
         for name, value in feeds.items():
-            if isinstance(value, np.ndarray):
-                value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_input(name, ort_value(value))
         outputs = [value.name for value in self.session.get_outputs()]
         for name in outputs:
             binding.bind_output(name, self.device if is_cache(name) else "cpu")
@@ -197,8 +202,11 @@ class EncoderDecoderSession:
 
     def get_outputs(self) -> list[Any]:
         """Return the outputs of the decoder, then the keys and values that the encoder gives it."""
-        cross = [value for value in self.encoder.get_outputs() if value.name.startswith(CROSS)]
-        return [*self.decoder.get_outputs(), *cross]
+        return [*self.decoder.get_outputs(), *self.cross_outputs()]
+
+    def cross_outputs(self) -> list[Any]:
+        """Return the keys and values that the encoder gives the decoder."""
+        return [value for value in self.encoder.get_outputs() if value.name.startswith(CROSS)]
 
     def run(self, names: Sequence[str] | None, inputs: Values) -> list[np.ndarray[Any, Any]]:
         """Return the outputs of the decoder run after the encoder: those that are named, or every one of `get_outputs`."""

@@ -10,7 +10,8 @@ from typing import cast
 
 import torch
 import transformers
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import remove_hook_from_module
+from compressed_tensors.compressors import decompress_module
 from compressed_tensors.quantization import disable_quantization
 from torch import Tensor, nn
 
@@ -63,16 +64,16 @@ def _outputs_difference(artifact: ArtifactReader, expected: Sequence[tuple[Tenso
 def _weights_difference(artifact: ArtifactReader, units: Collection[str]) -> float:
     """The largest relative difference of a weight to the dequantized one. units: blocks, "" for what lies outside them."""
     model = artifact.model
-    devices = {unit: "cpu" if unit in units else "meta" for unit in ("", *model.blocks)}
+    # Devices are told by module, and the model itself is none of them: what hangs on it alone is left out.
+    names = [name for name in model.parameter_shapes if "." in name and model.block_of(name) in units]
+    devices = {"": "meta", **dict.fromkeys(model.blocks, "meta"), **{name.rpartition(".")[0]: "cpu" for name in names}}
     with redirect_stderr(StringIO()):
         loaded = _loaded(artifact, devices)
-        remove_hook_from_submodules(loaded)  # accelerate's, which keep the weights and hand them to the modules call by call
         error = 0.0
-        for name in model.parameter_shapes:
-            if model.block_of(name) in units:
-                weight = _weight_of(loaded, name)
-                reference = artifact.read_plain(name).to(weight.dtype).float()
-                error = max(error, compare.largest_difference(weight.float().numpy(), reference.numpy()))
+        for name in names:
+            weight = _weight_of(loaded, name)
+            reference = artifact.read_plain(name).to(weight.dtype).float()
+            error = max(error, compare.largest_difference(weight.float().numpy(), reference.numpy()))
     return error
 
 
@@ -83,12 +84,25 @@ def _loaded(artifact: ArtifactReader, devices: dict[str, str] | None = None) -> 
 
 
 def _weight_of(loaded: nn.Module, name: str) -> Tensor:
-    """A parameter, of a layer that is still packed after a call that unpacks it."""
+    """A parameter as the model would compute with it."""
     owner, _, leaf = name.rpartition(".")
     module = loaded.get_submodule(owner)
+    if hasattr(module, "_hf_hook"):
+        _put_back(module)
     if leaf not in module._parameters:
-        module(torch.zeros(1, cast(nn.Linear, module).in_features))
+        decompress_module(module)  # as the first call of the model does
     return cast(Tensor, getattr(module, leaf)).detach()
+
+
+def _put_back(module: nn.Module) -> None:
+    """Give a module its own tensors: where devices differ, accelerate keeps them in a hook, which gives them to each call."""
+    hook = module._hf_hook
+    kept = next(each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None) is not None)
+    for tensors in (module._parameters, module._buffers):
+        for leaf in [leaf for leaf, value in tensors.items() if value is not None]:
+            value = kept[leaf]
+            tensors[leaf] = nn.Parameter(value, requires_grad=False) if tensors is module._parameters else value
+    remove_hook_from_module(module)
 
 
 def _groups(model: Model) -> Iterator[list[str]]:
