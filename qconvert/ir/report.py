@@ -92,6 +92,8 @@ class Latency(_Part):
     float_pieces: of a float model that is too large to be run whole, into how many pieces it was divided, whose times add up;
         float_pieces_measured: how many of them were run, the others being like one of those.
 
+    loaded_bytes, loading_bytes: resident memory of a process that has loaded the graphs and does nothing else, and the most
+        that it had meanwhile; None where the system does not tell.
     others_share: of the cores' time, what other programs took meanwhile, 0 to 1; None where the system does not tell. spread:
     how far apart the middle half of the repeats is, relative to p50_ms.
     threads, spinning: the artifact's session settings, the fastest of `trials`. accuracy_level: of its MatMulNBits, None
@@ -121,6 +123,8 @@ class Latency(_Part):
     float_processor_ms: float | None = None
     spread: float | None = None
     others_share: float | None = None
+    loaded_bytes: int | None = None
+    loading_bytes: int | None = None
     reason: str | None = None
 
     @property

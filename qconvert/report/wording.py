@@ -114,7 +114,15 @@ def latency(part: Latency) -> str:
         _number("", part.device_nodes, "d", f" nodes on {part.target}"),
         "" if part.cpu_nodes is None else f"{len(part.cpu_nodes)} on the CPU",
         _number("", part.copies, "d", " copy between them" if part.copies == 1 else " copies between them"),
+        memory(part),
     )
+
+
+def memory(part: Latency) -> str:
+    """Word what a process needs that loads the graphs: "69.9 MB of memory when loaded, 81 MB while loading"."""
+    if part.loaded_bytes is None or part.loading_bytes is None:
+        return ""
+    return f"{byte_size(part.loaded_bytes)} of memory when loaded, {byte_size(part.loading_bytes)} while loading"
 
 
 def pieces(part: Latency) -> str:

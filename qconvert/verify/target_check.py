@@ -19,6 +19,7 @@ from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
+from qconvert.ort.footprint import footprint
 from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.storage.artifact_reader import ArtifactReader
@@ -90,7 +91,8 @@ class TargetCheck:
         measured = measure_latency(model, open_artifact, open_float, samples, name)
         products = (node for graph in graphs for node in graph if node.op_type == "MatMulNBits")
         level = max((node.attributes["accuracy_level"].as_int() for node in products), default=None)
-        return measured.model_copy(update={"accuracy_level": level})
+        loaded, loading = footprint(self.paths.values()) or (None, None)
+        return measured.model_copy(update={"accuracy_level": level, "loaded_bytes": loaded, "loading_bytes": loading})
 
     @property
     def _in_float16(self) -> bool:
