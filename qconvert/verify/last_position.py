@@ -13,7 +13,7 @@ from qconvert.execution import probes
 from qconvert.graph.last_position import keeps_last_position, restore_all_positions
 from qconvert.ir.model import Model
 from qconvert.ort import compare
-from qconvert.ort.session import DEFAULT, SessionSettings, file_session, memory_session
+from qconvert.ort.session import DEFAULT, SessionSettings, Values, file_session, memory_session
 
 
 def session_at_all_positions(path: Path, target: str, settings: SessionSettings = DEFAULT) -> Any:
@@ -31,17 +31,19 @@ def last_position_pairs(model: Model, path: Path, target: str) -> list[tuple[np.
     """
     if not keeps_last_position(onnx_ir.load(path).graph):
         return []
-    last, every = file_session(path, target), session_at_all_positions(path, target)
+    every = session_at_all_positions(path, target)
     step = np.array(probes.NEXT_TOKENS)[:, None] % probes.vocabulary_size(model)
-    pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
+    runs: list[tuple[Values, np.ndarray[Any, Any]]] = []
     for side in probes.SIDES:
         inputs = compare.feed(every, probes.padded_batch(model, side))
-        found, expected = last.run(None, inputs), every.run(None, inputs)
+        expected = every.run(None, inputs)
         ends = [probes.columns_of(row, side).stop - 1 for row in range(len(step))]
-        pairs.append((found[0][:, 0], expected[0][np.arange(len(ends)), ends]))
+        runs.append((inputs, expected[0][np.arange(len(ends)), ends][:, None]))
         inputs = compare.next_inputs(every, inputs, expected, step)
-        pairs.append((last.run(None, inputs)[0], every.run(None, inputs)[0]))
-    return pairs
+        runs.append((inputs, every.run(None, inputs)[0]))
+    del every  # two sessions at once would be twice the memory
+    last = file_session(path, target)
+    return [(last.run(None, inputs)[0], logits) for inputs, logits in runs]
 
 
 def _nothing_to_read(name: str) -> Tensor:
