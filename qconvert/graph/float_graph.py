@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 
 import onnx_ir
 from onnx_ir import DataType, Value
 
+from qconvert.graph.pieces import FLOAT32_BYTES
 from qconvert.ir.template import DOMAIN
+
+# A linear layer with more float32 weights than this is multiplied in the way that holds them once.
+LARGE_BYTES = 2_000_000_000
 
 
 def float_graph(template: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> onnx_ir.Model:
@@ -55,15 +60,30 @@ def lower_float(
         attributes = {key: value for key, value in node.attributes.items() if key != "module"}
         conv = onnx_ir.Node("", "Conv", [x, weight, *([bias] if bias else [])], list(attributes.values()), name=f"{name}/Conv")
         return [conv], conv.outputs[0]
-    nodes = []
-    if node.attributes["kind"].as_string() == "linear":
-        transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/Transpose")
-        nodes.append(transpose)
-        weight = transpose.outputs[0]
-    nodes.append(onnx_ir.node("MatMul", [x, weight], name=f"{name}/MatMul"))
+    is_linear = node.attributes["kind"].as_string() == "linear"
+    if is_linear and FLOAT32_BYTES * prod(shapes[f"{name}.weight"]) > LARGE_BYTES and x.shape is not None and len(x.shape) == 3:
+        nodes = _large_product(x, weight, name)
+    else:
+        nodes = []
+        if is_linear:
+            transpose = onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/Transpose")
+            nodes.append(transpose)
+            weight = transpose.outputs[0]
+        nodes.append(onnx_ir.node("MatMul", [x, weight], name=f"{name}/MatMul"))
     if bias is not None:
         nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{name}/Add"))
     return nodes, nodes[-1].outputs[0]
+
+
+def _large_product(x: Value, weight: Value, name: str) -> list[onnx_ir.Node]:
+    """Nodes that give x @ weight^T as (weight @ x^T)^T, for x [rows, tokens, in] and a weight [out, in].
+
+    A session copies what a MatMul has on its right, transposed and once more in the order of its kernel. What it has on its
+    left stays as it is. The head of a model with 70 billion weights is 4.2 GB.
+    """
+    columns = onnx_ir.node("Transpose", [x], {"perm": [0, 2, 1]}, name=f"{name}/Columns")
+    product = onnx_ir.node("MatMul", [weight, columns.outputs[0]], name=f"{name}/MatMul")
+    return [columns, product, onnx_ir.node("Transpose", [product.outputs[0]], {"perm": [0, 2, 1]}, name=f"{name}/Rows")]
 
 
 def substitute(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Node], output: Value) -> None:

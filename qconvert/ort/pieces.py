@@ -55,20 +55,20 @@ def sized_session(model: onnx_ir.Model, open_piece: OpenPiece) -> Any:
     return PiecewiseSession(model, open_piece)
 
 
-def run_each(session: Any, feeds: Sequence[Values], names: Sequence[str] | None = None) -> Iterator[list[np.ndarray[Any, Any]]]:
-    """Yield the outputs for one input after the other. names: of the outputs; unset, all."""
+def run_each(session: Any, feeds: Sequence[Values], first: int | None = None) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """Yield the outputs for one input after the other. first: how many of the outputs; unset, all."""
     match session:
         case PiecewiseSession():
-            yield from session.run_each(names, feeds)
+            yield from session.run_each(feeds, first)
         case EncoderDecoderSession() if is_in_pieces(session):
             known = _encoded(session, feeds)
-            decoded = run_each(session.decoder, [session.decoder_inputs(each) for each in known], names)
-            cross = [] if names else [port.name for port in session.cross_outputs()]
+            decoded = run_each(session.decoder, [session.decoder_inputs(each) for each in known], first)
+            cross = [] if first else [port.name for port in session.cross_outputs()]
             for each, found in zip(known, decoded, strict=True):
                 yield [*found, *(each[name] for name in cross)]
         case _:
             for each in feeds:
-                yield session.run(names, each)
+                yield session.run(None, each)[:first]
 
 
 def is_in_pieces(session: Any) -> bool:
@@ -119,13 +119,13 @@ class PiecewiseSession:
         """Return the graph's outputs."""
         return [_port(value) for value in self._graph.outputs]
 
-    def run(self, names: Sequence[str] | None, feeds: Values) -> list[np.ndarray[Any, Any]]:
-        """Run all pieces, and return the graph's outputs in order, or those that are named."""
-        return next(self.run_each(names, [feeds]))
+    def run(self, names: None, feeds: Values) -> list[np.ndarray[Any, Any]]:
+        """Run all pieces, and return the graph's outputs in order."""
+        return next(self.run_each([feeds]))
 
-    def run_each(self, names: Sequence[str] | None, feeds: Sequence[Values]) -> Iterator[list[np.ndarray[Any, Any]]]:
+    def run_each(self, feeds: Sequence[Values], first: int | None = None) -> Iterator[list[np.ndarray[Any, Any]]]:
         """Yield what `run` returns for each of the inputs; between two pieces what crosses there is kept of all of them."""
-        outputs = [str(value.name) for value in self._graph.outputs] if names is None else list(names)
+        outputs = [str(value.name) for value in self._graph.outputs[:first]]
         known = [{name: ort_value(value) for name, value in each.items()} for each in feeds]
         for number, piece in enumerate(self._pieces):
             needed = {str(value.name) for later in self._pieces[number + 1 :] for value in later.graph.inputs} | {*outputs}

@@ -208,11 +208,11 @@ class EncoderDecoderSession:
         """Return the keys and values that the encoder gives the decoder."""
         return [value for value in self.encoder.get_outputs() if value.name.startswith(CROSS)]
 
-    def run(self, names: Sequence[str] | None, inputs: Values) -> list[np.ndarray[Any, Any]]:
-        """Return the outputs of the decoder run after the encoder: those that are named, or every one of `get_outputs`."""
+    def run(self, names: None, inputs: Values) -> list[np.ndarray[Any, Any]]:
+        """Return every output of `get_outputs`, in order, of the decoder run after the encoder."""
         values = self.values(inputs)
         found = values["encoder"] | values["decoder"]
-        return [found[name] for name in names or [value.name for value in self.get_outputs()]]
+        return [found[value.name] for value in self.get_outputs()]
 
     def values(self, inputs: Values) -> dict[str, Values]:
         """Run both parts, and return of each all values that go into its graph and come out of it, by name."""

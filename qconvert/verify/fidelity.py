@@ -34,7 +34,7 @@ def measure_fidelity(
     meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
     # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
     parts = [part for batch in batches for part in (rows_of(batch) if by_token else [batch])]
-    floats = run_each(baseline, [feed(baseline, part) for part in parts], [baseline.get_outputs()[0].name])
+    floats = run_each(baseline, [feed(baseline, part) for part in parts], first=1)
     for part, (output,) in zip(parts, floats, strict=True):
         found, expected = torch.from_numpy(artifact.run(None, feed(artifact, part))[0]), torch.from_numpy(output)
         require_finite_float(expected, part, "evaluation", done)

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import onnx_ir
 import pytest
 import torch
-from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tiny_models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
+from qconvert.graph import float_graph
 from qconvert.ort import pieces
 from qconvert.pipeline.conversion import convert
 from qconvert.pipeline.verification import verify
@@ -60,3 +62,18 @@ def test_a_model_in_pieces_is_found_to_be_what_it_is_as_a_whole(
     assert 2 < speed.float_pieces_measured <= speed.float_pieces
     assert f", in {speed.float_pieces} pieces, {speed.float_pieces_measured} of them measured)" in wording.latency(speed)
     assert whole.latency[0].float_pieces is None
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_a_large_head_in_float_is_multiplied_without_a_copy_of_it(
+    logits: Literal["all", "last"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float_graph, "LARGE_BYTES", 4 * VOCABULARY * 64 - 1)  # of the head, in float32
+    source, output = bfloat16_llama(tmp_path / "source", tie=False), tmp_path / "output"
+    recipe = Recipe(model=str(source), output=output, quantizer="absmax", scheme="int4-g32", logits=logits, verify=False)
+    convert(recipe)
+    nodes = [node.name for node in onnx_ir.load(output / "model.onnx").graph if str(node.name).startswith("lm_head/")]
+    assert nodes == ["lm_head/Columns", "lm_head/MatMul", "lm_head/Rows"]
+    report = verify(output)
+    assert report.passed
+    assert all(part.status == "passed" for part in report.parity)
