@@ -112,7 +112,7 @@ class Lowering(ABC):
         shape = builder.constant(f"{name}/grouped", np.array([out, groups, -1], np.int64))
         codes = builder.op("Reshape", [codes, shape], f"{name}/Group")
         if plan.scheme.symmetric:
-            zero_point = builder.constant(f"qconvert/zero_point_int{bits}", np.array(2 ** (bits - 1), np.float32))
+            zero_point = builder.constant(f"qconvert/zero_point_int{bits}", np.array(plan.scheme.format.offset, np.float32))
         else:
             zero_point = builder.float32(builder.external(f"{name}.kernel_zero_point", (out, groups, 1)))
         centred = builder.op("Sub", [codes, zero_point], f"{name}/Centre")

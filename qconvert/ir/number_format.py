@@ -37,7 +37,7 @@ class NumberFormat:
     @property
     def offset(self) -> int:
         """The number that makes a code unsigned when it is added, as codes are packed."""
-        return int(2 ** (self.bits - 1))
+        return offset_of(self.bits)
 
     @property
     def exact_in_float16(self) -> bool:
@@ -55,6 +55,11 @@ class NumberFormat:
         from qconvert.ir.packing import unpack_codes
 
         return unpack_codes(packed, self.bits, columns)
+
+
+def offset_of(bits: int) -> int:
+    """Return the number that makes codes of so many bits unsigned when it is added."""
+    return int(2 ** (bits - 1))
 
 
 FLOAT16_BITS = 11

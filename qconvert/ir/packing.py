@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qconvert.ir.number_format import offset_of
+
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
     """Pack signed codes [rows, columns] int8 into bytes [rows, ceil(columns * bits / 8)] uint8.
@@ -18,7 +20,7 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
 
     Raises ValueError for a number of bits that no layout packs.
     """
-    unsigned: Tensor = q.contiguous().view(torch.uint8) + 2 ** (bits - 1)  # modulo 256, as two's complement wants it
+    unsigned: Tensor = q.contiguous().view(torch.uint8) + offset_of(bits)  # modulo 256, as two's complement wants it
     match bits:
         case 8:
             return unsigned
@@ -39,7 +41,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
             pass
         case _:
             raise ValueError(f"codes of {bits} bits are not packed by any layout")
-    codes: Tensor = (packed - 2 ** (bits - 1)).view(torch.int8)
+    codes: Tensor = (packed - offset_of(bits)).view(torch.int8)
     return codes
 
 

@@ -78,6 +78,10 @@ def test_the_first_converts_the_quickstart_and_the_second_runs_the_tests() -> No
     ]
 
 
+def test_contributors_are_given_the_same_command() -> None:
+    assert SET_UP[1] in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def test_the_quickstart_is_a_valid_recipe_that_can_be_run_again() -> None:
     recipe = Recipe.from_settings(read_recipe(ROOT / "examples" / "quickstart.yaml"))
     assert recipe.model.startswith("pkg:")
