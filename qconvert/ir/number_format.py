@@ -37,6 +37,8 @@ class NumberFormat:
     @property
     def offset(self) -> int:
         """The number that makes a code unsigned when it is added, as codes are packed."""
+        from qconvert.ir.packing import offset_of  # here: recipes and --help need no torch
+
         return offset_of(self.bits)
 
     @property
@@ -46,7 +48,7 @@ class NumberFormat:
 
     def pack(self, q: Tensor) -> Tensor:
         """Pack signed codes [rows, columns] int8 into bytes [rows, ceil(columns * bits / 8)] uint8, low nibble first."""
-        from qconvert.ir.packing import pack_codes  # here: recipes and --help need no torch
+        from qconvert.ir.packing import pack_codes
 
         return pack_codes(q, self.bits)
 
@@ -55,11 +57,6 @@ class NumberFormat:
         from qconvert.ir.packing import unpack_codes
 
         return unpack_codes(packed, self.bits, columns)
-
-
-def offset_of(bits: int) -> int:
-    """Return the number that makes codes of so many bits unsigned when it is added."""
-    return int(2 ** (bits - 1))
 
 
 FLOAT16_BITS = 11

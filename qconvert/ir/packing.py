@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qconvert.ir.number_format import offset_of
+
+def offset_of(bits: int) -> int:
+    """Return the number that makes codes of so many bits unsigned when it is added."""
+    return int(2 ** (bits - 1))
 
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:

@@ -102,7 +102,8 @@ def test_every_step_of_an_encoder_decoder_counts() -> None:
     expected = [(totals(batch["input_ids"], batch["decoder_input_ids"]),) for batch in probes.probes(model)]
     sound = Remembering(lambda past: 0)
     assert compare.relative_error(model, sound, expected) == 0
-    assert sound.seen == [(0, 25), (25, 1), (26, 4)] * 2  # the source padded on the right, and on the left
+    # Each step with the source padded on the right, and on the left.
+    assert sound.seen == [step for step in [(0, 25), (25, 1), (26, 4)] for _ in ("right", "left")]
     largest = max(float(logits.max()) for (logits,) in expected)
     for step in (0, 25, 26):
         wrong = Remembering(lambda past, step=step: 0.1 * largest if past == step else 0)  # type: ignore[misc]
