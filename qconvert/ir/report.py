@@ -46,6 +46,8 @@ class Parity(_Part):
     check, "float" for the float graph, which is what fidelity and latency compare with, against torch.
 
     cosine, kl (in nats): for targets that compute in half the width, which a relative error can't judge.
+    pieces: of graphs whose weights are too large to be held in float32 at once, into how many pieces they were divided, that
+        were run one after the other.
     """
 
     target: str
@@ -53,6 +55,7 @@ class Parity(_Part):
     max_relative_error: float | None = None
     cosine: float | None = None
     kl: float | None = None
+    pieces: int | None = None
     reason: str | None = None
 
 

@@ -60,7 +60,7 @@ def run_each(session: Any, feeds: Sequence[Values], first: int | None = None) ->
     match session:
         case PiecewiseSession():
             yield from session.run_each(feeds, first)
-        case EncoderDecoderSession() if is_in_pieces(session):
+        case EncoderDecoderSession() if piece_count(session) is not None:
             known = _encoded(session, feeds)
             decoded = run_each(session.decoder, [session.decoder_inputs(each) for each in known], first)
             cross = [] if first else [port.name for port in session.cross_outputs()]
@@ -71,11 +71,16 @@ def run_each(session: Any, feeds: Sequence[Values], first: int | None = None) ->
                 yield session.run(None, each)[:first]
 
 
-def is_in_pieces(session: Any) -> bool:
-    """Return whether a session, or one of its parts, is a PiecewiseSession."""
-    if isinstance(session, EncoderDecoderSession):
-        return is_in_pieces(session.encoder) or is_in_pieces(session.decoder)
-    return isinstance(session, PiecewiseSession)
+def piece_count(session: Any) -> int | None:
+    """Return into how many pieces a session's graphs are divided; None where they are run whole."""
+    match session:
+        case PiecewiseSession():
+            return session.piece_count
+        case EncoderDecoderSession():
+            counts = piece_count(session.encoder), piece_count(session.decoder)
+            return None if counts == (None, None) else sum(count or 1 for count in counts)
+        case _:
+            return None
 
 
 def seconds_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTimes:
@@ -110,6 +115,11 @@ class PiecewiseSession:
     def __init__(self, model: onnx_ir.Model, open_piece: OpenPiece) -> None:
         self._graph, self._open = model.graph, open_piece
         self._pieces = divide(model, PIECE_BYTES)
+
+    @property
+    def piece_count(self) -> int:
+        """How many pieces there are."""
+        return len(self._pieces)
 
     def get_inputs(self) -> list[Port]:
         """Return the graph's inputs."""

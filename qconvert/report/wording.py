@@ -83,6 +83,7 @@ def parity(part: Parity) -> str:
         _number("max relative error ", part.max_relative_error, ".2g"),
         _number("cosine ", part.cosine, ".6f"),
         _number("KL ", part.kl, ".2g", " nats"),
+        _number("run in ", part.pieces, "d", " pieces"),
     )
 
 

@@ -12,6 +12,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Evidence, Fidelity, Latency, Parity
 from qconvert.job import Job
+from qconvert.ort.pieces import piece_count
 from qconvert.ort.processor import processor
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
@@ -45,7 +46,8 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
     not_run = {check.target.name: check.not_run for check in checks if check.not_run}
     found += [Parity(target=name, status="not-run", reason=reason) for name, reason in not_run.items()]
     baseline = float_session(job, SHARING)
-    found.append(measured_parity("float", lambda: float_parity(job.model, baseline, job.samples.evaluation[0])))
+    sample = job.samples.evaluation[0]
+    found.append(measured_parity("float", lambda: float_parity(job.model, baseline, sample), pieces=piece_count(baseline)))
     fidelity: dict[str, Fidelity] = {}
     for check in checks:
         name = check.target.name

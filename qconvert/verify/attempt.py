@@ -30,16 +30,16 @@ def attempt(target: str, check: Callable[[], Parity]) -> Parity:
         return Parity(target=target, status="failed", reason=f"it can't be run: {type(failure).__name__}: {failure}")
 
 
-def measured_parity(target: str, measure: Callable[[], float]) -> Parity:
+def measured_parity(target: str, measure: Callable[[], float], *, pieces: int | None = None) -> Parity:
     """Judge a measured difference, or say what went wrong: an artifact that can't be run has failed."""
-    return attempt(target, lambda: judged(target, measure()))
+    return attempt(target, lambda: judged(target, measure(), pieces=pieces))
 
 
-def judged(target: str, error: float, what: str = "outputs") -> Parity:
-    """Judge the largest relative difference of `what`."""
+def judged(target: str, error: float, what: str = "outputs", *, pieces: int | None = None) -> Parity:
+    """Judge the largest relative difference of `what`. pieces: see Parity."""
     if error <= TOLERANCE:
-        return Parity(target=target, status="passed", max_relative_error=error)
+        return Parity(target=target, status="passed", max_relative_error=error, pieces=pieces)
     if error == float("inf"):
-        return Parity(target=target, status="failed", reason=NOT_COMPARABLE)
+        return Parity(target=target, status="failed", pieces=pieces, reason=NOT_COMPARABLE)
     reason = f"{what} differ by {error:.1e} of the largest, the limit is {TOLERANCE:.0e}"
-    return Parity(target=target, status="failed", max_relative_error=error, reason=reason)
+    return Parity(target=target, status="failed", max_relative_error=error, pieces=pieces, reason=reason)

@@ -22,7 +22,7 @@ from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import Latency, Trial
 from qconvert.ort.compare import feed, next_inputs
-from qconvert.ort.pieces import PieceTimes, is_in_pieces, seconds_in_pieces
+from qconvert.ort.pieces import PieceTimes, piece_count, seconds_in_pieces
 from qconvert.ort.session import SessionSettings
 from qconvert.targets import TARGETS
 from qconvert.targets.cpu import CPU
@@ -60,7 +60,7 @@ def measure_latency(
     # Float gets these settings and the default: it is as fast as the better of the two.
     settings_of_float = dict.fromkeys((settings, _candidates(target)[0])) if baseline is not None else ()
     floats = [baseline(each) for each in settings_of_float if baseline is not None]
-    in_pieces = any(map(is_in_pieces, floats))
+    in_pieces = any(piece_count(session) for session in floats)
     sessions = [artifact(settings), *([] if in_pieces else floats)]
     times = _in_turns([partial(session.run, None, feed(session, inputs)) for session in sessions], REPEATS, time.perf_counter)
     p50 = median(times[0])
@@ -98,7 +98,7 @@ def _processor_times(
         return {}
     waiting = dataclasses.replace(settings, spinning=False)
     sessions = [artifact(waiting), baseline(waiting)]
-    calls = [partial(session.run, None, feed(session, inputs)) for session in sessions if not is_in_pieces(session)]
+    calls = [partial(session.run, None, feed(session, inputs)) for session in sessions if piece_count(session) is None]
     # The mean, of a clock that may tick once in several runs.
     own, *others = map(fmean, _in_turns(calls, REPEATS, time.process_time))
     float_own = others[0] if others else _piece_times(sessions[1], inputs, time.process_time).seconds

@@ -88,10 +88,15 @@ def _graphs(artifact: ArtifactReader, target: Target) -> dict[str, onnx_ir.Model
 
 
 def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]], target: Target = CPU) -> float:
-    """Part 1: largest relative difference of the graphs with float activations to torch.
+    """Measure part 1: the largest relative difference of the graphs with float activations to torch.
 
     expected: `torch_outputs` on the dequantized weights.
     """
+    return compare.relative_error(artifact.model, float_activations_session(artifact, target), expected)
+
+
+def float_activations_session(artifact: ArtifactReader, target: Target) -> Any:
+    """Open a session over the graphs for one target with float activations, on dequantized weights; large ones in pieces."""
     graphs = _graphs(artifact, target)
     for model in graphs.values():
         restore_all_positions(model.graph)
@@ -110,8 +115,7 @@ def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
     open_piece = partial(memory_session, read=read, folder=artifact.folder, target=target.name)
-    session = joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
-    return compare.relative_error(artifact.model, session, expected)
+    return joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
 
 
 def _layer_names(last: onnx_ir.Node) -> list[str]:

@@ -20,7 +20,7 @@ from qconvert.ir.report import Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.footprint import footprint
-from qconvert.ort.pieces import sized_session
+from qconvert.ort.pieces import piece_count, sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
@@ -30,7 +30,7 @@ from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.narrow_parity import narrow_parity, overflow
-from qconvert.verify.parity import graph_parity, worst_cluster
+from qconvert.verify.parity import float_activations_session, worst_cluster
 from qconvert.verify.placement import Placement, measure_placement
 
 # Of two sessions that alternate, so that neither's idle threads take cores from the other.
@@ -61,7 +61,7 @@ class TargetCheck:
         """Compare the graphs with torch on the artifact's own weights."""
         name = self.target.name
         if not self.target.half_precision:
-            return attempt(name, lambda: judged(name, *self._largest_difference(dequantized)))
+            return attempt(name, lambda: self._compared(dequantized))
         return narrow_parity(name, self.job.model.task, partial(self._pairs, dequantized), in_float16=self._in_float16)
 
     def fidelity(self, baseline: Any, progress: Progress) -> Fidelity:
@@ -98,12 +98,15 @@ class TargetCheck:
     def _in_float16(self) -> bool:
         return self.job.recipe.cuda_dtype == "float16"
 
-    def _largest_difference(self, dequantized: Outputs) -> tuple[float, str]:
-        """(largest relative difference, what differs by that)."""
+    def _compared(self, dequantized: Outputs) -> Parity:
+        """The largest relative difference, judged."""
         pairs = [pair for path in self.paths.values() for pair in self._last_position(path)]
         errors = [(compare.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
-        whole = graph_parity(self.artifact, dequantized, self.target), "outputs, with float activations,"
-        return max(whole, worst_cluster(self.artifact, self.target), *errors)
+        session = float_activations_session(self.artifact, self.target)
+        whole = compare.relative_error(self.job.model, session, dequantized), "outputs, with float activations,"
+        pieces = piece_count(session)
+        del session  # before another is opened
+        return judged(self.target.name, *max(whole, worst_cluster(self.artifact, self.target), *errors), pieces=pieces)
 
     def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:
         """(what the graphs give, what they should): torch's outputs, and their own at the last positions."""

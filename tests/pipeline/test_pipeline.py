@@ -515,7 +515,7 @@ def test_where_memory_runs_out_in_verification_the_work_is_kept(
     (tmp_path / "recipe.yaml").write_text(mine.model_dump_json())
     command = ["run", str(tmp_path / "recipe.yaml"), "--json"]
     with monkeypatch.context() as patched:
-        patched.setattr("qconvert.verify.target_check.graph_parity", no_memory)
+        patched.setattr("qconvert.verify.target_check.float_activations_session", no_memory)
         failed = CliRunner().invoke(main, command)
     assert failed.exit_code == 6
     error = json.loads(failed.stdout)["error"]

@@ -52,6 +52,13 @@ def test_a_model_in_pieces_is_found_to_be_what_it_is_as_a_whole(
     assert divided.passed
     assert [part.target for part in divided.parity if part.target != "cpu"] == ["transformers", "float"][layout == "onnx" :]
     assert all(part.status == "passed" for part in divided.parity)
+    assert all(part.pieces is None for part in whole.parity)
+    for part in divided.parity:
+        if part.target == "transformers":  # which loads groups of blocks
+            continue
+        assert part.pieces is not None
+        assert part.pieces > 2
+        assert f"run in {part.pieces} pieces" in wording.parity(part)
     (before,), (after,) = whole.fidelity, divided.fidelity
     measures = {"kl", "perplexity_float", "cosine", "max_abs", "top1"}
     found, expected = (part.model_dump(include=measures, exclude_none=True) for part in (after, before))
