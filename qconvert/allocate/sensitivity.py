@@ -63,7 +63,7 @@ def measure_losses(blocks: Iterable[Block], job: Job, waiting: Sequence[Choice],
             asked = {layer.name: choice_of.get(layer.name) for layer in group.layers}
             if not any(asked.values()):
                 continue
-            made = _ReferenceLayers(group, job, choice_of)
+            made = _ReferenceLayers(group.in_float(), job, choice_of)
             for choice in dict.fromkeys(filter(None, asked.values())):
                 wavefront.add(made.parameters(model, choice))
                 found.append(choice)

@@ -48,17 +48,15 @@ def _may_fold(model: Model, layers: Layers, unit: str, group: InputGroup) -> boo
 
 
 def linear_group(model: Model, layers: Layers, group: InputGroup, stats: CalibrationStats | None) -> LinearGroup:
-    """Read the layers of a group with their weights from the source."""
+    """Return the layers of a group, their weights as the source holds them."""
     return LinearGroup(tuple(_layer(model, layers, name, stats) for name in group.layers), group.producer, stats)
 
 
 def _layer(model: Model, layers: Layers, name: str, stats: CalibrationStats | None) -> Layer:
     kind, bias = layers[name].kind, f"{name}.bias"
-    weight = model.read(f"{name}.weight").float()
-    if kind == "conv1d":
-        weight = weight.T.contiguous()
-    read_bias = model.read(bias).float() if bias in own_parameters(model, name) else None
-    return Layer(name, kind, weight.flatten(1), read_bias, stats)
+    weight = model.read(f"{name}.weight")
+    read_bias = model.read(bias) if bias in own_parameters(model, name) else None
+    return Layer(name, kind, weight.T if kind == "conv1d" else weight.flatten(1), read_bias, stats)
 
 
 def own_parameters(model: Model, name: str) -> list[str]:

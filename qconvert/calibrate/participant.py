@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import Tensor
-
 from qconvert.calibrate.layers import groups_by_unit
 from qconvert.errors import PluginError
-from qconvert.ir.layer import Block, CalibrationStats, Layer, LinearGroup
+from qconvert.ir.layer import Block, CalibrationStats, LinearGroup
 from qconvert.ir.template import InputGroup
 from qconvert.job import Job
 from qconvert.plugin.observer import Observer
@@ -38,7 +36,7 @@ class Participant:
     def part_of(self, block: Block) -> Block:
         """Return the part of a block that this job would be given by `calibrate` if it were the only one.
 
-        It has copies, so that a quantizer that writes to its input harms no other.
+        It has copies of the statistics, so that a quantizer that writes to its input harms no other.
         """
         layers = {layer.name: layer for layer in block.layers}
         observers = self.job.quantizer.observers
@@ -46,7 +44,7 @@ class Participant:
         members = []
         for group in self.units[block.name]:
             stats = _narrowed(layers[group.layers[0]].stats, observers)
-            own = tuple(_copy(layers[name], stats) for name in group.layers)
+            own = tuple(replace(layers[name], stats=stats) for name in group.layers)
             members.append(LinearGroup(own, group.producer if runs else None, stats))
         producers = {group.producer.name for group in members if group.producer}
         tensors = {name: value for name, value in block.tensors.items() if name.rpartition(".")[0] in producers}
@@ -74,11 +72,3 @@ def _narrowed(stats: CalibrationStats | None, observers: Sequence[type[Observer]
         return None
     names = [observer.name for observer in observers if observer.name in stats.values]
     return replace(stats, values={name: stats.values[name].clone() for name in names})
-
-
-def _copy(layer: Layer, stats: CalibrationStats | None) -> Layer:
-    return replace(layer, weight=layer.weight.clone(), bias=_clone(layer.bias), stats=stats)
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()

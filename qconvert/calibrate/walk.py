@@ -188,7 +188,7 @@ class _Walk:
                     recorder.observe(None)
         stats = recorder.finalize() if self.counted else [None] * len(groups)
         producers = [group.producer.name for group in groups if group.producer]
-        tensors = {name: model.read(name).float() for producer in producers for name in own_parameters(model, producer)}
+        tensors = {name: model.read(name) for producer in producers for name in own_parameters(model, producer)}
         members = (linear_group(model, self.layers, group, found) for group, found in zip(groups, stats, strict=True))
         return Block(unit, tuple(members), tensors, first)
 

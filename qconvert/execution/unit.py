@@ -26,12 +26,13 @@ def relative_change(model: Model, unit: str, lane: Lane, replaced: Mapping[str, 
 
     replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
     """
-    unknown = [name for name in replaced if name not in model.parameter_shapes or model.block_of(name) != unit]
+    shapes = model.parameter_shapes
+    unknown = [name for name in replaced if name not in shapes or model.block_of(name) != unit]
     if unknown:
         raise ValueError(f"{unknown} are no parameters of {unit!r}")
 
     def read(name: str) -> Tensor:
-        return replaced[name].reshape(model.module.get_parameter(name).shape) if name in replaced else model.read(name)
+        return replaced[name].reshape(shapes[name]) if name in replaced else model.read(name)
 
     runner, index = BlockRunner(model, device=device, lanes=[lane]), unit_index(model, unit)
     with runner.weights_of(unit):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from qconvert.errors import UsageError
@@ -34,9 +35,9 @@ class Layer:
 
     name: full module name, "model.layers.0.self_attn.q_proj".
     kind: "linear", "conv1d" (GPT-2's transposed linear), "conv2d" or "embedding".
-    weight: [out, in] float32 whatever the kind: Conv1D transposed, kernels flattened to [out, in/groups * kh * kw],
-        embeddings [vocabulary, width].
-    bias: [out] or None.
+    weight: [out, in] whatever the kind: Conv1D transposed, kernels flattened to [out, in/groups * kh * kw], embeddings
+        [vocabulary, width]. float32 and contiguous for quantizers; in a Block as the source holds it, a view of mapped memory.
+    bias: [out] or None, of the weight's type.
     stats: None where the quantizer has no observers, and for embeddings.
     """
 
@@ -45,6 +46,10 @@ class Layer:
     weight: Tensor
     bias: Tensor | None = None
     stats: CalibrationStats | None = None
+
+    def in_float(self) -> Layer:
+        """Return the layer as quantizers are given it: float32, in memory of its own."""
+        return replace(self, weight=_own_float(self.weight), bias=None if self.bias is None else _own_float(self.bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,14 @@ class LinearGroup:
     stats: CalibrationStats | None = None
     smoothing_scale: Tensor | None = None
 
+    def in_float(self) -> LinearGroup:
+        """Return the group as quantizers are given it, its layers in float32."""
+        return replace(self, layers=tuple(layer.in_float() for layer in self.layers))
+
+
+def _own_float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSamples:
@@ -93,10 +106,11 @@ class BlockSamples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """One unit of the model, which is in memory at a time. Plain data: it can be handed to another process.
+    """One unit of the model. Plain data: it can be handed to another process.
 
-    groups: its linears, those with a common input together, in forward order.
-    tensors: the float tensors that a fold may change (weights and biases of producers), by full name.
+    groups: its linears, those with a common input together, in forward order. Their weights are as the source holds them: in
+        float32 those of one block may take gigabytes, and so they are put there one layer, or one group, at a time.
+    tensors: the tensors that a fold may change (weights and biases of producers), by full name, as the source holds them.
     lane: the calibration inputs on which it is proved that folding changes nothing; None where nothing was calibrated.
     samples: what it is tuned on; None where it is not to be tuned, and outside the repeated blocks.
     """

@@ -16,7 +16,8 @@ from qconvert.job import Job
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.plugin.tuner import BlockTuner
-from qconvert.quantize.fold import Folded, fold
+from qconvert.quantize.fold import fold
+from qconvert.quantize.folded import Folded
 
 
 def quantize(block: Block, job: Job) -> QuantizedBlock:
@@ -31,45 +32,42 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
     for layer in block.layers:
         require_finite(f"{layer.name}.weight", layer.weight)
     folded = fold(block, job)
-    tensors = {}
-    for layer in folded.block.layers:
+    layers = {}
+    for layer in folded.layers():
         if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
             tensor = round_to_nearest(layer.weight, schemes[layer.name])
         else:
             tensor = contract.quantize(quantizer, layer, schemes[layer.name])
         if layer.name in folded.smoothing_scales:
             tensor = dataclasses.replace(tensor, smoothing_scale=folded.smoothing_scales[layer.name])
-        tensors[layer.name] = tensor
+        layers[layer.name] = _finished(layer, tensor)
     if block.samples is not None and job.tuner is not None:
         samples = DifferentiableBlock(job.model, block.name, block.samples, job.recipe.device)
-        tensors |= _tuned(folded, tensors, samples, job.tuner)
-    layers = tuple(
-        QuantizedLayer(layer.name, tensors[layer.name], _relative_error(layer, tensors[layer.name]))
-        for layer in folded.block.layers
-    )
-    return QuantizedBlock(block.name, layers, folded.tensors)
+        layers |= _tuned(folded, layers, samples, job.tuner)
+    return QuantizedBlock(block.name, tuple(layers.values()), folded.tensors)
 
 
 def _tuned(
-    folded: Folded, tensors: Mapping[str, QuantizedTensor], samples: DifferentiableBlock, tuner: BlockTuner
-) -> dict[str, QuantizedTensor]:
+    folded: Folded, quantized: Mapping[str, QuantizedLayer], samples: DifferentiableBlock, tuner: BlockTuner
+) -> dict[str, QuantizedLayer]:
     """The linears of a block, tuned; convolutions and embeddings keep their codes."""
-    layers = {layer.name: layer for layer in folded.block.layers if layer.kind in ("linear", "conv1d")}
+    layers = {layer.name: layer for layer in folded.layers() if layer.kind in ("linear", "conv1d")}
     if not layers:
         return {}
-    start = {name: tensors[name] for name in layers}
-    return contract.tune(tuner, folded.block.name, layers, start, samples, folded.tensors)
+    start = {name: quantized[name].tensor for name in layers}
+    tuned = contract.tune(tuner, folded.block.name, layers, start, samples, folded.tensors)
+    return {name: _finished(layer, tuned[name]) for name, layer in layers.items()}
 
 
-def _relative_error(layer: Layer, tensor: QuantizedTensor) -> float:
-    """||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
+def _finished(layer: Layer, tensor: QuantizedTensor) -> QuantizedLayer:
+    """Return a layer with its ||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
     scaled = dataclasses.replace(tensor, smoothing_scale=None)
     difference = total = 0.0
     for rows in affine.row_blocks(*layer.weight.shape):
         weight = layer.weight[rows]
         difference += _square_norm(scaled.rows(rows).dequantize() - weight)
         total += _square_norm(weight)
-    return (difference / total) ** 0.5 if total else 0.0
+    return QuantizedLayer(layer.name, tensor, (difference / total) ** 0.5 if total else 0.0)
 
 
 def _square_norm(values: Tensor) -> float:

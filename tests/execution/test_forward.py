@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,35 @@ def test_float32_sources_are_not_copied_and_a_tied_tensor_is_read_once() -> None
         assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
         assert model.module.lm_head.weight.data_ptr() == model.source.held["model.embed_tokens.weight"].data_ptr()
     assert model.source.reads.count("model.embed_tokens.weight") == 1
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, t5], ids=["llama", "gpt2", "t5"])
+def test_the_layers_of_a_large_block_are_read_one_by_one_and_compute_the_same(
+    build: Callable[[], tuple[nn.Module, Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = build()
+    batches = SOURCES if model.task.reads_source else BATCHES
+    expected = outputs(model, batches)
+    read = Reading(model)
+    monkeypatch.setattr("qconvert.execution.materialize.LARGE_BLOCK", 0)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, batches, read=read), expected, strict=True))
+    assert read.most == 1
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+
+
+class Reading:
+    """Reads the parameters of a model. most: how many matrices of blocks that it has given were ever held at once."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.most = model, 0
+        self._given: list[weakref.ref[Any]] = []
+
+    def __call__(self, name: str) -> Tensor:
+        values = self.model.read(name).numpy().copy()  # a tensor's memory lives as long as it does
+        if self.model.block_of(name) and values.ndim == 2 and "relative_attention" not in name:
+            self._given = [*(given for given in self._given if given() is not None), weakref.ref(values)]
+            self.most = max(self.most, len(self._given))
+        return torch.from_numpy(values)
 
 
 def test_half_precision_sources_run_in_float32() -> None:

@@ -26,7 +26,8 @@ from qconvert.job import Job
 from qconvert.plugin.observer import GRAM_BLOCK, SAMPLED_ROWS, AbsMax, Gram, Observer, SampledRows
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.quantize import quantize
-from qconvert.quantize.fold import Folded, fold
+from qconvert.quantize.fold import fold
+from qconvert.quantize.folded import Folded
 from qconvert.quantizers.awq import AWQQuantizer
 from qconvert.trace import trace
 
@@ -98,15 +99,14 @@ def folded(job: Job, block: Block, scale_of: ScaleOf, layout: str = "transformer
     return fold(block, replace(job, quantizer=Scaling(scale_of), recipe=job.recipe.model_copy(update={"layout": layout})))
 
 
-def weights(block: Block) -> dict[str, Tensor]:
-    return {layer.name: layer.weight for layer in block.layers}
+def weights(block: Block | Folded) -> dict[str, Tensor]:
+    layers = block.layers() if isinstance(block, Folded) else block.layers
+    return {layer.name: layer.weight for layer in layers}
 
 
 def parameters(result: Folded) -> dict[str, Tensor]:
     """Every parameter of the folded block, in the module's own shape."""
-    layers = {
-        f"{layer.name}.weight": layer.weight.T if layer.kind == "conv1d" else layer.weight for layer in result.block.layers
-    }
+    layers = {f"{layer.name}.weight": layer.weight.T if layer.kind == "conv1d" else layer.weight for layer in result.layers()}
     return {**result.tensors, **layers}
 
 
@@ -123,7 +123,7 @@ def test_into_a_norm() -> None:
     result = folded(job, block, only(QKV[0]))
     scale = torch.linspace(0.5, 2, 32)
     for name in QKV:
-        assert torch.equal(weights(result.block)[name], weights(block)[name] * scale)
+        assert torch.equal(weights(result)[name], weights(block)[name] * scale)
     assert result.tensors.keys() == {f"{NORM}.weight"}
     assert torch.equal(result.tensors[f"{NORM}.weight"], block.tensors[f"{NORM}.weight"] / scale)
     assert result.smoothing_scales == {}
@@ -133,8 +133,8 @@ def test_into_the_rows_of_a_linear_that_is_quantized_too() -> None:
     job, block = llama_block()
     result = folded(job, block, only(DOWN))
     scale = torch.linspace(0.5, 2, 48)
-    assert torch.equal(weights(result.block)[DOWN], weights(block)[DOWN] * scale)
-    assert torch.equal(weights(result.block)[UP], weights(block)[UP] / scale.unsqueeze(1))
+    assert torch.equal(weights(result)[DOWN], weights(block)[DOWN] * scale)
+    assert torch.equal(weights(result)[UP], weights(block)[UP] / scale.unsqueeze(1))
     assert result.tensors == {}  # `up` is quantized from its folded weight
 
 
@@ -150,15 +150,15 @@ def test_through_grouped_query_attention_into_v() -> None:
     job, block = llama_block()
     result = folded(job, block, only(OUT))
     scale = torch.linspace(0.5, 2, 32)[:16]
-    assert torch.equal(weights(result.block)[V], weights(block)[V] / scale.unsqueeze(1))
-    assert torch.equal(weights(result.block)[OUT], weights(block)[OUT] * scale[torch.tensor(COPIES)])
+    assert torch.equal(weights(result)[V], weights(block)[V] / scale.unsqueeze(1))
+    assert torch.equal(weights(result)[OUT], weights(block)[OUT] * scale[torch.tensor(COPIES)])
 
 
 def test_everything_at_once_leaves_the_block_as_it_computes() -> None:
     job, block = llama_block()
     result = folded(job, block, ramp)
     changed = parameters(result)
-    assert all(not torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
+    assert all(not torch.equal(weights(result)[name], weight) for name, weight in weights(block).items())
     assert len(result.tensors) == 2
     assert change(job, block, changed) < 1e-5
     for name in changed:  # each of them is needed
@@ -185,7 +185,7 @@ def test_biases_of_producers_are_divided_too(kept_float: tuple[str, ...]) -> Non
     result = folded(job, block, ramp)
     assert {name for name in result.tensors if name.endswith("bias")} == {"1.bias"} | ({"0.bias"} if not kept_float else set())
     assert change(job, block, parameters(result)) < 1e-5
-    layers = {layer.name: layer for layer in result.block.layers}
+    layers = {layer.name: layer for layer in result.layers()}
     if not kept_float:
         assert layers["1"].bias is result.tensors["1.bias"]
 
@@ -213,14 +213,14 @@ FC, PROJ = "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"
 def test_into_the_rows_of_a_conv1d() -> None:
     job, block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)))
     result = folded(job, block, only(PROJ))
-    assert torch.equal(weights(result.block)[FC], weights(block)[FC] / torch.linspace(0.5, 2, 128).unsqueeze(1))
+    assert torch.equal(weights(result)[FC], weights(block)[FC] / torch.linspace(0.5, 2, 128).unsqueeze(1))
     assert change(job, block, parameters(result)) < 1e-5
 
 
 def test_not_into_a_conv1d_that_stays_float() -> None:
     job, block = block_of(relu_gpt2(), InputGroup((PROJ,), Producer("linear", FC)), kept_float=(FC,))
     result = folded(job, block, only(PROJ))
-    assert torch.equal(weights(result.block)[PROJ], weights(block)[PROJ])
+    assert torch.equal(weights(result)[PROJ], weights(block)[PROJ])
     assert result.tensors == {}
 
 
@@ -230,8 +230,8 @@ def test_not_into_a_conv1d_that_stays_float() -> None:
 def test_an_unsound_fold_is_seen_and_left_out_while_the_sound_one_is_made() -> None:
     job, block = biased_block(nn.GELU())  # gelu(x / s) is not gelu(x) / s
     result = folded(job, block, ramp)
-    assert torch.equal(weights(result.block)["3"], weights(block)["3"])
-    assert torch.equal(weights(result.block)["1"], weights(block)["1"] * torch.linspace(0.5, 2, 8))
+    assert torch.equal(weights(result)["3"], weights(block)["3"])
+    assert torch.equal(weights(result)["1"], weights(block)["1"] * torch.linspace(0.5, 2, 8))
     assert result.tensors.keys() == {"0.weight", "0.bias"}
     assert result.smoothing_scales == {}
 
@@ -247,15 +247,15 @@ def test_folds_of_which_each_rounds_are_judged_together(monkeypatch: pytest.Monk
     job, block = llama_block()
     result = folded(job, block, ramp)
     assert len(asked) == 1
-    assert all(not torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
+    assert all(not torch.equal(weights(result)[name], weight) for name, weight in weights(block).items())
     alone = folded(job, block, only(DOWN))
-    assert all(torch.equal(weights(alone.block)[name], weight) for name, weight in weights(block).items())
+    assert all(torch.equal(weights(alone)[name], weight) for name, weight in weights(block).items())
 
 
 def test_copies_of_one_channel_with_different_scales_do_not_fold() -> None:
     job, block = llama_block()
     result = folded(job, block, lambda group: torch.linspace(0.5, 2, 32) if group.layers[0].name == OUT else None)
-    assert all(torch.equal(weights(result.block)[name], weight) for name, weight in weights(block).items())
+    assert all(torch.equal(weights(result)[name], weight) for name, weight in weights(block).items())
     assert result.smoothing_scales == {}
 
 
@@ -271,7 +271,7 @@ def test_a_layout_that_has_a_place_for_it_keeps_what_does_not_fold() -> None:
     result = folded(job, block, ramp, layout="onnx")
     assert result.smoothing_scales.keys() == {"3"}
     assert torch.equal(result.smoothing_scales["3"], torch.linspace(0.5, 2, 12))
-    assert torch.equal(weights(result.block)["3"], weights(block)["3"] * torch.linspace(0.5, 2, 12))
+    assert torch.equal(weights(result)["3"], weights(block)["3"] * torch.linspace(0.5, 2, 12))
     assert result.tensors.keys() == {"0.weight", "0.bias"}
 
 
@@ -296,7 +296,7 @@ def test_a_quantizer_that_asks_for_nothing_gets_the_block_as_it_is() -> None:
     job, block = llama_block()
     result = folded(job, block, lambda group: None, layout="onnx")
     assert (result.tensors, result.smoothing_scales) == ({}, {})
-    assert all(weights(result.block)[name] is weight for name, weight in weights(block).items())
+    assert all(torch.equal(weights(result)[name], weight) for name, weight in weights(block).items())
 
 
 # Statistics follow
@@ -306,7 +306,7 @@ def test_a_quantizer_that_asks_for_nothing_gets_the_block_as_it_is() -> None:
 def test_statistics_are_those_of_the_divided_input(activation: nn.Module) -> None:
     job, block = biased_block(activation)
     result = folded(job, block, ramp, layout="onnx")
-    for before, after in zip(block.layers, result.block.layers, strict=True):
+    for before, after in zip(block.layers, result.layers(), strict=True):
         scale = torch.linspace(0.5, 2, before.weight.shape[1])
         assert isinstance(before.stats, CalibrationStats)
         assert isinstance(after.stats, CalibrationStats)
