@@ -71,7 +71,7 @@ _REST = (
     ),
     click.option("--evaluation", metavar="SRC", help="The same, for the comparison with the float model."),
     click.option("--target", "targets", type=TARGETS, multiple=True, help="Where the artifact is to run; may be repeated."),
-    click.option("--layout", type=click.Choice(get_args(Layout)), help="Who must be able to read model.safetensors."),
+    click.option("--layout", type=click.Choice(get_args(Layout)), help="Who must be able to read the weights."),
     click.option("--device", metavar="DEV", help="Where blocks run during calibration: cpu or cuda."),
     click.option(
         "--gate", "gates", metavar="'kl<=0.2'", multiple=True, help="Limit that the artifact must keep; may be repeated."

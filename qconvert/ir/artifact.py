@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 SIDECAR = "qconvert.bin"
 GRAPH = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
@@ -19,6 +22,11 @@ CARD = "README.md"
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 # What stands before the colon in the names of the manifest's inputs that are no files of the model.
 INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "tuner", "code")
+
+
+def weight_file_names(count: int) -> tuple[str, ...]:
+    """Return the names of so many files of weights: that of a single one, or those that transformers gives to shards."""
+    return (WEIGHTS,) if count == 1 else tuple(f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1))
 
 
 def is_model_file(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qconvert.ir.artifact import WEIGHTS
 from qconvert.ir.decision import Assignment, KeptFloat
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.layer_form import LayerForm
@@ -38,7 +39,7 @@ class LayerPlan:
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:
-        """The tensors that model.safetensors holds for the layer, in compressed-tensors' layout, by their suffix."""
+        """The tensors that the files of weights hold for the layer, in compressed-tensors' layout, by their suffix."""
         scheme, out, width = self.scheme, self.out_features, self.in_features
         groups = width // scheme.group_size(width)
         scale = TensorInfo(scheme.scale_dtype, (out, groups))
@@ -58,7 +59,7 @@ class LayerPlan:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the layer takes in model.safetensors."""
+        """The bytes that the layer takes in the files of weights."""
         return sum(info.nbytes for info in self.disk_tensors.values())
 
 
@@ -71,12 +72,13 @@ class Plan:
     kept_float: modules that stay as they are, each with the reason.
     calibrated: whether calibration data is needed.
     shared: output head -> the embedding of `layers` whose tensor it reads too.
-    weights_bytes: exact size of model.safetensors' tensor data (a scale beyond float16's range adds two bytes).
+    weights_bytes: exact size of the tensors in the files of weights (a scale beyond float16's range adds two bytes).
     peak_bytes: estimate of the largest amount of memory held at once while quantizing.
     targets: where the artifact is to run.
     cuda_bytes: what the graph for CUDA needs in the sidecar: float tensors in its own type, scales per block, padded copies.
     assignment: where a budget has decided the schemes.
     unread: stored tensors that travel along though no graph computes with them -> the reason.
+    weight_files: names of the files of weights, model.safetensors or its shards.
     """
 
     scheme: QuantScheme
@@ -90,6 +92,7 @@ class Plan:
     cuda_bytes: int = 0
     assignment: Assignment | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
+    weight_files: tuple[str, ...] = (WEIGHTS,)
 
     def layer_of(self, name: str) -> LayerPlan | None:
         """Return the planned layer that the module `name` computes with, None where it stays float."""

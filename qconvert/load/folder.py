@@ -10,13 +10,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import is_code
+from qconvert.ir.artifact import WEIGHTS, WEIGHTS_INDEX, is_code
 from qconvert.storage.git_lfs import refuse_git_lfs_pointer
 from qconvert.storage.json_text import parse_json
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -28,7 +26,7 @@ OTHER_WEIGHTS = (
     *(".xml", ".mlmodel", ".npz", ".pb", ".pdparams"),  # .xml: OpenVINO's graph, useless without its .bin
 )
 # config.json is rewritten with the output, and the source's model card describes the source: we write our own.
-NOT_CARRIED = (CONFIG, INDEX, "README.md", ".gitattributes", ".gitignore")
+NOT_CARRIED = (CONFIG, WEIGHTS_INDEX, "README.md", ".gitattributes", ".gitignore")
 NOT_CARRIED_SUFFIXES = (*PICKLES, *OTHER_WEIGHTS, ".index.json")
 # The weights of what sentence-transformers computes behind the model, such as 2_Dense, in float as they are.
 MODULE_WEIGHTS = re.compile(r"\d+_\w+/model\.safetensors")
@@ -98,15 +96,15 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     Raises InputError QC-INPUT-002 where there are no weights, 003 for pickles only, 010 for an index that is no such
     map, 009 for one that names a path outside the folder.
     """
-    if os.path.lexists(folder / SINGLE):  # the order in which transformers looks
+    if os.path.lexists(folder / WEIGHTS):  # the order in which transformers looks
         return None
-    if not os.path.lexists(folder / INDEX):
+    if not os.path.lexists(folder / WEIGHTS_INDEX):
         raise _no_weights(folder)
-    weight_map = read_json(contained(folder, INDEX), "QC-INPUT-010").get("weight_map")
+    weight_map = read_json(contained(folder, WEIGHTS_INDEX), "QC-INPUT-010").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(
             "QC-INPUT-010",
-            f"{INDEX} in {folder} has no weight_map from tensor names to file names",
+            f"{WEIGHTS_INDEX} in {folder} has no weight_map from tensor names to file names",
             hint="download the checkpoint again, or save it again with save_pretrained",
         )
     return weight_map
@@ -139,7 +137,7 @@ def _no_weights(folder: Path) -> InputError:
         )
     return InputError(
         "QC-INPUT-002",
-        f"{folder} holds no weights: neither {SINGLE} nor {INDEX}",
+        f"{folder} holds no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}",
         hint="give the folder of a complete checkpoint",
     )
 
@@ -203,7 +201,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 log.warning("the linked folder %s is not carried over", ascii(str((here / name).relative_to(folder))))
         for name in names:
             relative = (here / name).relative_to(folder).as_posix()
-            if MODULE_PICKLES.fullmatch(relative) and SINGLE not in names:
+            if MODULE_PICKLES.fullmatch(relative) and WEIGHTS not in names:
                 log.warning(
                     "%s is a pickle, and not carried over: load and save the model with sentence-transformers", ascii(relative)
                 )

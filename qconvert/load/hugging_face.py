@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from qconvert.errors import InputError
 from qconvert.execution.probes import vocabulary_size
+from qconvert.ir.artifact import WEIGHTS_INDEX
 from qconvert.ir.model import Model, TensorSource
 from qconvert.ir.task import Task
 from qconvert.load import names, skeleton, structure
 from qconvert.load.computed import computed_tensors
-from qconvert.load.folder import CONFIG, INDEX, carried_files, contained, no_folder, read_json, refuse_adapter
+from qconvert.load.folder import CONFIG, carried_files, contained, no_folder, read_json, refuse_adapter
 from qconvert.load.names import RenamedSource
 from qconvert.load.safetensors import open_folder
 from qconvert.load.tokenizer import TextEncoder, text_encoder
@@ -49,7 +50,7 @@ def load_folder(folder: Path) -> Model:
         skeleton.build_skeleton(skeleton.checked_config(config))
         raise
     files = carried_files(folder)
-    index = {INDEX: folder / INDEX} if (folder / INDEX).is_file() else {}
+    index = {WEIGHTS_INDEX: folder / WEIGHTS_INDEX} if (folder / WEIGHTS_INDEX).is_file() else {}
     model = model_from_config(
         folder.resolve().name,
         config,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
+from qconvert.ir.artifact import WEIGHTS, WEIGHTS_INDEX
 from qconvert.ir.model import TensorInfo
-from qconvert.load.folder import INDEX, SINGLE, read_weight_map, weight_files
+from qconvert.load.folder import read_weight_map, weight_files
 from qconvert.storage.safetensors import _DOWNLOAD_AGAIN, Entry, read_header
 
 # Linux reserves memory for a private writable mapping unless told not to; the value is not in Python's mmap before 3.13.
@@ -81,9 +82,11 @@ def open_folder(folder: Path) -> SafetensorsSource:
     Raises InputError QC-INPUT-002 to 010; paths are checked before a shard is opened. Warns of other safetensors files.
     """
     weight_map = read_weight_map(folder)
-    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    names = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
     if others := sorted({path.name for path in folder.glob("*.safetensors")} - set(names)):
-        log.warning("not read: %s; the model is in %s", ", ".join(map(ascii, others)), SINGLE if weight_map is None else INDEX)
+        log.warning(
+            "not read: %s; the model is in %s", ", ".join(map(ascii, others)), WEIGHTS if weight_map is None else WEIGHTS_INDEX
+        )
     source = SafetensorsSource(weight_files(folder, names))
     if weight_map is not None:
         _check_index(weight_map, source)
@@ -96,14 +99,14 @@ def _check_index(weight_map: Mapping[str, str], source: SafetensorsSource) -> No
             place = f"is in {source.files[name]!a}" if name in source.files else "is in no shard"
             raise InputError(
                 "QC-INPUT-010",
-                f"{INDEX} says that tensor {name!a} is in {file!a}, but it {place}",
+                f"{WEIGHTS_INDEX} says that tensor {name!a} is in {file!a}, but it {place}",
                 hint=_DOWNLOAD_AGAIN,
             )
     for name, file in source.files.items():
         if name not in weight_map:
             raise InputError(
                 "QC-INPUT-010",
-                f"shard {file!a} holds tensor {name!a}, which {INDEX} does not name",
+                f"shard {file!a} holds tensor {name!a}, which {WEIGHTS_INDEX} does not name",
                 hint=_DOWNLOAD_AGAIN,
             )
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from qconvert.errors import UsageError
 from qconvert.execution.modules import layer_kind
+from qconvert.ir.artifact import weight_file_names
+from qconvert.ir.contents import shards
 from qconvert.ir.decision import KeptFloat
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.model import Model
@@ -54,7 +56,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     check_targets(model, template, layers, recipe)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
-    return Plan(
+    made = Plan(
         default,
         layers,
         tuple(kept),
@@ -66,6 +68,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         cuda_bytes=cuda_bytes(model, layers, recipe),
         unread=_unread(model, template),
     )
+    return dataclasses.replace(made, weight_files=weight_file_names(len(shards(model, made))))
 
 
 def check(model: Model, recipe: Recipe) -> None:

@@ -52,7 +52,7 @@ class Recipe(Part):
         "rest of a prompt",
     )
     layout: Layout = Field(
-        "transformers", description="who must be able to read model.safetensors: transformers too, or model.onnx alone"
+        "transformers", description="who must be able to read the weights: transformers too, or model.onnx alone"
     )
     sequential: bool = Field(
         False, description="quantize each block for what the quantized blocks before it put out; for quantizers that use data"

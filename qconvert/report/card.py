@@ -136,7 +136,7 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
         return
     yield "## Load it with transformers"
     if (name := report.transformers_class) is None:
-        yield "Not possible: it was made with `--layout onnx`, whose `model.safetensors` only the ONNX graphs can read."
+        yield "Not possible: it was made with `--layout onnx`, whose weights only the ONNX graphs can read."
         return
     yield "In this folder, with `pip install 'transformers>=5.23' compressed-tensors`:"
     yield f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(".")\n```'

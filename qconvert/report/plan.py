@@ -41,7 +41,7 @@ def table(plan: Plan) -> RenderableType:
         Text(line)
         for line in (
             f"{len(plan.layers)} layers to quantize, {plan.scheme} unless a rule says otherwise",
-            f"model.safetensors: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
+            f"{_weight_files(plan)}: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
             f"memory while quantizing: about {wording.byte_size(plan.peak_bytes)}",
             f"calibration data: {'needed' if plan.calibrated else 'not needed'}",
             *([f"budget: {wording.assignment(plan.assignment)}"] if plan.assignment else []),
@@ -61,6 +61,10 @@ def table(plan: Plan) -> RenderableType:
         )
     )
     return Group(rows, Text(), summary)
+
+
+def _weight_files(plan: Plan) -> str:
+    return wording.some(list(plan.weight_files), limit=1)
 
 
 def _cuda(plan: Plan) -> list[str]:
@@ -85,6 +89,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "scheme": str(plan.scheme),
         "calibrated": plan.calibrated,
         "weights_bytes": plan.weights_bytes,
+        "weight_files": list(plan.weight_files),
         "peak_bytes": plan.peak_bytes,
         **({"cuda_bytes": plan.cuda_bytes} if CUDA in targets_of(plan.targets) else {}),
         **({"assignment": plan.assignment.document()} if plan.assignment else {}),

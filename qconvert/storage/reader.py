@@ -1,12 +1,13 @@
 """Tensors from the bytes of an output folder, also of one that is still being written.
 
-Format of model.safetensors: 8 bytes header length (little-endian), a JSON header, tensor data without gaps
+Format of model.safetensors and of its shards: 8 bytes header length (little-endian), a JSON header, tensor data without gaps
 (https://github.com/huggingface/safetensors#format). The sidecar has no header: qconvert.json holds its index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
+from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS, WEIGHTS_INDEX, StoredTensor, weight_file_names
 from qconvert.ir.decision import Assignment
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
 from qconvert.storage import compressed_tensors
+from qconvert.storage.json_text import parse_json
 from qconvert.storage.manifest import read_manifest
 from qconvert.storage.safetensors import DTYPE_NAMES, DTYPES, Entry, read_header
 
@@ -41,19 +43,44 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
     Raises InputError QC-READ-001 if a file is missing or its index is damaged.
     """
-    path = folder / WEIGHTS
-    try:
-        weights = {name: _stored(entry) for name, entry in read_header(path).items()}
+    index = folder / WEIGHTS_INDEX
+    weights = _read_shards(index) if index.exists() else _read_weights(folder / WEIGHTS)
+    with _readable(folder / MANIFEST):
         sidecar = read_manifest(folder)["sidecar"]
         return weights | {name: stored_tensor(SIDECAR, record) for name, record in sidecar.items()}
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    """Where the tensors lie that the index of a sharded folder names, which are all that its shards hold."""
+    with _readable(index):
+        weight_map = parse_json(index.read_bytes())["weight_map"]
+        names = weight_file_names(len(set(weight_map.values())))
+        if set(names) != set(weight_map.values()):
+            raise ValueError("it does not name all shards, or other files")
+        weights = {name: tensor for file in names for name, tensor in _read_weights(index.parent / file).items()}
+        if weight_map != {name: tensor.file for name, tensor in weights.items()}:
+            raise ValueError("it does not say what the shards hold")
+    return weights
+
+
+def _read_weights(path: Path) -> dict[str, StoredTensor]:
+    with _readable(path):
+        return {name: _stored(path.name, entry) for name, entry in read_header(path).items()}
+
+
+def _stored(file: str, entry: Entry) -> StoredTensor:
+    return StoredTensor(file, entry.info.dtype, entry.info.shape, entry.start, entry.stop - entry.start)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file into InputError QC-READ-001."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, str(error)) from error
     except InputError as error:
         raise error if error.code == "QC-READ-001" else _unreadable(path, error.message) from error
-
-
-def _stored(entry: Entry) -> StoredTensor:
-    return StoredTensor(WEIGHTS, entry.info.dtype, entry.info.shape, entry.start, entry.stop - entry.start)
 
 
 def _unreadable(path: Path, problem: str) -> InputError:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import WEIGHTS, StoredTensor
+from qconvert.ir.artifact import StoredTensor
 from qconvert.ir.model import TensorInfo
 from qconvert.storage.digest import tensor_bytes
 from qconvert.storage.disk import disk_errors, fsync
@@ -32,14 +32,14 @@ METADATA = {"format": "pt"}
 
 
 class SafetensorsFile:
-    """model.safetensors in `folder`.
+    """One file of weights: model.safetensors, or one of its shards.
 
     largest: what will be appended, in the dtypes that take most space.
     tensors: what an earlier run has appended; the next tensor goes behind it.
     """
 
-    def __init__(self, folder: Path, largest: Mapping[str, TensorInfo], tensors: Mapping[str, StoredTensor]) -> None:
-        self.path = folder / WEIGHTS
+    def __init__(self, path: Path, largest: Mapping[str, TensorInfo], tensors: Mapping[str, StoredTensor]) -> None:
+        self.path = path
         total = sum(info.nbytes for info in largest.values())
         widest = _header({name: (info.dtype, info.shape, total, total) for name, info in largest.items()})
         self.begin = 8 + len(widest) + -len(widest) % 8  # the data begins at a multiple of 8
@@ -53,7 +53,7 @@ class SafetensorsFile:
     def append(self, tensor: Tensor) -> StoredTensor:
         """Write a tensor behind the last one. Raises ResourceError QC-DISK-002 on a full disk."""
         data = tensor_bytes(tensor)
-        stored = StoredTensor(WEIGHTS, tensor.dtype, tuple(tensor.shape), self.end, data.nbytes)
+        stored = StoredTensor(self.path.name, tensor.dtype, tuple(tensor.shape), self.end, data.nbytes)
         with disk_errors(self.path):
             self.file.write(data)
         self.end += data.nbytes

@@ -1,4 +1,4 @@
-"""Writes quantized blocks as they come: model.safetensors, the sidecar, config.json and the files that travel along."""
+"""Writes quantized blocks as they come: the files of weights, the sidecar, config.json and the files that travel along."""
 
 from __future__ import annotations
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import closing
+from typing import Any
 
 from torch import Tensor
 
 from qconvert.errors import PluginError, QConvertError
-from qconvert.ir.artifact import SIDECAR, WEIGHTS, StoredTensor
+from qconvert.ir.artifact import StoredTensor
+from qconvert.ir.contents import Unit, shards, units
 from qconvert.ir.finite import require_finite
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
@@ -18,16 +20,15 @@ from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
 from qconvert.storage.compressed_tensors import SUFFIXES, encode
 from qconvert.storage.reader import tensor_record
-from qconvert.storage.safetensors import SafetensorsFile
 from qconvert.storage.stage import Stage
+from qconvert.storage.weights import WeightFiles
 from qconvert.targets.cpu_sidecar import sidecar_tensors
 from qconvert.write.carried import write_carried
 from qconvert.write.config import write_config
-from qconvert.write.contents import Unit, largest, units
 
 
 def write(blocks: Iterable[QuantizedBlock], job: Job, stage: Stage) -> WriteResult:
-    """Write model.safetensors, the sidecar, config.json and the carried files into `stage.folder`.
+    """Write the files of weights, the sidecar, config.json and the carried files into `stage.folder`.
 
     blocks: in the order of the model's, then "" for what lies outside; those of `stage.done_blocks()` left out.
 
@@ -46,12 +47,11 @@ class Writer:
     def __init__(self, job: Job, stage: Stage) -> None:
         self.model, self.plan, self.layout = job.model, job.plan, job.recipe.layout
         self.stage = stage
-        every = units(self.model, self.plan)
         done = set(stage.done_blocks())
-        self._waiting = [unit for unit in every if unit.name not in done]
-        tensors = largest(self.model, every)
-        stage.require_space(sum(info.nbytes for info in tensors.values()))
-        self._weights = SafetensorsFile(stage.folder, tensors, stage.tensors_of(WEIGHTS))
+        self._waiting = [unit for unit in units(self.model, self.plan) if unit.name not in done]
+        files = shards(self.model, self.plan)
+        stage.require_space(sum(info.nbytes for file in files for info in file.values()))
+        self._weights = WeightFiles(stage.folder, files, stage.tensors())
 
     def append(self, block: QuantizedBlock) -> None:
         """Put a block on disk, with all that comes before it."""
@@ -72,21 +72,21 @@ class Writer:
             if unit.layers:
                 raise _internal(f"block {unit.name!r} never came")
             self._write(unit, QuantizedBlock(unit.name, ()))
-        self._weights.finish(self.stage.tensors_of(WEIGHTS))
+        self._weights.finish(self.stage.tensors())
         self.close()
         write_config(self.model, self.plan, self.stage, self.layout)
         write_carried(self.model, self.stage)
         return WriteResult(self.stage.tensors(), _layer_reports(self.plan, self.stage), self.plan.assignment)
 
     def close(self) -> None:
-        """Close the file of the weights, complete or not."""
+        """Close the files of weights, complete or not."""
         self._weights.close()
 
     def _write(self, unit: Unit, block: QuantizedBlock) -> None:
         _write_unit(unit, block, self.model, self.stage, self._weights)
 
 
-def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, weights: SafetensorsFile) -> None:
+def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, weights: WeightFiles) -> None:
     """Append one unit's tensors, make them durable, then journal them."""
     layers = {layer.name: layer for layer in block.layers}
     if layers.keys() != unit.layers.keys():
@@ -94,7 +94,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
         raise _internal(f"block {unit.name!r}: planned and quantized layers differ in {odd}")
     stored = _append_layers(unit, block, weights)
     for output, source in unit.floats.items():
-        stored[output] = weights.append(_float_tensor(model, block, output, source))
+        stored[output] = weights.append(output, _float_tensor(model, block, output, source))
     extra = {
         name: [
             (f"{name}.{suffix}", stage.sidecar.append(f"{name}.{suffix}", tensor))
@@ -119,24 +119,29 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
     stage.journal.append(
         {
             "block": unit.name,
-            "tensors": {
-                WEIGHTS: {name: tensor_record(tensor) for name, tensor in stored.items()},
-                SIDECAR: {name: tensor_record(tensor) for tensors in extra.values() for name, tensor in tensors},
-            },
+            "tensors": _records([*stored.items(), *(each for tensors in extra.values() for each in tensors)]),
             "layers": [report.model_dump() for report in reports],
         }
     )
+
+
+def _records(tensors: Iterable[tuple[str, StoredTensor]]) -> dict[str, dict[str, Any]]:
+    """The journal's form of tensors: file -> name -> record."""
+    records: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors:
+        records.setdefault(tensor.file, {})[name] = tensor_record(tensor)
+    return records
 
 
 def _outlier_share(tensor: QuantizedTensor) -> float | None:
     return None if tensor.outliers is None else len(tensor.outliers.columns) / tensor.q.shape[1]
 
 
-def _append_layers(unit: Unit, block: QuantizedBlock, weights: SafetensorsFile) -> dict[str, StoredTensor]:
+def _append_layers(unit: Unit, block: QuantizedBlock, weights: WeightFiles) -> dict[str, StoredTensor]:
     """Append the quantized layers, tensors of one suffix together in the order of the layers."""
     encoded = {layer.name: encode(unit.layers[layer.name], layer.tensor) for layer in block.layers}
     return {
-        f"{name}.{suffix}": weights.append(tensors[suffix])
+        f"{name}.{suffix}": weights.append(f"{name}.{suffix}", tensors[suffix])
         for suffix in SUFFIXES
         for name, tensors in encoded.items()
         if suffix in tensors

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from qconvert.errors import InputError
-from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS, is_code
+from qconvert.ir.artifact import CARD, GENAI_CONFIG, MANIFEST, REPORT, SHARD, SIDECAR, WEIGHTS, WEIGHTS_INDEX, is_code
 from qconvert.ir.model import Model
 from qconvert.ir.task import TASKS
 from qconvert.storage.disk import disk_errors
@@ -26,8 +26,7 @@ ABOUT_OTHER_WEIGHTS = (
 OWN_FILES = {
     CARD.lower(),
     "config.json",
-    f"{WEIGHTS}.index.json",
-    *(GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS),
+    *(GENAI_CONFIG, MANIFEST, REPORT, SIDECAR, WEIGHTS, WEIGHTS_INDEX),
     *(name for task in TASKS.values() for target in TARGETS.values() for name in graph_files(task, target).values()),
 }
 
@@ -42,7 +41,7 @@ def write_carried(model: Model, stage: Stage) -> None:
                 f"{model.name}: file {name!a} to carry over leads out of the output folder",
                 hint="remove it from the checkpoint, or mend the plugin that loaded it",
             )
-        if name.lower() in OWN_FILES or is_code(name):  # lower: the file system may ignore case
+        if _is_own(name.lower()) or is_code(name):  # lower: the file system may ignore case
             continue
         if path.name.lower() in ABOUT_OTHER_WEIGHTS:
             log.warning("%s is not carried over: it is for other weights than those written here", ascii(name))
@@ -54,3 +53,7 @@ def write_carried(model: Model, stage: Stage) -> None:
                 shutil.copyfile(content, target)
             else:
                 target.write_bytes(content)
+
+
+def _is_own(name: str) -> bool:
+    return name in OWN_FILES or SHARD.fullmatch(name) is not None

@@ -38,7 +38,13 @@ def test_code_stays_behind_whoever_loaded_the_model(tmp_path: Path, name: str) -
         assert list(stage.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "readme.md", "README.md", "Model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "readme.md", "README.md", "Model.safetensors", "model.safetensors.index.json"),
+        *("model-00001-of-00003.safetensors", "Model-00002-of-00002.safetensors"),
+    ],
+)
 def test_the_output_s_own_files_are_not_overwritten(tmp_path: Path, name: str) -> None:
     with open_stage(tmp_path / "out", DIGEST) as stage:
         write_carried(net(files={name: b"of the source"}), stage)
