@@ -17,8 +17,13 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
-# What torch, ONNX Runtime, CUDA and the system say when there is no memory left, in errors of many types.
-_NO_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad[_ ]alloc|out of memory", re.IGNORECASE)
+# What torch, ONNX Runtime, CUDA, libraries in Rust and the system say when there is no memory left, in errors of many types.
+_NO_MEMORY = re.compile(
+    r"(can't|cannot|failed to|unable to) allocate|bad[_ ]alloc|out ?of ?memory|not enough memory|MemoryError"
+    r"|failed to map segment|can't start new thread",
+    re.IGNORECASE,
+)
+NO_MEMORY = "QC-MEMORY-001"
 
 
 class QConvertError(Exception):
@@ -94,24 +99,35 @@ def in_one_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether there was no memory left for something, perhaps in a library that wraps this in an error of its own."""
+    """Return whether there was no memory left for something, perhaps in a library that wraps this in an error of its own.
+
+    So do we: a tokenizer that can't be opened is an InputError, whatever the reason. Its text is ours and says nothing.
+    """
     seen: set[int] = set()  # `raise error from error` is its own cause
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
-        if isinstance(cause, MemoryError) or _NO_MEMORY.search(in_one_line(cause)):
+        if isinstance(cause, MemoryError) or (not isinstance(cause, QConvertError) and _NO_MEMORY.search(in_one_line(cause))):
             return True
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     return False
 
 
-def unexpected(error: BaseException) -> QConvertError:
-    """Return the error to show for an exception that nobody raised on purpose: memory ran out, or qconvert has a bug."""
+def told(error: BaseException, stage: str | None = None) -> QConvertError:
+    """Return the error to show for what was raised: a lack of memory, whatever it was taken for on its way; an error that was
+    raised on purpose, as it is; and for all else that qconvert has a bug.
+
+    stage: in which it came up, where that is known.
+    """
+    if isinstance(error, QConvertError) and (error.code == NO_MEMORY or not is_out_of_memory(error)):
+        return error
     if is_out_of_memory(error):
+        text = error.message if isinstance(error, QConvertError) else in_one_line(error) or type(error).__name__
         return ResourceError(
-            "QC-MEMORY-001",
-            f"not enough memory: {in_one_line(error) or type(error).__name__}",
-            hint="free some, or take a larger machine (qconvert plan tells the peak); the same run again resumes",
+            NO_MEMORY,
+            f"not enough memory{f' in the stage {stage!r}' if stage else ''}: {text}",
+            hint="free some, or take a larger machine (qconvert plan tells the peak); what was quantized is kept: the same "
+            "command again resumes",
         )
     return QConvertError(
         "QC-INTERNAL-001",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconvert.cli.stdout import emit
-from qconvert.errors import QConvertError, unexpected
+from qconvert.errors import told
 
 if TYPE_CHECKING:
     from qconvert.ir.comparison import Comparison
@@ -44,8 +44,6 @@ def exit_codes(*, as_json: bool) -> Iterator[None]:
     """Exit with the code of what is raised within the context; its text goes to stderr, and as one JSON document to stdout."""
     try:
         yield
-    except QConvertError as error:
-        _fail(error.code, error.message, error.hint, error.exit_code, as_json)
     except click.UsageError as error:
         if as_json:  # click prints the usage to stderr and exits with 2
             emit(_document("QC-USAGE-001", error.format_message(), _help_hint(error)))
@@ -55,7 +53,7 @@ def exit_codes(*, as_json: bool) -> Iterator[None]:
     except (click.exceptions.Exit, SystemExit):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        found = unexpected(error)
+        found = told(error)
         _fail(found.code, found.message, found.hint, found.exit_code, as_json)
 
 

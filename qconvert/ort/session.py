@@ -14,6 +14,7 @@ import onnx_ir
 import onnxruntime
 from torch import Tensor
 
+from qconvert.errors import is_out_of_memory
 from qconvert.ir.graph_names import CROSS, WHOLE_NAMES, is_cache
 from qconvert.targets import TARGETS
 from qconvert.targets.cpu import CPU
@@ -38,6 +39,8 @@ def why_unavailable(target: str) -> str | None:
         with redirect_stdout(StringIO()):  # where ONNX Runtime says that it falls back to the CPU
             started = node_session(node, target).get_providers()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"ONNX Runtime's provider for {target} does not start here: {error}"
     return (
         None

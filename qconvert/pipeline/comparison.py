@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qconvert.calibrate import read_samples
-from qconvert.errors import QConvertError, unexpected
+from qconvert.errors import QConvertError, told
 from qconvert.execution.block_runner import checked_device
 from qconvert.ir.comparison import FILE, PLOT, Comparison, Entry
 from qconvert.ir.layer import Block
@@ -23,6 +23,7 @@ from qconvert.job import Job
 from qconvert.pipeline import preflight, verdict
 from qconvert.pipeline.conversion import Conversion, convert, opened_stage, quantize_blocks
 from qconvert.pipeline.preparation import load_model, open_model, outline
+from qconvert.pipeline.staged import staged
 from qconvert.plan import calibrates
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
@@ -49,10 +50,10 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent, plugins:
     checked_device(next(iter(recipes.values())).device)
     attempts = [Attempt(name, recipe, plugins.quantizer(recipe.worker, recipe.options)) for name, recipe in recipes.items()]
     folder = attempts[0].recipe.output.parent
-    # What a recipe of its own wants of the model is its own affair.
-    model = load_model(attempts[0].recipe.model_copy(update={"gates": (), "logits": "all"}), plugins, progress)
-    jobs = _jobs(attempts, model, plugins, progress)
-    with ExitStack() as stages:
+    with staged(progress) as progress, ExitStack() as stages:
+        # What a recipe of its own wants of the model is its own affair.
+        model = load_model(attempts[0].recipe.model_copy(update={"gates": (), "logits": "all"}), plugins, progress)
+        jobs = _jobs(attempts, model, plugins, progress)
         shared = [_open(attempt, job, stages) for attempt, job in jobs]
         if shared:
             quantize_blocks(shared, progress)
@@ -96,7 +97,7 @@ class Attempt:
         try:
             yield
         except Exception as error:
-            self.error = error if isinstance(error, QConvertError) else unexpected(error)
+            self.error = told(error)
             logger.warning("recipe %s: %s", self.name, self.error)
             logger.debug("recipe %s", self.name, exc_info=True)
 

@@ -14,6 +14,7 @@ from qconvert.ir.report import Report
 from qconvert.job import Job
 from qconvert.pipeline import preflight, verdict
 from qconvert.pipeline.preparation import prepare
+from qconvert.pipeline.staged import staged
 from qconvert.pipeline.verify_process import verify_in_fresh_process
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.quantize import quantize
@@ -33,12 +34,13 @@ def convert(recipe: Recipe, progress: Progress = silent, plugins: PluginManager 
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
     plugins = plugins or preflight.check(recipe)
-    job = prepare(recipe, plugins, progress)
-    origin = origin_of(job)
-    with opened_stage(job, origin) as stage, closing(Conversion(job, origin, stage)) as conversion:
-        quantize_blocks([conversion], progress)
-        report = conversion.finish(progress)
-        stage.publish()
+    with staged(progress) as progress:
+        job = prepare(recipe, plugins, progress)
+        origin = origin_of(job)
+        with opened_stage(job, origin) as stage, closing(Conversion(job, origin, stage)) as conversion:
+            quantize_blocks([conversion], progress)
+            report = conversion.finish(progress)
+            stage.publish()
     plugins.conversion_finished(recipe, report)
     verdict.refuse_unverified(report, recipe)
     return report

@@ -18,6 +18,7 @@ from qconvert.ir.template import Template
 from qconvert.job import Job
 from qconvert.load import load
 from qconvert.pipeline import preflight
+from qconvert.pipeline.staged import staged
 from qconvert.plan import calibrates, check
 from qconvert.plan import plan as make_plan
 from qconvert.plugin.host.manager import PluginManager
@@ -57,10 +58,11 @@ def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
     """
     plugins = plugins or preflight.check(recipe, writes=False)
     checked_device(recipe.device)
-    job = reading_job(recipe, plugins, silent)
-    if recipe.quantizer == AUTO:
-        job = replace(job, samples=read_samples(job.model, recipe, True, plugins.find_data))
-    return decided(job, silent).plan
+    with staged(silent) as progress:
+        job = reading_job(recipe, plugins, progress)
+        if recipe.quantizer == AUTO:
+            job = replace(job, samples=read_samples(job.model, recipe, True, plugins.find_data))
+        return decided(job, progress).plan
 
 
 def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:

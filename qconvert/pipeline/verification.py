@@ -13,6 +13,7 @@ from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
 from qconvert.pipeline import preflight, verdict
 from qconvert.pipeline.preparation import reading_job
+from qconvert.pipeline.staged import staged
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate
@@ -37,7 +38,8 @@ def verify(
     plugins = plugins or preflight.check_published(folder, targets, evaluation, gates)
     recipe = published_recipe(folder, targets, evaluation, gates)
     try:
-        report, model = _measure(folder, recipe, progress, plugins)
+        with staged(progress) as progress:
+            report, model = _measure(folder, recipe, progress, plugins)
     except InputError as error:
         if not error.code.startswith("QC-INPUT-"):
             raise
@@ -51,7 +53,8 @@ def verify(
 
 def measure(folder: Path, recipe: Recipe, progress: Progress) -> Report:
     """Report on an artifact that `recipe` made, from its files and its float source alone."""
-    return _measure(folder, recipe, progress, preflight.plugins_of(recipe))[0]
+    with staged(progress) as progress:
+        return _measure(folder, recipe, progress, preflight.plugins_of(recipe))[0]
 
 
 def _measure(folder: Path, recipe: Recipe, progress: Progress, plugins: PluginManager) -> tuple[Report, Model]:

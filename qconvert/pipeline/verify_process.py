@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import errors
-from qconvert.errors import QConvertError, ResourceError, unexpected
+from qconvert.errors import NO_MEMORY, QConvertError, ResourceError, told
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
 from qconvert.supervision.child import become_watched, end_with_parent, import_path, watched_too
 from qconvert.supervision.startup import importing
 
-NO_MEMORY = (
+LARGER_MACHINE = (
     "free some and run the same command again, which resumes, or take --no-verify and run qconvert verify on a larger machine"
 )
 DONE = '{"done": true}\n'
@@ -61,7 +61,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         raise ResourceError(
             "QC-VERIFY-002",
             f"the verifying process ended with code {child.returncode} and no answer",
-            hint=f"a negative code is a signal, -9 often a lack of memory: {NO_MEMORY}",
+            hint=f"a negative code is a signal, -9 often a lack of memory: {LARGER_MACHINE}",
         )
     answer = json.loads(result.read_text(encoding="utf-8"))
     if "error" in answer:
@@ -110,16 +110,16 @@ def main() -> None:
     try:
         report = verification.measure(Path(request["folder"]), recipe, _ToParent())
         answer = {"report": report.model_dump(mode="json")}
-    except QConvertError as error:
-        answer = {"error": _document(error)}
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         if os.environ.get("QCONVERT_DEBUG"):
             traceback.print_exc()
-        found = unexpected(error)
-        hint = NO_MEMORY if isinstance(found, ResourceError) else found.hint
-        answer = {"error": _document(type(found)(found.code, f"while verifying: {found.message}", hint=hint))}
+        found = told(error)
+        if found is not error or found.code == NO_MEMORY:
+            hint = LARGER_MACHINE if found.code == NO_MEMORY else found.hint
+            found = type(found)(found.code, f"while verifying: {found.message}", hint=hint)
+        answer = {"error": _document(found)}
     Path(request["result"]).write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ import click
 
 from qconvert.errors import PluginError, QConvertError, ResourceError
 from qconvert.supervision.child import EXIT_SECONDS, become_watched, end_with_parent
+from qconvert.supervision.memory import mapping_limit, oom_kills, require_libraries
 from qconvert.supervision.messages import SET_ASIDE, WATCH, Channel
 
 # Calls of every plugin there is, whatever the command: one that dies in them is left out.
@@ -43,12 +44,14 @@ class Ending:
     told: {} where it could not open the channel.
     timed_out: it was ended because the call that it was in, or its end, took too long.
     signals: what this process was sent meanwhile, and passed on.
+    out_of_memory: the kernel has killed processes for lack of memory meanwhile.
     """
 
     code: int
     told: Mapping[str, Any]
     timed_out: bool
     signals: Sequence[int]
+    out_of_memory: bool = False
 
     @property
     def call(self) -> Mapping[str, Any]:
@@ -88,8 +91,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command and give its exit code.
 
     Raises PluginError QC-PLUGIN-010 if it died in a plugin, QC-PLUGIN-011 if a plugin took too long; ResourceError
-    QC-MEMORY-002 if the system ended it, and QConvertError QC-INTERNAL-002 if it crashed by itself.
+    QC-MEMORY-002 if it was for lack of memory, and QConvertError QC-INTERNAL-002 if it crashed by itself.
     """
+    require_libraries()
     set_aside: list[tuple[str, str, str, str]] = []
     while True:
         ending = _watch(arguments, set_aside)
@@ -111,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _watch(arguments: Sequence[str], set_aside: list[tuple[str, str, str, str]]) -> Ending:
     with _shared_file() as path:
-        channel = Channel(path)
+        channel, killed = Channel(path), oom_kills()
         environment = {**os.environ, WATCH: str(path), SET_ASIDE: json.dumps(set_aside)}
         command = [sys.executable, "-m", "qconvert", *arguments]
         # A process group of its own, so that those which it starts end with it.
@@ -120,7 +124,7 @@ def _watch(arguments: Sequence[str], set_aside: list[tuple[str, str, str, str]])
             told, timed_out = _follow(channel, child)
             with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of the group
                 os.killpg(child.pid, signal.SIGKILL)
-            return Ending(child.wait(), told, timed_out, signals)
+            return Ending(child.wait(), told, timed_out, signals, out_of_memory=oom_kills() > killed)
 
 
 @contextmanager
@@ -194,6 +198,11 @@ def _restore_terminal() -> None:
 
 
 def _error(ending: Ending) -> QConvertError:
+    is_killed = ending.code == -signal.SIGKILL and not ending.timed_out
+    if is_killed and (ending.out_of_memory or not ending.call):
+        during = f" during {ending.call['call']} of plugin {ending.call['plugin']}" if ending.call else ""
+        reason = "for lack of memory" if ending.out_of_memory else "most often for lack of memory"
+        return _no_memory(f"the system ended the command's process (SIGKILL){during}, {reason}")
     if ending.call:
         call = str(ending.call["call"])
         after = call.startswith("conversion_finished")
@@ -203,14 +212,17 @@ def _error(ending: Ending) -> QConvertError:
             f"plugin {ending.call['plugin']} {ending.call['version']} {ending.how}: {call}",
             hint=f"{kept}; {'give it a larger --plugin-timeout' if ending.timed_out else 'report this to its author'}",
         )
-    if ending.code == -signal.SIGKILL:
-        return ResourceError(
-            "QC-MEMORY-002",
-            "the system ended the command's process (SIGKILL), most often for lack of memory",
-            hint="free some, or convert on a larger machine; running the same command again resumes",
+    if (limit := mapping_limit()) is not None:  # C++, OpenMP and BLAS end a process that gets no memory
+        return _no_memory(
+            f"the command's process {ending.how}, most often for lack of memory: ulimit -v or -d allows it {limit} bytes"
         )
     return QConvertError(
         "QC-INTERNAL-002",
         f"the command's process {ending.how}",
         hint="set QCONVERT_DEBUG=1 to see more, and report it; running the same command again resumes",
     )
+
+
+def _no_memory(what: str) -> ResourceError:
+    hint = "free some, or convert on a larger machine; running the same command again resumes"
+    return ResourceError("QC-MEMORY-002", what, hint=hint)

@@ -59,6 +59,8 @@ NO_MEMORY = [
     RuntimeError("[ONNXRuntimeError] : 1 : FAIL : bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 8"),
     RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     OSError(12, "Cannot allocate memory"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    RuntimeError("can't start new thread"),
 ]
 
 
@@ -68,9 +70,11 @@ def test_a_lack_of_memory_is_known_in_the_words_of_every_library_and_behind_anot
     wrapped = ValueError("the file can't be read")
     wrapped.__cause__ = error
     assert errors.is_out_of_memory(wrapped)
-    found = errors.unexpected(wrapped)
+    found = errors.told(wrapped)
     assert (found.code, found.exit_code) == ("QC-MEMORY-001", 6)
-    assert errors.unexpected(IndexError("index 3 is out of range")).code == "QC-INTERNAL-001"
+    found = errors.told(errors.InputError("QC-INPUT-018", "the tokenizer can't be opened", hint="save it again"), "load")
+    assert (found.code, found.exit_code) == ("QC-INPUT-018", 3)
+    assert errors.told(IndexError("index 3 is out of range")).code == "QC-INTERNAL-001"
 
 
 def test_an_exception_that_is_its_own_cause_or_has_no_message_is_told_all_the_same() -> None:
@@ -80,7 +84,7 @@ def test_an_exception_that_is_its_own_cause_or_has_no_message_is_told_all_the_sa
 
     error = Broken()
     error.__cause__ = error
-    found = errors.unexpected(error)
+    found = errors.told(error)
     assert (found.code, found.message) == (
         "QC-INTERNAL-001",
         "internal error: Broken: its message can't be had: LookupError",

@@ -15,7 +15,6 @@ from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
-from qconvert.quantizers.per_channel import PerChannelQuantizer
 
 
 @dataclass(frozen=True)
@@ -170,15 +169,6 @@ def test_an_error_of_ours_passes_through_a_quantizer() -> None:
         raise UsageError("QC-KMEANS-001", "too few rows", hint="more data")
 
     assert [raised.code for raised in both(returning(raises))] == ["QC-KMEANS-001"] * 2
-
-
-def test_a_lack_of_memory_in_our_own_quantizers_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(PerChannelQuantizer, "rounded", no_memory)
-    with pytest.raises(MemoryError):
-        contract.quantize(PerChannelQuantizer(), layer(), QuantScheme.parse("int8"))
 
 
 def test_what_is_no_record_at_all_is_refused() -> None:

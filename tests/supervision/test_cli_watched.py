@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from qconvert.errors import PluginError, QConvertError
-from qconvert.supervision import parent
+from qconvert.errors import PluginError, QConvertError, ResourceError
+from qconvert.supervision import memory, parent
 
 ROOT = Path(parent.__file__).parents[2]
 BEGIN = f"""#!{sys.executable} -S
@@ -97,6 +97,33 @@ def test_a_plugin_that_a_process_ends_in_is_named(command: Any, script: str, cod
         command(script)
     assert caught.value.code == code
     assert caught.value.message.startswith(f"plugin qconvert-rude 0.3 {said}")
+
+
+@pytest.mark.parametrize("call", ["", "call('quantize x'); "], ids=["no call", "a plugin's call"])
+def test_what_the_kernel_kills_for_lack_of_memory_lacked_memory(
+    call: str, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parent, "oom_kills", iter((3, 4)).__next__)
+    with pytest.raises(ResourceError, match="for lack of memory") as caught:
+        command(f"{call}os.kill(os.getpid(), signal.SIGKILL)")
+    assert caught.value.code == "QC-MEMORY-002"
+    assert ("quantize x of plugin qconvert-rude" in caught.value.message) == bool(call)
+
+
+def test_a_process_that_may_not_map_the_libraries_is_not_even_started(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "mapping_limit", lambda: 1000)
+    with pytest.raises(ResourceError, match="may map 1000 bytes") as caught:
+        command("sys.exit(3)")
+    assert caught.value.code == "QC-MEMORY-003"
+
+
+def test_a_crash_where_little_may_be_mapped_is_most_often_a_lack_of_memory(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parent, "mapping_limit", lambda: 2_000_000_000)
+    with pytest.raises(ResourceError, match="crashed with SIGABRT, most often for lack of memory: ulimit") as caught:
+        command("os.abort()")
+    assert caught.value.code == "QC-MEMORY-002"
 
 
 def test_a_plugin_that_dies_when_it_is_imported_is_set_aside_once(command: Any, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ FAILING = {
     "mutates": (quantizing("mutates", "layer.weight.mul_(2)"), "QC-PLUGIN-008", "quantize changed its input in place"),
     "eats": (
         quantizing("eats", "import torch; self.__dict__['kept'] = torch.empty(1 << 50, dtype=torch.uint8)"),
-        "QC-PLUGIN-007",
+        "QC-MEMORY-001",
         "can't allocate memory",
     ),
 }

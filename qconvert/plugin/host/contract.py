@@ -13,14 +13,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qconvert.errors import PluginError, QConvertError, in_one_line, is_out_of_memory
+from qconvert.errors import PluginError, QConvertError, in_one_line
 from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES
-from qconvert.plugin.host.distribution import builtin, distribution_of
+from qconvert.plugin.host.distribution import distribution_of
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.plugin.tuner import BlockTuner, SampledBlock
@@ -263,8 +263,6 @@ def _blamed(part: Part, method: str, where: str) -> Iterator[None]:
     except QConvertError:
         raise
     except FAILURES as error:
-        if is_out_of_memory(error) and distribution_of(part) == builtin():
-            raise  # the machine has no more; what others may take is limited (plugin/host/calls.py), and they are named
         raise PluginError(
             "QC-PLUGIN-007",
             f"{_title(part)} failed to {method} {where!a}: {type(error).__name__}: {in_one_line(error)}",
