@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -25,12 +25,14 @@ from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 from qconvert.storage.output import check_output
-from qconvert.trace import trace
+from qconvert.trace import sketch, trace
 from qconvert.vocabulary import AUTO
 from qconvert.write.origin import file_digests
 
 # What layers are planned with before a budget has decided: it fits every width.
 UNDECIDED = QuantScheme.parse("int4-channel")
+
+Tracing = Callable[[Model], Template]
 
 
 def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
@@ -51,26 +53,28 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
 
 
 def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
-    """Plan what `convert` would do, from the headers and one block of each kind, on which the trace is checked; with a budget,
-    also from all that its decision takes.
+    """Plan what `convert` would do, from the headers and one block of each kind; with a budget, also from all that its decision
+    takes.
 
-    Raises what `convert` would raise before it quantizes anything, but for an output folder that is there.
+    Raises what `convert` would raise before it quantizes anything, but for an output folder that is there and what is wrong in
+    the weights of a large model: they are not read.
     """
     plugins = plugins or preflight.check(recipe, writes=False)
     checked_device(recipe.device)
     with staged(silent) as progress:
-        job = reading_job(recipe, plugins, progress)
-        if recipe.quantizer == AUTO:
+        decides = recipe.quantizer == AUTO
+        job = reading_job(recipe, plugins, progress, trace if decides else sketch)
+        if decides:
             job = replace(job, samples=read_samples(job.model, recipe, True, plugins.find_data))
         return decided(job, progress).plan
 
 
-def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
-    """Return a job that writes nothing and has no samples."""
+def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress, tracing: Tracing | None = None) -> Job:
+    """Return a job that writes nothing and has no samples. tracing: unset, `trace`."""
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model = load_model(recipe, plugins, progress)
     progress.stage("trace", None)
-    template = trace(model)
+    template = (tracing or trace)(model)
     made = outline(recipe, quantizer, model, template)
     return Job(recipe, recipe, quantizer, model, template, made, Samples((), ()))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
 
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from qconvert.trace.stamp import stamp
 
 logger = logging.getLogger("qconvert")
 
+# Weights that a plan reads to see that a trace is right.
+SMALL = 150_000_000
 # What can be traced.
 TEXT = "the model runs in torch with batches of different length"
 MODULE = (
@@ -36,8 +40,34 @@ def trace(model: Model) -> Template:
     outputs that no graph would have.
     """
     kinds = representatives(model)
+    return _stamped(model, kinds, *_first_that_is_right(model, list(dict.fromkeys(kinds.values()))))
+
+
+def sketch(model: Model) -> Template:
+    """Trace as `trace` does, but where weights are large without a look at them: in the first form that can be traced. That is
+    the right one, unless the weights of a checkpoint need another.
+
+    Raises as `trace` does, but for what is wrong with weights.
+    """
+    kinds = representatives(model)
     blocks = list(dict.fromkeys(kinds.values()))
-    captured, clean_ups = _first_that_is_right(model, blocks)
+    read = sum(prod(shape) for name, shape in model.parameter_shapes.items() if model.block_of(name) in ("", *blocks))
+    if read <= SMALL or len(model.task.outputs) != 1:  # what others give is known when they have run
+        return trace(model)
+    cache, outputs = TraceCache(model, blocks), list(model.task.outputs)
+    failures: list[tuple[Form, str]] = []
+    for form in FORMS[model.task]:
+        with _noted(failures, form, model):
+            captured = cache.capture(form, outputs)
+            break
+    else:
+        raise _untraceable(model, failures)
+    return _stamped(model, kinds, captured, CLEAN_UPS)
+
+
+def _stamped(
+    model: Model, kinds: Mapping[str, str], captured: Mapping[str, Captured], clean_ups: Sequence[CleanUp]
+) -> Template:
     constants: dict[str, Tensor] = {}
     embeddings: list[str] = []
     for traced in captured.values():
@@ -68,7 +98,7 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
     outputs = list(expected[0])
     failures: list[tuple[Form, str]] = []
     for form in FORMS[model.task]:
-        try:
+        with _noted(failures, form, model):
             captured = cache.capture(form, outputs)
             for clean_ups in (CLEAN_UPS, ()):
                 graphs = {part: cleaned_up(traced.graph.clone(), clean_ups) for part, traced in captured.items()}
@@ -76,20 +106,30 @@ def _first_that_is_right(model: Model, blocks: list[str]) -> tuple[dict[str, Cap
                 if error <= TOLERANCE:
                     cache.keep(form, outputs, cleaned=bool(clean_ups))
                     return captured, clean_ups
-        except InputError:
+            failures.append((form, f"differs from the model by {error:.1e} of its largest output"))
+            logger.debug("%s traced %s is off by %.1e", model.name, form, error)
+    raise _untraceable(model, failures)
+
+
+@contextmanager
+def _noted(failures: list[tuple[Form, str]], form: Form, model: Model) -> Iterator[None]:
+    """Note why a form can't be traced: any may meet something that it can't trace, and the exporter raises all kinds of errors.
+    The next form is tried, and if none is left, all reasons are told.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as failure:
+        if is_out_of_memory(failure):
             raise
-        except Exception as failure:
-            if is_out_of_memory(failure):
-                raise
-            # Any form may meet something that it can't trace, and the exporter raises all kinds of errors; the next
-            # form is tried, and if none is left, all reasons are told.
-            failures.append((form, _first_cause(failure)))
-            logger.debug("%s can't be traced %s", model.name, form, exc_info=True)
-            continue
-        failures.append((form, f"differs from the model by {error:.1e} of its largest output"))
-        logger.debug("%s traced %s is off by %.1e", model.name, form, error)
+        failures.append((form, _first_cause(failure)))
+        logger.debug("%s can't be traced %s", model.name, form, exc_info=True)
+
+
+def _untraceable(model: Model, failures: Sequence[tuple[Form, str]]) -> InputError:
     reasons = [f"{form}: {reason}" if len(failures) > 1 else reason for form, reason in failures]
-    raise InputError(
+    return InputError(
         "QC-EXPORT-001",
         f"{model.name} ({type(model.module).__name__}) can't be exported: {'; '.join(reasons)}",
         hint=f"check that {MODULE if not model.task.takes_text else TEXT}; QCONVERT_DEBUG=1 shows the traces",

@@ -20,6 +20,7 @@ from qconvert.errors import in_one_line
 from qconvert.plugin.host.distribution import Distribution, builtin
 from qconvert.plugin.host.process_settings import settings_kept
 from qconvert.supervision import child
+from qconvert.supervision.memory import memory_left
 from qconvert.vocabulary import PLUGIN_SECONDS
 
 AVAILABLE_SHARE = 0.9  # of the memory that is available when a call begins: what it may take
@@ -143,13 +144,14 @@ def _threads_noted(distribution: Distribution) -> Iterator[None]:
 @contextmanager
 def _limited_memory() -> Iterator[None]:
     """RLIMIT_DATA counts what a process maps to write to, and nothing that it maps of files."""
-    if sys.platform != "linux":
+    left = memory_left()
+    if sys.platform != "linux" or left is None:
         yield
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _data_bytes() + int(AVAILABLE_SHARE * _available_bytes())
+    limit = _data_bytes() + int(AVAILABLE_SHARE * left.free)
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     try:
         yield
@@ -160,14 +162,3 @@ def _limited_memory() -> Iterator[None]:
 def _data_bytes() -> int:
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[5]
     return int(pages) * os.sysconf("SC_PAGESIZE")
-
-
-def _available_bytes() -> int:
-    """Return the memory available in the machine, or in the control group (a container) if that has less, in bytes."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
-        group = Path("/sys/fs/cgroup")
-        allowed, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
-        available = min(available, max(allowed - used, 0))
-    return available
