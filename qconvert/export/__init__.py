@@ -33,7 +33,7 @@ LOWERINGS: Mapping[Target, Callable[[onnx_ir.Graph, ExportContext], None]] = {CP
 def export(job: Job, written: WriteResult, stage: Stage) -> None:
     """Write the graphs of every target, and for decoders genai_config.json, into `stage.folder`.
 
-    Every tensor but small constants is external data in model.safetensors or the sidecar.
+    Every tensor but small constants is external data in the files of weights or the sidecar.
 
     Raises ResourceError (disk), and UsageError QC-CUDA-001 to QC-CUDA-003 for what can't be a graph for CUDA.
     """

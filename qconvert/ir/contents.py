@@ -29,15 +29,13 @@ class Unit:
 
 def units(model: Model, plan: Plan) -> tuple[Unit, ...]:
     """Return the units in the order of the file: blocks, then "". Every source tensor is in one of them, or quantized."""
-    floats = float_tensors(model, plan)
-    return tuple(
-        Unit(
-            name,
-            {layer: entry for layer, entry in plan.layers.items() if model.block_of(layer) == name},
-            {output: source for output, source in floats.items() if model.block_of(output) == name},
-        )
-        for name in (*model.blocks, "")
-    )
+    layers: dict[str, dict[str, LayerPlan]] = {name: {} for name in (*model.blocks, "")}
+    floats: dict[str, dict[str, str]] = {name: {} for name in layers}
+    for name, layer in plan.layers.items():
+        layers[model.block_of(name)][name] = layer
+    for output, source in float_tensors(model, plan).items():
+        floats[model.block_of(output)][output] = source
+    return tuple(Unit(name, layers[name], floats[name]) for name in layers)
 
 
 def float_tensors(model: Model, plan: Plan) -> dict[str, str]:
