@@ -21,6 +21,7 @@ from qconvert.execution.materialize import ReadParameter, materialize
 from qconvert.execution.outputs import graph_outputs, tensors_in
 from qconvert.ir.batch import Batch
 from qconvert.ir.lane import BlockCall, Lane
+from qconvert.ir.large_tensors import kept
 from qconvert.ir.model import Model
 
 
@@ -37,7 +38,6 @@ class BlockRunner:
         for output in runner.outputs(): ...
 
     lanes: one for each batch, on `device`.
-
     Beside the hidden state a stack's first block may hand on tensors that the later ones hand on as they are (T5's
     position biases).
 
@@ -110,7 +110,7 @@ class BlockRunner:
         found = list(tensors_in(tail))
         if len(found) != len(expected) or not all(map(torch.equal, found, expected)):
             raise self._not_a_chain(f"block {index} hands on other tensors, beside the hidden state, than the first one")
-        return cast(Tensor, output)
+        return kept(cast(Tensor, output), together=len(self.lanes))
 
     @contextmanager
     def differentiable(self, index: int, read: ReadParameter) -> Iterator[Callable[[Lane, Mapping[str, Tensor]], Tensor]]:
@@ -202,7 +202,7 @@ class BlockRunner:
         if len(calls) < len(stack):
             raise self._not_a_chain(f"only {len(calls)} of {len(stack)} blocks are called")
         lane.calls |= calls
-        lane.hidden = first[0]
+        lane.hidden = kept(first[0], together=len(self.lanes))
 
     @contextmanager
     def _stand_ins(self, forward: Callable[..., Any], blocks: Sequence[nn.Module]) -> Iterator[None]:

@@ -30,4 +30,9 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
 def in_own_shape(module: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight [out, in] in the shape of the module's parameter: Conv1D [in, out], kernels not flattened."""
-    return weight.T if isinstance(module, Conv1D) else weight.reshape(module.get_parameter("weight").shape)
+    match module:
+        case Conv1D():
+            return weight.T
+        case nn.Conv2d():
+            return weight.reshape(module.weight.shape)
+    return weight

@@ -8,6 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from qconvert.ir.large_tensors import zeros
+
 GRAM_BLOCK = 256  # columns of a Gram matrix that are multiplied at once
 SAMPLED_ROWS = 256
 
@@ -76,40 +78,68 @@ class AbsMax(Observer):
 
 
 class Gram(Observer):
-    """Mean of importance * x x^T over the rows: [in, in]. The output error of a weight change D is tr(D Gram D^T) per row."""
+    """Mean of importance * x x^T over the rows: [in, in]. The output error of a weight change D is tr(D Gram D^T) per row.
+
+    A wide matrix is large, so there is one of it: rows that are fewer than it has wait until they are merged into that one.
+    """
 
     name = "gram"
 
     def __init__(self) -> None:
         self.rows = 0
         self.total: Tensor | None = None
+        self.waiting: list[Tensor] = []
 
     def update(self, rows: Tensor, importance: Tensor) -> None:
-        """Add importance * x x^T of every row, its upper blocks only."""
-        self.rows, width = self.rows + rows.shape[0], rows.shape[1]
-        if self.total is None:
-            self.total = torch.zeros(width, width, device=rows.device)
-        rows = rows * importance.sqrt()[:, None]
-        for start in range(0, width, GRAM_BLOCK):  # what lies below the diagonal follows from symmetry, in `finalize`
-            block = slice(start, start + GRAM_BLOCK)
-            self.total[block, start:] += rows[:, block].T @ rows[:, start:]
+        """Take in importance * x x^T of every row."""
+        self.rows += len(rows)
+        self.waiting.append(rows * importance.sqrt()[:, None])
+        if sum(map(len, self.waiting)) >= rows.shape[1]:
+            self._multiply()
 
     def merge(self, other: Self) -> None:
         """Add the sums and row counts of `other`."""
+        self._multiply()
+        self.rows += other.rows
         if other.total is not None:
-            self.rows += other.rows
-            self.total = other.total.clone() if self.total is None else self.total + other.total
+            self._sum(other.total).add_(other.total)
+        for rows in other.waiting:
+            self._add(rows)
 
     def finalize(self) -> Tensor:
         """Return the mean, [in, in], its lower half mirrored from the upper."""
+        self._multiply()
         assert self.total is not None
-        upper = self.total.triu()
-        return (upper + upper.triu(1).T) / self.rows
+        for start in range(0, len(self.total), GRAM_BLOCK):
+            block, after = slice(start, start + GRAM_BLOCK), slice(start + GRAM_BLOCK, None)
+            corner = self.total[block, block].triu()
+            self.total[block, block] = corner + corner.triu(1).T
+            self.total[after, block] = self.total[block, after].T
+        return self.total.div_(self.rows)
+
+    def _multiply(self) -> None:
+        """Add the rows that wait."""
+        for rows in self.waiting:
+            self._add(rows)
+        self.waiting.clear()
+
+    def _add(self, rows: Tensor) -> None:
+        """Add x x^T of rows that were multiplied by the roots of their importance, its upper blocks only."""
+        total = self._sum(rows)
+        for start in range(0, rows.shape[1], GRAM_BLOCK):  # what lies below the diagonal follows from symmetry, in `finalize`
+            block = slice(start, start + GRAM_BLOCK)
+            total[block, start:] += rows[:, block].T @ rows[:, start:]
+
+    def _sum(self, like: Tensor) -> Tensor:
+        """Return the sum, 0 at first, for inputs of the same width and device."""
+        if self.total is None:
+            self.total = zeros(like.shape[1], like.shape[1], device=like.device)
+        return self.total
 
     @staticmethod
     def divided(statistic: Tensor, scale: Tensor) -> Tensor:
         """Return the matrix of the divided inputs: both its rows and its columns are divided by `scale`."""
-        return statistic / scale / scale[:, None]
+        return torch.div(statistic, scale, out=zeros(*statistic.shape, device=statistic.device)).div_(scale[:, None])
 
 
 class SampledRows(Observer):

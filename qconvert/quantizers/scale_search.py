@@ -79,8 +79,8 @@ def _share_of_group(layers: Sequence[Layer], schemes: Sequence[QuantScheme]) -> 
     total = torch.zeros(layers[0].weight.shape[1])
     for layer, scheme in zip(layers, schemes, strict=True):
         groups = affine.grouped(layer.weight.abs(), scheme)
-        largest = groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        total += (groups / largest).reshape(layer.weight.shape).sum(0)
+        groups /= groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        total += groups.reshape(layer.weight.shape).sum(0)
     return total / sum(len(layer.weight) for layer in layers)
 
 

@@ -16,16 +16,19 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from qconvert.errors import ResourceError
 from qconvert.ir.artifact import SIDECAR, StoredTensor
+from qconvert.ir.large_tensors import large_tensors_made_by
 from qconvert.storage.disk import disk_errors, fsync
 from qconvert.storage.journal import Journal
 from qconvert.storage.lock import Lock
 from qconvert.storage.output import check_free, check_place, finish_publish, publish
 from qconvert.storage.reader import stored_tensor
 from qconvert.storage.sidecar import Sidecar
+from qconvert.storage.tensor_file import tensor_in_file
 
 # Stages of other recipes are kept this long, so that their runs can be resumed.
 KEEP_SECONDS = 24 * 3600
@@ -117,7 +120,8 @@ class Stage:
 
 @contextmanager
 def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Stage]:
-    """Lock `output` and open the stage of `digest`, resuming what an earlier run has left.
+    """Lock `output` and open the stage of `digest`, resuming what an earlier run has left. Large tensors lie in its scratch
+    folder within the context.
 
     digest: hex sha256 of recipe, inputs and versions; 12 characters name the stage.
     inputs: files and folders that are read, and must not be written.
@@ -137,7 +141,8 @@ def open_stage(output: Path, digest: str, *, force: bool = False, inputs: Iterab
             _remove_old_stages(output, keep=_stage_root(output, digest))
             stage = Stage(output, _stage_root(output, digest))
         try:
-            yield stage
+            with large_tensors_made_by(partial(tensor_in_file, stage.scratch)):
+                yield stage
         finally:
             if not stage.journal.records():
                 stage.discard()

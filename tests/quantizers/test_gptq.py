@@ -64,9 +64,11 @@ def plain_gptq(layer: Layer, scheme: QuantScheme, damp: float, order: list[int])
     return quantized
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["ordinary", "wide"])
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act order"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_it_is_the_papers_update(scheme: QuantScheme, act_order: bool) -> None:
+def test_it_is_the_papers_update(scheme: QuantScheme, act_order: bool, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qconvert.quantizers.compensation.WIDE", 0 if wide else WIDTH)
     rows = correlated_rows()
     layer = layer_of(rows)
     assert layer.stats is not None
