@@ -73,7 +73,7 @@ class Plan:
     calibrated: whether calibration data is needed.
     shared: output head -> the embedding of `layers` whose tensor it reads too.
     weights_bytes: exact size of the tensors in the files of weights (a scale beyond float16's range adds two bytes).
-    peak_bytes: estimate of the largest amount of memory held at once while quantizing.
+    peaks: estimate of the most memory that each stage holds at once, by its name.
     targets: where the artifact is to run.
     cuda_bytes: what the graph for CUDA needs in the sidecar: float tensors in its own type, scales per block, padded copies.
     assignment: where a budget has decided the schemes.
@@ -86,13 +86,18 @@ class Plan:
     kept_float: tuple[KeptFloat, ...]
     calibrated: bool
     weights_bytes: int
-    peak_bytes: int
+    peaks: Mapping[str, int]
     shared: Mapping[str, str] = field(default_factory=dict)
     targets: tuple[str, ...] = ("cpu",)
     cuda_bytes: int = 0
     assignment: Assignment | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
     weight_files: tuple[str, ...] = (WEIGHTS,)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that any stage holds at once."""
+        return max(self.peaks.values(), default=0)
 
     def layer_of(self, name: str) -> LayerPlan | None:
         """Return the planned layer that the module `name` computes with, None where it stays float."""

@@ -23,8 +23,10 @@ from qconvert.job import Job
 from qconvert.pipeline import preflight, verdict
 from qconvert.pipeline.conversion import Conversion, convert, opened_stage, quantize_blocks
 from qconvert.pipeline.preparation import load_model, open_model, outline
+from qconvert.pipeline.room import require_room
 from qconvert.pipeline.staged import staged
 from qconvert.plan import calibrates
+from qconvert.plan.peaks import trace_peak
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
@@ -175,11 +177,13 @@ class Named:
 def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, progress: Progress) -> list[tuple[Attempt, Job]]:
     """Return the jobs that are calibrated together. Every attempt that can be planned is marked so."""
     samples = _samples(model, attempts, plugins)
+    require_room({"trace": trace_peak(model)}, model)
     template, digests = open_model(model, samples, progress)
     jobs = []
     for each in attempts:
         with each.guarded():
             plan = outline(each.recipe, each.quantizer, model, template)
+            require_room(plan.peaks, model)
             each.is_planned = True
             own = samples if plan.calibrated else replace(samples, calibration=())
             code = plugins.code_of(each.quantizer, None)  # who tunes blocks is calibrated alone

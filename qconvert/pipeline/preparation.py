@@ -18,9 +18,11 @@ from qconvert.ir.template import Template
 from qconvert.job import Job
 from qconvert.load import load
 from qconvert.pipeline import preflight
+from qconvert.pipeline.room import require_room
 from qconvert.pipeline.staged import staged
 from qconvert.plan import calibrates, check
 from qconvert.plan import plan as make_plan
+from qconvert.plan.peaks import trace_peak
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
@@ -43,10 +45,12 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     checked_device(recipe.device)
     quantizer, tuner = plugins.quantizer(recipe.worker, recipe.options), plugins.tuner(recipe.tuning)
     model = load_model(recipe, plugins, progress)
+    require_room({"trace": trace_peak(model)}, model)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
     samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
     template, digests = open_model(model, samples, progress)
     plan = outline(recipe, quantizer, model, template)
+    require_room(plan.peaks, model)
     code = plugins.code_of(quantizer, tuner)
     job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, code, tuner)
     return decided(job, progress)

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from qconvert.errors import UsageError
@@ -20,6 +19,7 @@ from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template
 from qconvert.plan.fit import Fitting
+from qconvert.plan.peaks import peaks
 from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.host import contract
@@ -62,7 +62,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         tuple(kept),
         calibrated=calibrates(recipe, quantizer),
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
-        peak_bytes=_peak_bytes(model, layers),
+        peaks=peaks(model, layers, recipe, quantizer),
         shared={head: embedding for head, embedding in shared.items() if head not in apart},
         targets=recipe.targets,
         cuda_bytes=cuda_bytes(model, layers, recipe),
@@ -210,13 +210,3 @@ def _check_layout(reason: str | None) -> None:
             f"transformers could not load this folder: {reason}",
             hint="add --layout onnx for a folder that serves ONNX Runtime alone, or change what is named here with a --rule",
         )
-
-
-def _peak_bytes(model: Model, layers: dict[str, LayerPlan]) -> int:
-    """The largest unit in float32, with its codes, and one layer's working copies."""
-    units: dict[str, int] = {}
-    for name, parameter in model.module.named_parameters():
-        unit = model.block_of(name)
-        units[unit] = units.get(unit, 0) + parameter.numel() * torch.float32.itemsize
-    largest_layer = max(layer.out_features * layer.in_features for layer in layers.values())
-    return max(units.values()) + 6 * torch.float32.itemsize * largest_layer

@@ -42,7 +42,7 @@ def table(plan: Plan) -> RenderableType:
         for line in (
             f"{len(plan.layers)} layers to quantize, {plan.scheme} unless a rule says otherwise",
             f"{_weight_files(plan)}: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
-            f"memory while quantizing: about {wording.byte_size(plan.peak_bytes)}",
+            f"memory: {_peaks(plan)}",
             f"calibration data: {'needed' if plan.calibrated else 'not needed'}",
             *([f"budget: {wording.assignment(plan.assignment)}"] if plan.assignment else []),
             *_cuda(plan),
@@ -65,6 +65,11 @@ def table(plan: Plan) -> RenderableType:
 
 def _weight_files(plan: Plan) -> str:
     return wording.some(list(plan.weight_files), limit=1)
+
+
+def _peaks(plan: Plan) -> str:
+    """Word what each stage takes: "about 2.1 GB to verify, ..."."""
+    return ", ".join(f"about {wording.byte_size(nbytes)} to {stage}" for stage, nbytes in plan.peaks.items())
 
 
 def _cuda(plan: Plan) -> list[str]:
@@ -91,6 +96,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "weights_bytes": plan.weights_bytes,
         "weight_files": list(plan.weight_files),
         "peak_bytes": plan.peak_bytes,
+        "peaks": dict(plan.peaks),
         **({"cuda_bytes": plan.cuda_bytes} if CUDA in targets_of(plan.targets) else {}),
         **({"assignment": plan.assignment.document()} if plan.assignment else {}),
         "layers": [

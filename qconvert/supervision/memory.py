@@ -118,6 +118,28 @@ def mapping_limit() -> int | None:
     return min((limit for limit in soft if limit != resource.RLIM_INFINITY), default=None)
 
 
+def shortage(memory: int, files: int, root: Path = ROOT) -> Limit | None:
+    """Return the limit that this process meets if it comes to hold `memory` bytes in all, and maps so many more of files; None
+    where that is within all limits. The number of the limit is what it could hold.
+    """
+    held, mapped = _held_and_mapped(root)
+    left, most = memory_left(root), mapping_limit()
+    if left is not None and memory > left.free + held:
+        return Limit(left.free + held, left.owner)
+    if most is not None and mapped + files + memory - held > most:
+        return Limit(max(most - mapped - files + held, 0), f"ulimit -v or -d, beside {files} bytes of mapped files")
+    return None
+
+
+def _held_and_mapped(root: Path) -> tuple[int, int]:
+    """The bytes of memory that this process holds, without pages of files, and the bytes that it maps."""
+    try:
+        status = dict(line.split(":", 1) for line in (root / "proc/self/status").read_text(encoding="utf-8").splitlines())
+        return 1024 * int(status["RssAnon"].split()[0]), 1024 * int(status["VmSize"].split()[0])
+    except (OSError, KeyError):
+        return 0, 0
+
+
 def require_libraries() -> None:
     """Raise ResourceError QC-MEMORY-003 where a process may not map the libraries: some of them crash then, or hang."""
     limit = mapping_limit()

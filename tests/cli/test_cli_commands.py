@@ -225,7 +225,7 @@ def test_plan_prints_the_plan(pipeline: FakePipeline) -> None:
     from qconvert.ir.scheme import QuantScheme
 
     name, scheme = "a_long_name." * 8 + "fc", QuantScheme.parse("int8-channel")
-    pipeline.result = Plan(scheme, {name: LayerPlan(name, "linear", 4, 8, scheme)}, (), False, 100, 200)
+    pipeline.result = Plan(scheme, {name: LayerPlan(name, "linear", 4, 8, scheme)}, (), False, 100, {"trace": 200})
     arguments = ("plan", "--model", "M", "--output", "OUT")
     assert name in qconvert_cli(*arguments).stdout  # in a pipe, not folded
     document = json.loads(qconvert_cli(*arguments, "--json").stdout)

@@ -15,6 +15,8 @@ from tiny_models import tiny_llama
 
 from qconvert.cli import main
 from qconvert.ir.artifact import CARD, MANIFEST, REPORT, WEIGHTS
+from qconvert.pipeline.room import SURE_SHARE
+from qconvert.supervision import memory
 
 # Memory runs out in it where the file beside it says.
 PLUGIN = """
@@ -167,3 +169,35 @@ def test_under_a_limit_of_the_shell_a_run_fails_with_6_or_not_at_all(
         again = CliRunner().invoke(main, [*command[3:], "--no-verify"])
         assert again.exit_code == 0, again.stderr
     assert contents(tmp_path / "out")[WEIGHTS] == uninterrupted[WEIGHTS]
+
+
+@pytest.mark.parametrize("stage", ["trace", "quantize", "verify"])
+def test_what_will_not_fit_is_told_before_anything_is_written(
+    stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments(folder, tmp_path / "out")
+    planned = CliRunner().invoke(main, ["plan", *command[1:]])
+    peaks = json.loads(planned.stdout)["peaks"]
+    assert list(peaks) == ["trace", "quantize", "verify"]
+    container = memory.Limit(int(SURE_SHARE * peaks[stage]) - 1, "the control group of /sys/fs/cgroup/memory.max")
+    monkeypatch.setattr(memory, "memory_left", lambda root: container)
+    monkeypatch.setattr(memory, "_held_and_mapped", lambda root: (0, 0))
+    failed = CliRunner().invoke(main, command)
+    assert failed.exit_code == 6
+    error = json.loads(failed.stdout)["error"]
+    assert error["code"] == "QC-MEMORY-003"
+    assert error["message"].startswith("the stage '")
+    assert error["message"].endswith(", by the limit of the control group of /sys/fs/cgroup/memory.max")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_mapped_count_where_mappings_are_limited(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "mapping_limit", lambda: memory.LIBRARIES_BYTES)
+    monkeypatch.setattr(memory, "_held_and_mapped", lambda root: (0, memory.LIBRARIES_BYTES))
+    failed = CliRunner().invoke(main, arguments(folder, tmp_path / "out"))
+    assert failed.exit_code == 6
+    message = json.loads(failed.stdout)["error"]["message"]
+    assert "this process can have 0 B, by the limit of ulimit -v or -d, beside " in message
+    assert list(tmp_path.iterdir()) == []

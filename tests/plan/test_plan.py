@@ -489,10 +489,10 @@ def test_the_peak_grows_with_the_block_and_not_with_their_number(llama: Model) -
             self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(depth))
 
     def peak(depth: int) -> int:
-        return planned(model_of(Deep(depth), blocks=tuple(f"blocks.{index}" for index in range(depth)))).peak_bytes
+        return planned(model_of(Deep(depth), blocks=tuple(f"blocks.{index}" for index in range(depth)))).peaks["quantize"]
 
     assert peak(2) == peak(20) > 64 * 64 * 4
-    assert peak(2) < planned(llama).peak_bytes
+    assert peak(2) < planned(llama).peaks["quantize"]
 
 
 def test_a_plan_reads_no_weight(llama: Model) -> None:

@@ -425,7 +425,7 @@ def plan() -> Plan:
             layers[full] = LayerPlan(full, "linear", 64, 128, QuantScheme.parse(scheme))
     layers["model.layers.2.b"] = LayerPlan("model.layers.2.b", "linear", 64, 128, QuantScheme.parse("int4-g64"))
     kept = (KeptFloat(name="model.embed", reason="embeddings stay in float"),)
-    return Plan(QuantScheme.parse("int4-g32"), layers, kept, True, 26_688, 1_500_000)
+    return Plan(QuantScheme.parse("int4-g32"), layers, kept, True, 26_688, {"trace": 1_000_000, "quantize": 1_500_000})
 
 
 def test_a_plan_for_cuda_says_what_the_table_of_kernels_says() -> None:
@@ -456,7 +456,7 @@ def test_the_plan_says_what_it_costs_and_what_stays() -> None:
     text = on_terminal(plan_view.table(plan()), 80)
     assert "6 layers to quantize, int4-g32 unless a rule says otherwise" in text
     assert "model.safetensors: 26.7 kB of tensors (26688 bytes)" in text
-    assert "memory while quantizing: about 1.5 MB" in text
+    assert "memory: about 1.0 MB to trace, about 1.5 MB to quantize" in text
     assert "calibration data: needed" in text
     assert "1 kept in float, embeddings stay in float: model.embed" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -166,7 +166,7 @@ def plan_of(model: Model, kept_float: tuple[str, ...] = ()) -> Plan:
             shape = module.weight.shape
             out, width = (shape[1], shape[0]) if kind == "conv1d" else (shape[0], shape[1:].numel())
             layers[name] = LayerPlan(name, kind, out, width, scheme)
-    return Plan(scheme, layers, (), True, 0, 0)
+    return Plan(scheme, layers, (), True, 0, {})
 
 
 def job_of(

@@ -72,7 +72,7 @@ def publish(  # noqa: PLR0913 - what tests choose
         kind = kind_of(model, name)
         assert kind is not None
         layers[name] = LayerPlan(name, kind, *tensor.q.shape, tensor.scheme)
-    plan = Plan(QuantScheme.parse("int8"), layers, (), False, 0, 0, shared or {})
+    plan = Plan(QuantScheme.parse("int8"), layers, (), False, 0, {}, shared or {})
     blocks = [
         QuantizedBlock(
             block,

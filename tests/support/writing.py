@@ -75,7 +75,7 @@ def plan_of(model: Model, scheme_of: SchemeOf) -> Plan:
         if isinstance(module, nn.Linear) and scheme is not None:
             out, width = module.weight.shape
             layers[name] = LayerPlan(name, "linear", out, width, QuantScheme.parse(scheme))
-    return Plan(QuantScheme.parse("int8"), layers, (), False, 0, 0)
+    return Plan(QuantScheme.parse("int8"), layers, (), False, 0, {})
 
 
 def quantize_layer(model: Model, layer: LayerPlan) -> QuantizedTensor:
