@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.execution.modules import layer_kind
+from qconvert.execution.wide_rows import Rows, as_parameter
 from qconvert.ir.model import Model
 
-ReadParameter = Callable[[str], Tensor]
+ReadParameter = Callable[[str], Tensor | Rows]
 
 # Bytes in float32 of a block whose layers are not held together. Blocks of 8B (0.9 GB) are, those of 70B (3.4 GB) are not.
 LARGE_BLOCK = 1_000_000_000
@@ -23,16 +24,15 @@ def materialize(model: Model, unit: str, read: ReadParameter | None = None, devi
     """Make the parameters of one unit real float32 tensors within the context; afterwards they are what they were.
 
     The weights of a LARGE_BLOCK's linear layers are read whenever a layer is run, and let go afterwards: one is in memory at a
-    time.
+    time. Of large matrices outside the blocks a few rows are (see execution/wide_rows.py).
 
     unit: a block, or "" for everything outside the blocks. Its buffers are moved to `device` too.
-    read: parameter name (as the module has it) -> tensor; unset: the model's own, each tied tensor read once. float32
-        tensors on the CPU are used without a copy, so they are never to be written to.
+    read: parameter name (as the module has it) -> tensor, or what gives its rows; unset: the model's own, each tied tensor
+        read once. float32 tensors on the CPU are used without a copy, so they are never to be written to.
     """
 
     def loaded(name: str) -> nn.Parameter:
-        tensor = (read or model.read)(name).to(device=device, dtype=torch.float32)
-        return nn.Parameter(tensor, requires_grad=False)
+        return as_parameter((read or model.read)(name), device, in_rows=not unit)
 
     modules = list(_modules(model, unit))
     with ExitStack() as undo:

@@ -96,6 +96,22 @@ def substitute(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Nod
     graph.remove(node, safe=True)
 
 
+def look_up_narrow(graph: onnx_ir.Graph, table: Value, dtype: DataType) -> bool:
+    """Let lookups read a table in the float type that it is stored in, and widen what they find.
+
+    Returns False where something else reads the table too; the graph is then left as it is.
+    """
+    lookups = [node for node, place in table.uses() if node.op_type == "Gather" and place == 0]
+    if not lookups or len(lookups) < len(table.uses()) or table.is_graph_output():
+        return False
+    table.type = onnx_ir.TensorType(dtype)
+    for node in lookups:
+        narrow = onnx_ir.node("Gather", list(node.inputs), dict(node.attributes), name=node.name)
+        cast = onnx_ir.node("Cast", [narrow.outputs[0]], {"to": DataType.FLOAT}, name=f"{node.name}/Cast")
+        substitute(graph, node, [narrow, cast], cast.outputs[0])
+    return True
+
+
 def number_repeated_names(graph: onnx_ir.Graph) -> None:
     """Give every node a name of its own, as ONNX wants it: what a layer's second call was lowered to is "NAME/2"."""
     count: Counter[str] = Counter()

@@ -188,4 +188,9 @@ def _run(session: Any, piece: onnx_ir.Model, known: OrtValues) -> OrtValues:
 def _kind(graph: onnx_ir.Graph) -> object:
     """What pieces that take the same time have in common: nodes and shapes of weights."""
     shapes = [str(value.shape) for value in graph.initializers.values()]
-    return tuple((node.domain, node.op_type, len(node.inputs)) for node in graph), tuple(shapes), len(graph.inputs)
+    return (
+        tuple((node.domain, node.op_type, len(node.inputs)) for node in graph),
+        tuple(shapes),
+        len(graph.inputs),
+        len(graph.outputs),
+    )

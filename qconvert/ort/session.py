@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import onnxruntime
+import torch
 from torch import Tensor
 
 from qconvert.errors import is_out_of_memory
+from qconvert.graph.float_graph import look_up_narrow
 from qconvert.ir.graph_names import CROSS, WHOLE_NAMES, is_cache
 from qconvert.targets import TARGETS
 from qconvert.targets.cpu import CPU
@@ -22,6 +24,8 @@ from qconvert.targets.cpu import CPU
 PROVIDERS: dict[str, str] = {name: target.provider for name, target in TARGETS.items()}
 DEVICES = {target.provider: target.device for target in TARGETS.values()}
 
+
+NARROW = {torch.float16: onnx_ir.DataType.FLOAT16, torch.bfloat16: onnx_ir.DataType.BFLOAT16}
 
 Values = dict[str, np.ndarray[Any, Any]]
 
@@ -154,38 +158,47 @@ def memory_session(
     read: Callable[[str], Tensor],
     settings: SessionSettings = DEFAULT,
     folder: Path | None = None,
-    prepack: bool = True,
     target: str = CPU.name,
 ) -> Any:
     """Open a session over a graph in memory.
 
     Initializers without data (see ir/template.py) are taken from `read(name)` as float32, without a copy where it is
-    a mapped tensor of that type. folder: where the graph's external data lies. prepack: let kernels copy weights into
-    faster layouts.
+    a mapped tensor of that type, or one of half the width that only lookups read.
+
+    folder: where the graph's external data lies.
     """
     options = session_options(settings)
-    if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    names, values = [], []
     clone = model.clone()
-    for name, initializer in clone.graph.initializers.items():
-        tensor = initializer.const_value
-        if isinstance(tensor, onnx_ir.LazyTensor):
-            assert initializer.shape is not None
-            array = np.ascontiguousarray(read(name).float().numpy()).reshape(initializer.shape.numpy())
-            names.append(name)
-            values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype.value))
-            initializer.const_value = onnx_ir.ExternalTensor(
-                "fed", 0, array.nbytes, tensor.dtype, shape=onnx_ir.Shape(array.shape), name=name
-            )
-    if names:
-        options.add_external_initializers(names, values)
+    weights = fed_weights(clone.graph, read)
+    for name, weight in weights.items():
+        initializer = clone.graph.initializers[name]
+        dtype, shape = onnx_ir.DataType(weight.element_type()), onnx_ir.Shape(weight.shape())
+        initializer.const_value = onnx_ir.ExternalTensor("fed", 0, weight.tensor_size_in_bytes(), dtype, shape=shape, name=name)
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     data = onnx_ir.to_proto(clone).SerializeToString()
     session = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS[target]])
-    session.fed = values  # the session reads them as long as it lives
+    session.fed = weights  # the session reads them as long as it lives
     return _on(target, session)
+
+
+def fed_weights(graph: onnx_ir.Graph, read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """Return the initializers of a graph that lack data, as `read` gives them, by name; the graph is brought to their types."""
+    lacking = [value for value in graph.initializers.values() if isinstance(value.const_value, onnx_ir.LazyTensor)]
+    return {str(value.name): _fed(graph, value, read(str(value.name))) for value in lacking}
+
+
+def _fed(graph: onnx_ir.Graph, initializer: onnx_ir.Value, tensor: Tensor) -> Any:
+    assert initializer.shape is not None
+    dtype = onnx_ir.DataType.FLOAT
+    if tensor.dtype in NARROW and look_up_narrow(graph, initializer, NARROW[tensor.dtype]):
+        dtype, tensor = NARROW[tensor.dtype], tensor.view(torch.uint16)  # numpy has no bfloat16
+    else:
+        tensor = tensor.float()
+    array = np.ascontiguousarray(tensor.numpy()).reshape(initializer.shape.numpy())
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, dtype.value)
 
 
 class EncoderDecoderSession:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx_ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qconvert.execution import probes
 from qconvert.execution.outputs import named_outputs
+from qconvert.execution.wide_rows import as_parameter
 from qconvert.graph.float_graph import float_graph
 from qconvert.ir.finite import not_finite, require_finite
 from qconvert.ir.model import Model
 from qconvert.ort import compare
-from qconvert.ort.session import joined, memory_session
+from qconvert.ort.fed_session import FedSession
+from qconvert.ort.pieces import sized_session
+from qconvert.ort.session import joined
 from qconvert.trace.opaque import original_name, shortened
 
 # Relative to the largest |output|; float32 sums in another order differ by about 1e-6.
@@ -30,8 +34,7 @@ def reference(model: Model, blocks: list[str]) -> list[dict[str, Tensor]]:
     module = shortened(model, blocks)
     for name, _ in list(module.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
-        value = model.read(original_name(name, blocks)).float()
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        setattr(module.get_submodule(owner), leaf, as_parameter(model.read(original_name(name, blocks))))
     return [named_outputs(model.task, module, batch) for batch in probes.probes(model)]
 
 
@@ -46,13 +49,9 @@ def relative_error(
 
     Raises InputError QC-WEIGHT-001 if that is because a weight is not, QC-FLOAT-001 if it is so in torch as well.
     """
-    # Prepacking would copy the largest tensors for a single use.
-    session = joined(
-        {
-            part: memory_session(float_graph(graph, model.parameter_shapes), model.read, prepack=False)
-            for part, graph in graphs.items()
-        }
-    )
+    open_piece = partial(FedSession, read=model.read)
+    floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
+    session = joined({part: sized_session(graph, open_piece) for part, graph in floats.items()})
     error = compare.relative_error(model, session, [tuple(outputs.values()) for outputs in expected])
     if math.isinf(error):
         for name, _ in shortened(model, blocks).named_parameters():
