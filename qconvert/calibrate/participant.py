@@ -8,6 +8,7 @@ from functools import cached_property
 
 from qconvert.calibrate.layers import groups_by_unit
 from qconvert.errors import PluginError
+from qconvert.ir.large_tensors import copied
 from qconvert.ir.layer import Block, CalibrationStats, LinearGroup
 from qconvert.ir.template import InputGroup
 from qconvert.job import Job
@@ -71,4 +72,4 @@ def _narrowed(stats: CalibrationStats | None, observers: Sequence[type[Observer]
     if stats is None or not observers:
         return None
     names = [observer.name for observer in observers if observer.name in stats.values]
-    return replace(stats, values={name: stats.values[name].clone() for name in names})
+    return replace(stats, values={name: copied(stats.values[name]) for name in names})

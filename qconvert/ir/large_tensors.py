@@ -38,7 +38,13 @@ def zeros(*shape: int, device: torch.device | str = "cpu") -> Tensor:
     return make(torch.Size(shape), torch.float32) if make else torch.zeros(shape, device=device)
 
 
-def kept(tensor: Tensor, together: int = 1) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, and raise what the maker of large tensors raises."""
+    make = _maker_for(tensor.nbytes, tensor.device)
+    return make(tensor.shape, tensor.dtype).copy_(tensor) if make else tensor.clone()
+
+
+def kept(tensor: Tensor, together: int) -> Tensor:
     """Return a tensor for keeping: itself, or if so many like it are large together, a copy that the maker of large tensors has
     made room for. Raises what that raises.
     """

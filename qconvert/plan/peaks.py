@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from qconvert.execution.materialize import LARGE_BLOCK
 from qconvert.execution.probes import position_limit
+from qconvert.ir.large_tensors import LARGE
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ort.pieces import PIECE_BYTES, WHOLE_BYTES
@@ -24,8 +26,6 @@ from qconvert.recipe.fields import DataSpec
 FLOAT = 4
 # A process with its libraries; and what traces, graphs, and memory that an allocator does not give back add to it.
 PROCESS_BYTES, GRAPHS_BYTES = 350_000_000, 200_000_000
-# Statistics and hidden states beyond this lie in files.
-LARGE_BYTES = 1_000_000_000
 # Matrices outside the blocks that take more in float32 are widened by so many bytes at a time.
 WIDE_BYTES, TILE_BYTES = 200_000_000, 64_000_000
 # Copies of a layer's weights in float32 while it is quantized: its own, the candidate's, and what the two are compared in.
@@ -74,9 +74,20 @@ def _quantize_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe
     statistics = _statistics(model, layers) if Gram in quantizer.observers else 0
     quantizing = statistics + max(codes.values()) + COPIES * FLOAT * max(sizes)
     hidden, activations = _samples(model, layers, recipe.calibration) if runs else (0, 0)
-    running = weights.outside + weights.block + statistics + activations if runs else 0
+    running = weights.outside + _held_of_block(model, layers, weights) + statistics + activations if runs else 0
     tuning = weights.block * 3 if recipe.tuning is not None else 0  # the weights, their gradients, what is learned
     return PROCESS_BYTES + GRAPHS_BYTES + _in_memory(hidden) + max(running, quantizing + tuning)
+
+
+def _held_of_block(model: Model, layers: Mapping[str, LayerPlan], weights: _Weights) -> int:
+    """The weights of a block that runs: of a large one a layer at a time, as it is read and as it is scaled."""
+    inside: dict[str, list[int]] = defaultdict(list)
+    for name, layer in layers.items():
+        if unit := model.block_of(name):
+            inside[unit].append(FLOAT * layer.out_features * layer.in_features)
+    if weights.block <= LARGE_BLOCK or not inside:
+        return weights.block
+    return weights.block - max(map(sum, inside.values())) + 2 * max(map(max, inside.values()))
 
 
 def _statistics(model: Model, layers: Mapping[str, LayerPlan]) -> int:
@@ -131,4 +142,5 @@ def _weights(model: Model) -> _Weights:
 
 
 def _in_memory(nbytes: int) -> int:
-    return 0 if nbytes > LARGE_BYTES else nbytes
+    """Return what is in memory of tensors that lie in files where they are large."""
+    return 0 if nbytes > LARGE else nbytes

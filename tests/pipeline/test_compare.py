@@ -89,9 +89,15 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_artifact_has_the_bytes_that_its_recipe_alone_gives(recipes: Recipes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True], ids=["statistics in memory", "statistics in files"])
+def test_every_artifact_has_the_bytes_that_its_recipe_alone_gives(
+    recipes: Recipes, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = recipes(TRIES, verify=False)
-    compare(mine)
+    with monkeypatch.context() as patched:
+        if large:
+            patched.setattr("qconvert.ir.large_tensors.LARGE", 0)
+        compare(mine)
     for name, recipe in mine.items():
         expected, found = alone(recipe, tmp_path), contents(tmp_path / "out" / name)
         assert list(found) == list(expected)
