@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import forked
 import pytest
 import transformers
 
@@ -13,6 +17,9 @@ from qconvert.ir.model import Model
 from qconvert.ir.template import Template
 from qconvert.pipeline import conversion, preparation, verification
 from qconvert.trace import trace
+
+PYTHON = sys.executable
+STAND_IN = pytest.StashKey[str]()  # what tests start in its place
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +35,26 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """What processes of the session share: what was traced before, and a process that commands are forked off."""
+    keep_traces(config)
+    forked.keep_translations()
+    if hasattr(config, "workerinput"):
+        config.stash[STAND_IN] = config.workerinput["stand_in"]
+    elif sys.platform == "linux":
+        folder = tempfile.TemporaryDirectory(prefix="qconvert-")
+        config.add_cleanup(folder.cleanup)
+        config.stash[STAND_IN] = str(forked.stand_in(Path(folder.name)))
+    else:
+        config.stash[STAND_IN] = PYTHON
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """What xdist tells the processes that it starts."""
+    node.workerinput["stand_in"] = node.config.stash[STAND_IN]
+
+
+def keep_traces(config: pytest.Config) -> None:
     """What tests trace is kept for later tests, in all processes, and not among what the user's own runs keep.
 
     Where pytest has a cache, it is kept for later runs too."""
@@ -38,6 +65,18 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["QCONVERT_CACHE"] = str(cache.mkdir("qconvert")) if cache else folder.name if folder else ""
     if folder:
         config.add_cleanup(folder.cleanup)
+
+
+@pytest.fixture(autouse=True)
+def python(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test starts as Python is forked where that comes to the same, in less time."""
+    monkeypatch.setattr(sys, "executable", pytestconfig.stash[STAND_IN])
+
+
+@pytest.fixture
+def python_itself(python: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of how processes start, end and watch each other."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
 
 
 @pytest.fixture

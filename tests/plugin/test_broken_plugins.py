@@ -161,7 +161,8 @@ def test_a_plugin_in_a_file_is_tried_without_being_installed(plugins: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_reach_the_command_and_nothing_runs_on(plugins: Path, number: int) -> None:
+@pytest.mark.usefixtures("python_itself")
+def test_signals_reach_the_command_and_nothing_runs_on(plugins: Path, number: signal.Signals) -> None:
     install(plugins, "hangs", FAILING["hangs"][0])
     watching = subprocess.Popen(
         command(plugins, "--quantizer", "hangs"), env=environment(plugins), stderr=subprocess.PIPE, stdout=subprocess.PIPE
