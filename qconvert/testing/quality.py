@@ -104,7 +104,7 @@ def _dequantized(tensor: QuantizedTensor) -> Tensor:
     return tensor.dequantize().double()
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Allocations(TorchDispatchMode):
     """Counts the bytes of the tensors that operations return while they are referenced.
 
     peak: the largest number of bytes at once.

@@ -208,7 +208,7 @@ def test_a_variant_loses_what_the_whole_model_loses_with_that_weight(make: Any) 
 
 def output(plain: nn.Module, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     found = plain(**batch, return_dict=True)
-    return found.last_hidden_state if task == "encoder" else found.logits
+    return found.last_hidden_state if task == "encoder" else found.logits  # type: ignore[no-any-return]
 
 
 def loss(found: torch.Tensor, reference: torch.Tensor, task: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -303,7 +303,7 @@ def test_more_bits_lose_less_and_the_prediction_is_near(sources: Path, tmp_path:
         lost.append((report.assignment.predicted_kl, report.fidelity[0].kl))
     assert lost == sorted(lost, reverse=True)
     predicted, measured = lost[0]
-    assert 0.5 < predicted / measured < 2
+    assert 0.5 < predicted / measured < 2  # type: ignore[operator]
 
 
 @pytest.mark.usefixtures("quick")
@@ -321,13 +321,13 @@ def test_a_module_without_blocks_is_judged_by_its_outputs(tmp_path: Path) -> Non
         "    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), "
         "torch.randn(64, 64)\n"
     )
-    settings = {"model": f"module:{tmp_path / 'wide.py'}:factory", "quantizer": "auto", "budget": "6"}
-    settings |= {"evaluation": {"samples": 16}, "calibration": {"samples": 16}}
+    samples = {"evaluation": {"samples": 16}, "calibration": {"samples": 16}}
+    settings = {"model": f"module:{tmp_path / 'wide.py'}:factory", "quantizer": "auto", "budget": "6", **samples}
     report = conversion.convert(Recipe.from_settings({**settings, "output": str(tmp_path / "out")}))
     assert report.passed
     assert report.assignment is not None
     assert report.assignment.predicted_kl is None
-    assert 0 < report.assignment.predicted_error < 0.2
+    assert 0 < (report.assignment.predicted_error or 0) < 0.2
     assert report.size.average_bits <= 6
 
 

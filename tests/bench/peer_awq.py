@@ -19,7 +19,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM
 
 # Without an accelerator pinning raises, and AWQ pins all that it caches.
-torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def main() -> None:

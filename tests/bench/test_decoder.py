@@ -130,10 +130,10 @@ def write_float(source: Path, artifact: Path, folder: Path) -> None:
     for name, value in graph.graph.initializers.items():
         if isinstance(value.const_value, onnx_ir.LazyTensor):
             value.const_value = onnx_ir.tensor(model.read(name).float().numpy(), name=name)
-    for node in [node for node in graph.graph if node.op_type == "Transpose" and node.inputs[0].is_initializer()]:
-        name = f"{node.inputs[0].name}/transposed"
-        tensor = onnx_ir.tensor(np.ascontiguousarray(node.inputs[0].const_value.numpy().T), name=name)
-        graph.graph.register_initializer(weight := onnx_ir.val(name, tensor.dtype, tensor.shape, const_value=tensor))
+    for node in [node for node in graph.graph if node.op_type == "Transpose" and node.inputs[0].is_initializer()]:  # type: ignore[union-attr]
+        name = f"{node.inputs[0].name}/transposed"  # type: ignore[union-attr]
+        tensor = onnx_ir.tensor(np.ascontiguousarray(node.inputs[0].const_value.numpy().T), name=name)  # type: ignore[union-attr]
+        graph.graph.register_initializer(weight := onnx_ir.val(name, tensor.dtype, tensor.shape, const_value=tensor))  # type: ignore[arg-type]
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], weight)
     RemoveUnusedNodesPass()(graph)
     folder.mkdir()

@@ -70,7 +70,7 @@ def write_float(folder: Path, path: Path) -> None:
 def embed(run: Any, batch: Batch) -> torch.Tensor:
     states = torch.from_numpy(run.run(None, {name: value.numpy() for name, value in batch.items()})[0])
     mask = batch["attention_mask"].unsqueeze(-1)
-    return (states * mask).sum(1) / mask.sum(1)
+    return (states * mask).sum(1) / mask.sum(1)  # type: ignore[no-any-return]
 
 
 def race(paths: dict[str, Path]) -> dict[str, float]:

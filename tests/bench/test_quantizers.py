@@ -50,7 +50,7 @@ def peer(request: pytest.FixtureRequest, settings: dict[str, Any], tmp_path_fact
     samples = read_samples(load(recipe.model, lambda source: None), recipe, calibrated=True)
     windows = tmp_path_factory.mktemp("peer") / "windows.npz"
     parts = {"calibration": samples.calibration, "evaluation": samples.evaluation}
-    np.savez(windows, **{name: np.concatenate([batch["input_ids"] for batch in found]) for name, found in parts.items()})
+    np.savez(windows, **{name: np.concatenate([batch["input_ids"] for batch in found]) for name, found in parts.items()})  # type: ignore[arg-type]
     script = Path(__file__).with_name("peer_awq.py")
     run = subprocess.run([python, script, recipe.model, windows, "asym"], check=True, capture_output=True, text=True)
     loss = Loss(**json.loads(run.stdout.splitlines()[-1]))

@@ -36,7 +36,7 @@ def job(**settings: Any) -> Job:
 
 @dataclass(frozen=True)
 class Seeing(AWQQuantizer):
-    observers = (AbsMax, Gram, SampledRows)
+    observers = (AbsMax, Gram, SampledRows)  # type: ignore[assignment]
 
 
 def written(block: QuantizedBlock) -> dict[str, bytes]:

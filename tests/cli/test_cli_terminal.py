@@ -15,13 +15,13 @@ from qconvert.ir.progress import Progress, silent
 
 def shown(*, terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
-    progress: Progress = TerminalProgress(console)
+    progress = TerminalProgress(console)
     progress.stage("quantize", 30)
     progress.advance(10)
     progress.advance()
     progress.stage("export", None)
     progress.close()
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def test_without_a_terminal_each_stage_is_one_line() -> None:

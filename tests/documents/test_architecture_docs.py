@@ -121,5 +121,6 @@ def test_the_libraries_are_where_the_contracts_allow_them() -> None:
 
 def test_every_exit_code_is_that_of_its_class() -> None:
     rows = re.findall(r"^\| (\d+) \| \[`(\w+)`\]", ARCHITECTURE, re.MULTILINE)
-    kinds = {kind.__name__: kind.exit_code for kind in (QConvertError, *QConvertError.__subclasses__())}
+    classes: list[type[QConvertError]] = [QConvertError, *QConvertError.__subclasses__()]
+    kinds = {kind.__name__: kind.exit_code for kind in classes}
     assert {name: int(code) for code, name in rows} == kinds

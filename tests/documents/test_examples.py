@@ -95,7 +95,7 @@ def test_generate_stops_at_the_end_token(decoder: Path) -> None:
     end = next(token for token in new[1:] if token != new[0])
     tokenizer = Tokenizer.from_file(str(decoder / "tokenizer.json"))
     generate = example("generate")
-    generate.end_tokens = lambda folder: {end}
+    generate.end_tokens = lambda folder: {end}  # type: ignore[attr-defined]
     assert PROMPT + "".join(generate.generate(decoder, PROMPT, 12)) == tokenizer.decode(start + new[: new.index(end)])
 
 

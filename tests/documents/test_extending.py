@@ -99,7 +99,7 @@ def test_the_loader_of_the_guide_gives_a_model_that_is_converted_and_verified(tm
     generator = np.random.default_rng(0)
     shapes = {"0.weight": (96, 64), "0.bias": (96,), "2.weight": (32, 96), "2.bias": (32,)}
     arrays = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    np.savez(tmp_path / "net.npz", **arrays)
+    np.savez(tmp_path / "net.npz", **arrays)  # type: ignore[arg-type]
     report = convert(
         tmp_path, tmp_path / "net.npz", "--plugin", "npz_loader.py", "--quantizer", "absmax", "--scheme", "int8-channel"
     )

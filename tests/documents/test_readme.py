@@ -43,7 +43,7 @@ SET_UP = [block for block in SHELL if "pip" in block or "-m venv" in block]
 def program(start: str) -> str:
     """The Python that has a line with that start."""
     (found,) = [each for each in PYTHON if f"\n{start}" in f"\n{each}"]
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def first_cells(header: str) -> list[str]:

@@ -40,7 +40,7 @@ def traced(name: str) -> tuple[Model, Template]:
     for parameter, value in module.named_parameters():
         if parameter.endswith("bias"):
             nn.init.normal_(value)
-    blocks = tuple(f"model.layers.{index}" for index in range(SETTINGS["num_hidden_layers"]))  # type: ignore[arg-type]
+    blocks = tuple(f"model.layers.{index}" for index in range(SETTINGS["num_hidden_layers"]))
     model = model_of(module, "causal-lm", blocks=blocks, input_names=("input_ids", "attention_mask"))
     return model, trace(model)
 

@@ -194,7 +194,8 @@ def kept_weights(path: Path, level: str = "ORT_ENABLE_ALL") -> list[int]:
 @pytest.fixture(scope="module")
 def cases(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """Everything that the emulated processors run: each kernel, and each artifact with the question open and answered."""
-    folder, found = tmp_path_factory.mktemp("kernels"), {}
+    folder = tmp_path_factory.mktemp("kernels")
+    found: Cases = {}
     for name, pair in KERNELS:
         model, x, _ = operator_graph(name, pair)
         onnx.save(model, path := folder / f"{case_id(name, pair)}.onnx")
@@ -225,7 +226,7 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
         if (trial := call(processor, folder / "nothing.py")).returncode:
             return f"no emulator of {processor}: {trial.stderr.strip()[-200:]}"
         for name, (path, inputs) in cases.items():
-            np.savez(folder / f"{name}.npz", **inputs)
+            np.savez(folder / f"{name}.npz", **inputs)  # type: ignore[arg-type]
             (folder / f"{name}.path").write_text(str(path))
         ran = call(processor, SUPPORT / "run_graphs.py", folder, base / f"{processor}.npz")
         assert ran.returncode == 0, ran.stderr
@@ -322,7 +323,7 @@ def test_the_oldest_onnx_runtime_that_the_card_asks_for_runs_every_artifact(case
     assert len(names) == 2 * len(RECIPES) + 2
     (folder := tmp_path / "cases").mkdir()
     for name in names:
-        np.savez(folder / f"{name}.npz", **cases[name][1])
+        np.savez(folder / f"{name}.npz", **cases[name][1])  # type: ignore[arg-type]
         (folder / f"{name}.path").write_text(str(cases[name][0]))
     subprocess.run([python, SUPPORT / "run_graphs.py", folder, tmp_path / "found.npz"], check=True)
     with np.load(tmp_path / "found.npz") as found:
@@ -375,7 +376,7 @@ def test_onnxruntime_web_takes_either_answer(cases: Cases, tmp_path: Path) -> No
         files = [each for each in (WEIGHTS, SIDECAR) if (path.parent / each).exists()]
         listed[name] = {"graph": str(path), "files": files, "inputs": feeds}
     (tmp_path / "cases.json").write_text(json.dumps(listed))
-    command = ["node", SUPPORT / "run_web.mjs", modules, tmp_path / "cases.json"]
+    command = ["node", *map(str, (SUPPORT / "run_web.mjs", modules, tmp_path / "cases.json"))]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     for name, values in found.items():
         first = np.array(found[name.removesuffix("-signed").removesuffix("-unsigned")])

@@ -24,7 +24,7 @@ TOKENS = torch.arange(12).reshape(2, 6) * 7 % 384
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / "model.safetensors")  # type: ignore[no-any-return]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
@@ -43,14 +43,14 @@ def outputs(model: Model) -> Tensor:
     places = model.module.state_dict()
     state = {name: model.source.read(name).float() for name in model.source.tensors if name in places}
     with torch.no_grad():
-        return torch.func.functional_call(model.module, state, (TOKENS,))[0]
+        return torch.func.functional_call(model.module, state, (TOKENS,))[0]  # type: ignore[no-any-return]
 
 
 def expected(folder: Path) -> Tensor:
     """What transformers computes."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     with torch.no_grad():
-        return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)(TOKENS)[0]
+        return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)(TOKENS)[0]  # type: ignore[no-any-return]
 
 
 def rejected(folder: Path, code: str) -> str:
@@ -452,7 +452,7 @@ def test_code_for_a_known_model_is_ignored_with_a_warning(trap: Path, caplog: py
     with caplog.at_level(logging.WARNING, "qconvert"):
         model = load_folder(folder)
     assert type(model.module).__module__ == "transformers.models.llama.modeling_llama"
-    assert model.module.config._attn_implementation == "sdpa"
+    assert model.module.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     assert "_attn_implementation, auto_map, use_kernels" in caplog.text
     assert model.config is not None
     assert not {"auto_map", "_attn_implementation", "use_kernels"} & model.config.keys()

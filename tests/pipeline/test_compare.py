@@ -214,7 +214,7 @@ def damaged_graph(folder: Path) -> None:
 def test_each_failure_is_in_the_result_and_the_others_are_published(
     recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = conversion.export
+    real = conversion.export  # type: ignore[attr-defined]
 
     def export(*args: Any, **settings: Any) -> None:
         real(*args, **settings)
@@ -313,7 +313,7 @@ def test_an_interrupted_comparison_publishes_nothing_and_is_resumed_by_the_same_
     recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = recipes({name: TRIES[name] for name in ("awq", "rounded")}, verify=False)
-    real, quantized = conversion.quantize, []
+    real, quantized = conversion.quantize, []  # type: ignore[attr-defined, var-annotated]
 
     def interrupted(block: Block, job: Job) -> QuantizedBlock:
         if len(quantized) == 3:  # awq has both blocks, the other one

@@ -101,7 +101,7 @@ def test_a_block_is_written_and_counted_before_the_next_one_is_read(tmp_path: Pa
             events.append((name, total))
 
         def advance(self, n: int = 1) -> None:
-            events.append((n, stage.done_blocks(), any(".2.self_attn.q" in name for name in model.source.reads)))
+            events.append((n, stage.done_blocks(), any(".2.self_attn.q" in name for name in model.source.reads)))  # type: ignore[attr-defined]
 
     with (
         open_stage(tmp_path / "out", DIGEST) as stage,

@@ -52,7 +52,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path = tmp_path / "child"
         path.write_text(f"#!{sys.executable} -S\nimport json, os, signal, sys, time\n{script}")
         path.chmod(0o755)
-        monkeypatch.setattr(verify_process.sys, "executable", str(path))
+        monkeypatch.setattr(sys, "executable", str(path))
 
     return install
 

@@ -529,7 +529,7 @@ def test_009_an_embedding_that_the_kernels_blocks_do_not_divide() -> None:
 def test_005_what_transformers_can_not_load_beside_a_quantized_embedding(
     llama: Model, scheme: str, embedding: str, words: str
 ) -> None:
-    settings = {"scheme": scheme, "rules": {"lm_head": embedding}}
+    settings: dict[str, Any] = {"scheme": scheme, "rules": {"lm_head": embedding}}
     error = refusal(llama, **settings)
     assert error.code == "QC-PLAN-005"
     assert "model.embed_tokens" in error.message

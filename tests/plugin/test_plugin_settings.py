@@ -52,7 +52,8 @@ FAULTS: dict[str, list[Callable[[], object]]] = {
     "torch's determinism": [lambda: torch.use_deterministic_algorithms(True)],
     "torch's precision of products": [
         lambda: torch.set_float32_matmul_precision("medium"),
-        lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),  # by which the one above can't be read
+        # by which the one above can't be read
+        lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),  # type: ignore[attr-defined]
     ],
     "numpy's handling of errors": [lambda: np.seterr(all="raise")],
 }

@@ -418,7 +418,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = (self.conv(x) + self.shortcut(x)).mean((2, 3))
-        return self.a(x) * self.b(x)
+        return self.a(x) * self.b(x)  # type: ignore[no-any-return]
 
 
 def residual() -> Model:
@@ -471,7 +471,7 @@ def test_what_was_kept_is_on_the_tensor_and_dequantizes_to_the_weight() -> None:
     for block in stream(job_on(model, Scaling(ramp), layout="onnx")):
         for layer in block.layers:
             weight = model.read(f"{layer.name}.weight")
-            assert torch.equal(layer.tensor.smoothing_scale, torch.linspace(0.5, 2, weight.shape[1]))
+            assert torch.equal(layer.tensor.smoothing_scale, torch.linspace(0.5, 2, weight.shape[1]))  # type: ignore[arg-type]
             assert (layer.tensor.dequantize() - weight).norm() < 0.02 * weight.norm()
 
 
@@ -489,7 +489,7 @@ def test_the_relative_error_is_that_of_the_codes() -> None:
 def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(size: float) -> None:
     def error(factor: float) -> float:
         plain = nn.Sequential(nn.Linear(16, 8))
-        nn.init.uniform_(plain[0].weight, -factor, factor, generator=torch.Generator().manual_seed(0))
+        nn.init.uniform_(plain[0].weight, -factor, factor, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         model = model_of(plain, input_names=("input",))
         (block,) = stream(job_of(model, plan_of(model), (), Blind()))
         return block.layers[0].relative_error
@@ -499,7 +499,7 @@ def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(size: flo
 
 @dataclass(frozen=True)
 class Blind(Scaling):
-    observers = ()
+    observers = ()  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def test_weights_that_are_not_finite_are_refused_before_a_quantizer_sees_them(va
     """Faults 11 and 12."""
     plain = tiny_llama()
     with torch.no_grad():
-        plain.get_submodule("model.layers.1.mlp.up_proj").weight[5, 7:10] = value  # type: ignore[index]
+        plain.get_submodule("model.layers.1.mlp.up_proj").weight[5, 7:10] = value  # type: ignore[operator]
     model = text_model(plain, "causal-lm", "model.layers")
     blocks = stream(job_on(model, Blind()))
     next(blocks)

@@ -74,7 +74,7 @@ def test_a_recipe_has_a_json_schema() -> None:
 
 def test_a_recipe_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Recipe.from_settings(MINIMAL).model = "other"
+        Recipe.from_settings(MINIMAL).model = "other"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

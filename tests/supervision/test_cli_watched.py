@@ -34,7 +34,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path = tmp_path / "process"
         path.write_text(BEGIN + script)
         path.chmod(0o755)
-        monkeypatch.setattr(parent.sys, "executable", str(path))
+        monkeypatch.setattr(sys, "executable", str(path))
         return parent.run([])
 
     return run

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,7 +17,7 @@ from qconvert.ir.model import Model
 from qconvert.load.hugging_face import load_folder
 
 VOCABULARY, LAYERS = 100, 4
-DECODER = {
+DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -29,7 +30,7 @@ DECODER = {
     "eos_token_id": 2,
 }
 WIDE = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
-ENCODER = {
+ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,7 +39,7 @@ ENCODER = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+SLIDING: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
 def _decoder(name: str, model: str = "", config: str = "", **settings: object) -> Callable[[], PreTrainedModel]:
@@ -46,7 +47,7 @@ def _decoder(name: str, model: str = "", config: str = "", **settings: object) -
 
     def build() -> PreTrainedModel:
         made = getattr(transformers, config or f"{name}Config")(**settings)
-        return getattr(transformers, model or f"{name}ForCausalLM")(made)  # type: ignore[no-any-return]
+        return getattr(transformers, model or f"{name}ForCausalLM")(made)
 
     return build
 
@@ -125,9 +126,15 @@ ENCODERS: dict[str, tuple[str | tuple[()], Callable[[], PreTrainedModel], str]] 
 }
 
 
-SEQ2SEQ = {"vocab_size": VOCABULARY, "d_model": 64, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 3}
-T5 = {**SEQ2SEQ, "d_kv": 16, "d_ff": 96, "num_layers": 4, "num_decoder_layers": 3, "num_heads": 4}
-BART = {
+SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+T5: dict[str, Any] = {**SEQ2SEQ, "d_kv": 16, "d_ff": 96, "num_layers": 4, "num_decoder_layers": 3, "num_heads": 4}
+BART: dict[str, Any] = {
     **SEQ2SEQ,
     "encoder_layers": 3,
     "decoder_layers": 4,
@@ -139,7 +146,7 @@ BART = {
 }
 
 
-def _encoder_decoder(name: str, model: str = "", **settings: object) -> Callable[[], PreTrainedModel]:
+def _encoder_decoder(name: str, model: str = "", **settings: Any) -> Callable[[], PreTrainedModel]:
     return _decoder(name, model or f"{name}ForConditionalGeneration", **settings)
 
 

@@ -77,7 +77,7 @@ def model_of(plain: nn.Module, task: str = "module", **fields: Any) -> Model:
     return Model(name="tiny", task=task, module=skeleton, source=source, tied=tied, **fields)  # type: ignore[arg-type]
 
 
-def text_model(plain: nn.Module, task: str, prefix: str, **fields: Any) -> Model:
+def text_model(plain: Any, task: str, prefix: str, **fields: Any) -> Model:
     config = plain.config
     blocks = tuple(f"{prefix}.{index}" for index in range(config.num_hidden_layers))
     return model_of(
@@ -122,17 +122,17 @@ def tiny_bert(head: bool = False) -> nn.Module:
     return _spread(BertForSequenceClassification(config) if head else BertModel(config))
 
 
-def llama(tied: bool = True) -> tuple[nn.Module, Model]:
+def llama(tied: bool = True) -> tuple[Any, Model]:
     plain = tiny_llama(tied)
     return plain, text_model(plain, "causal-lm", "model.layers")
 
 
-def gpt2() -> tuple[nn.Module, Model]:
+def gpt2() -> tuple[Any, Model]:
     plain = tiny_gpt2()
     return plain, text_model(plain, "causal-lm", "transformer.h")
 
 
-def t5() -> tuple[nn.Module, Model]:
+def t5() -> tuple[Any, Model]:
     """An encoder-decoder: the first block of each half owns the position biases that the others are handed."""
     config = T5Config(
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
@@ -151,7 +151,7 @@ def t5() -> tuple[nn.Module, Model]:
     )
 
 
-def bert() -> tuple[nn.Module, Model]:
+def bert() -> tuple[Any, Model]:
     plain = tiny_bert()
     return plain, text_model(plain, "encoder", "encoder.layer")
 

@@ -71,7 +71,7 @@ def publish(  # noqa: PLR0913 - what tests choose
     for name, tensor in tensors.items():
         kind = kind_of(model, name)
         assert kind is not None
-        layers[name] = LayerPlan(name, kind, *tensor.q.shape, tensor.scheme)
+        layers[name] = LayerPlan(name, kind, *tensor.q.shape, tensor.scheme)  # type: ignore[call-arg]
     plan = Plan(QuantScheme.parse("int8"), layers, (), False, 0, {}, shared or {})
     blocks = [
         QuantizedBlock(

@@ -69,7 +69,7 @@ def torch_logits(artifact: ArtifactReader, tokens: list[int]) -> np.ndarray[Any,
     with torch.no_grad(), ExitStack() as weights:
         for unit in ("", *artifact.model.blocks):
             weights.enter_context(materialize(artifact.model, unit, artifact.read))
-        return artifact.model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()
+        return artifact.model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()  # type: ignore[no-any-return]
 
 
 def onnxruntime_logits(artifact: ArtifactReader, tokens: list[int], prompt: int) -> np.ndarray[Any, Any]:

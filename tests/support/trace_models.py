@@ -43,28 +43,28 @@ ENCODER = {
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
-def _gpt2() -> nn.Module:
+def _gpt2() -> Any:
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     )
     return transformers.GPT2LMHeadModel(config)
 
 
-def _gemma3() -> nn.Module:
+def _gemma3() -> Any:
     config = transformers.Gemma3TextConfig(**DECODER, **SLIDING, head_dim=16, query_pre_attn_scalar=16)
     return transformers.Gemma3ForCausalLM(config)
 
 
-def _gemma2() -> nn.Module:
+def _gemma2() -> Any:
     config = transformers.Gemma2Config(**DECODER, **SLIDING, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0)
     return transformers.Gemma2ForCausalLM(config)
 
 
-def _smollm3() -> nn.Module:
+def _smollm3() -> Any:
     return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**DECODER, no_rope_layer_interval=2))
 
 
-def _distilbert() -> nn.Module:
+def _distilbert() -> Any:
     config = transformers.DistilBertConfig(
         vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64
     )
@@ -142,7 +142,7 @@ def structure(graph: onnx_ir.Graph) -> dict[str, str]:
     for value in graph.initializers.values():
         constant = value.const_value
         lazy = constant is None or isinstance(constant, onnx_ir.LazyTensor)
-        known[value] = f"parameter {value.name}" if lazy else f"constant {constant.numpy().tolist()}"
+        known[value] = f"parameter {value.name}" if lazy else f"constant {constant.numpy().tolist()}"  # type: ignore[union-attr]
     ids: dict[str, str] = {}
     for node in graph:
         attributes = {name: str(attribute.value) for name, attribute in sorted(node.attributes.items())}

@@ -61,7 +61,7 @@ def net(width: int = 64, extra: Mapping[str, Tensor] | None = None, **fields: An
     torch.manual_seed(0)
     module = Net(width)
     content = {**module.state_dict(), **(extra or {})}
-    return Model("net", "module", module, MemorySource(content), ("blocks.0", "blocks.1"), **fields)
+    return Model("net", "module", module, MemorySource(content), ("blocks.0", "blocks.1"), **fields)  # type: ignore[arg-type]
 
 
 def all_linears(scheme: str | None) -> SchemeOf:

@@ -79,8 +79,8 @@ def test_blocks_are_traced_once_per_kind_and_stamped(name: str) -> None:
     ops = Counter(node.op_type for graph in template.graphs.values() for node in graph.graph)
     attention = "GroupQueryAttention" if name in DECODERS else "MultiHeadAttention"
     cross = len(model.stacks[1]) if name in ENCODER_DECODERS else 0
-    runs = model.module.config.num_hidden_layers if name in UNREPEATED else len(model.blocks)
-    assert ops[attention] == (0 if name in UNFUSED else runs + cross)
+    runs = model.module.config.num_hidden_layers if name in UNREPEATED else len(model.blocks)  # type: ignore[union-attr]
+    assert ops[attention] == (0 if name in UNFUSED else runs + cross)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("dtype", [DataType.FLOAT16, DataType.BFLOAT16], ids=lambda dtype: dtype.name)

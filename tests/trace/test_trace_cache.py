@@ -127,7 +127,8 @@ def test_a_damaged_entry_is_traced_anew_and_replaced(
     for path in kept.iterdir():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
-        path.write_bytes({"empty": b"", "truncated": content[:-20], "changed": content}[damage])
+        damages: dict[str, bytes] = {"empty": b"", "truncated": bytes(content[:-20]), "changed": bytes(content)}
+        path.write_bytes(damages[damage])
     assert converted(model, tmp_path / "second") == first
     refuse_to_trace(monkeypatch)
     assert converted(model, tmp_path / "third") == first

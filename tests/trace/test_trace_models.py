@@ -286,7 +286,7 @@ def test_one_block_of_each_kind_is_traced() -> None:
 
 def test_blocks_of_other_widths_are_other_kinds() -> None:
     plain, model = build("llama")
-    plain.model.layers[2].mlp.up_proj = nn.Linear(64, 96, bias=False)  # type: ignore[union-attr, union-attr]
+    plain.model.layers[2].mlp.up_proj = nn.Linear(64, 96, bias=False)  # type: ignore[index, union-attr]
     assert len(set(representatives(model_of(plain, "causal-lm", blocks=model.blocks)).values())) == 2
 
 
@@ -466,7 +466,7 @@ def groups_of(name: str) -> list[tuple[list[str], object]]:
     """Short layer names and (kind, name, channels) of the producer, of the first block."""
     model = traced(name)
     prefix = model.model.blocks[0] + "."
-    found = []
+    found: list[tuple[list[str], object]] = []
     for group in model.template.groups:
         if group.layers[0].startswith(prefix):
             producer = group.producer

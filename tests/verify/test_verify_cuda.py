@@ -109,7 +109,7 @@ def test_what_float16_can_not_hold_is_the_recipes_choice() -> None:
         narrow_parity("cuda", TASKS["encoder"], lambda: [(np.full_like(LOGITS, np.inf), LOGITS)], in_float16=True)
     assert caught.value.code == "QC-CUDA-004"
     for found, wanted in [(LOGITS[:1], LOGITS), (LOGITS * np.nan, LOGITS * np.nan)]:  # another shape; wrong weights
-        assert narrow_parity("cuda", TASKS["encoder"], lambda p=(found, wanted): [p], in_float16=True).status == "failed"
+        assert narrow_parity("cuda", TASKS["encoder"], lambda p=(found, wanted): [p], in_float16=True).status == "failed"  # type: ignore[misc]
 
 
 def test_a_graph_that_can_not_be_run_fails() -> None:
@@ -253,7 +253,7 @@ def scaled_attention(graph: bytes) -> bytes:
     model = onnx.load_from_string(graph)
     node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     next(attribute for attribute in node.attribute if attribute.name == "scale").f *= 1.5
-    return model.SerializeToString()
+    return model.SerializeToString()  # type: ignore[no-any-return]
 
 
 @pytest.mark.usefixtures("quick", "stand_in")

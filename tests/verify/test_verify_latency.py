@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from calibrate_models import model_of
@@ -72,7 +74,7 @@ def measured(
     def baseline(settings: SessionSettings) -> Session:
         return Session(clocks, floats or [], 6.0, settings)
 
-    return measure_latency(MODEL, artifact, baseline if floats else None, [MODEL.example_inputs], "cpu")
+    return measure_latency(MODEL, artifact, baseline if floats else None, [dict(MODEL.example_inputs)], "cpu")
 
 
 def test_on_a_machine_that_does_nothing_else_the_clock_decides(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +123,12 @@ def test_what_the_cores_did_for_others_is_all_but_the_own_time() -> None:
 def test_only_the_cores_that_the_process_may_run_on_count(monkeypatch: pytest.MonkeyPatch) -> None:
     linux = {"user": 3.0, "nice": 1.0, "system": 1.0, "idle": 4.0, "iowait": 1.0, "steal": 2.0, "guest": 3.0}
     every = [SimpleNamespace(**linux), SimpleNamespace(user=100.0, system=0.0, idle=0.0)]
-    monkeypatch.setattr(cores.psutil, "cpu_times", lambda percpu: every)
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: every)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     now = CoreTimes.now()
     assert now is not None
     assert (now.busy, now.counted, now.cores) == (7.0, 12.0, 1)
-    monkeypatch.delattr(cores.os, "sched_getaffinity")  # as on macOS and Windows
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
     now = CoreTimes.now()
     assert now is not None
     assert (now.busy, now.cores) == (107.0, 2)
@@ -136,6 +138,6 @@ def test_a_system_that_does_not_tell_is_no_error(monkeypatch: pytest.MonkeyPatch
     def refused(percpu: bool) -> Any:
         raise PermissionError("/proc/stat")
 
-    monkeypatch.setattr(cores.psutil, "cpu_times", refused)
+    monkeypatch.setattr(psutil, "cpu_times", refused)
     assert CoreTimes.now() is None
     assert cores.others_share(None) is None

@@ -75,7 +75,7 @@ def edit(artifact: ArtifactReader, change: Callable[[onnx.GraphProto], None]) ->
 
 
 def node_named(graph: onnx.GraphProto, end: str) -> onnx.NodeProto:
-    return next(node for node in graph.node if node.name.endswith(end))
+    return next(node for node in graph.node if node.name.endswith(end))  # type: ignore[no-any-return]
 
 
 def set_attribute(op_type: str, name: str, value: float) -> Callable[[onnx.GraphProto], None]:

@@ -49,7 +49,7 @@ def hugging_face(kind: str, *, tied: bool = False) -> Model:
         aliases = {"lm_head.weight": "model.embed_tokens.weight"}
     return Model(
         kind,
-        "causal-lm" if kind == "llama" else "encoder",
+        "causal-lm" if kind == "llama" else "encoder",  # type: ignore[arg-type]
         module,
         MemorySource(content),
         blocks,
