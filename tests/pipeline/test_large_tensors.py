@@ -20,7 +20,7 @@ from qconvert.storage import stage
 def use_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Handle every tensor and every block as if it were large. Returns the folder of each file that is made for one."""
     made: list[Path] = []
-    in_file = stage.tensor_in_file
+    in_file = stage.tensor_in_file  # type: ignore[attr-defined]
 
     def noted(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         made.append(folder)

@@ -162,7 +162,7 @@ def test_a_run_that_was_interrupted_in_a_later_shard_gives_the_same_bytes(
     mine = recipe("out", verify=False)
     conversion.convert(mine)
     expected = files(mine.output)
-    taken = []
+    taken: list[Any] = []
     real = conversion.Conversion.take
 
     def interrupted(self: conversion.Conversion, block: Block) -> None:
@@ -199,7 +199,7 @@ def test_the_plan_names_the_shards(recipe: Make, limit: Callable[[int], None]) -
     def shown() -> str:
         console = Console(file=io.StringIO(), width=200)
         console.print(table(preparation.plan(recipe("out"))))
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
     assert document(preparation.plan(recipe("out")))["weight_files"] == [WEIGHTS]
     assert f"\n{WEIGHTS}: " in shown()
