@@ -7,16 +7,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import forked
 import pytest
-import transformers
 
-from qconvert.ir.model import Model
-from qconvert.ir.template import Template
-from qconvert.pipeline import conversion, preparation, verification
-from qconvert.trace import trace
+# What takes seconds to import is imported where it is used: the process that hands out the tests needs none of it.
+if TYPE_CHECKING:
+    from qconvert.ir.model import Model
+    from qconvert.ir.template import Template
 
 PYTHON = sys.executable
 STAND_IN = pytest.StashKey[str]()  # what tests start in its place
@@ -37,15 +36,25 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """What processes of the session share: what was traced before, and a process that commands are forked off."""
     keep_traces(config)
-    forked.keep_translations()
     if hasattr(config, "workerinput"):
         config.stash[STAND_IN] = config.workerinput["stand_in"]
-    elif sys.platform == "linux":
+    elif sys.platform == "linux" and not is_benchmark(config):
         folder = tempfile.TemporaryDirectory(prefix="qconvert-")
         config.add_cleanup(folder.cleanup)
         config.stash[STAND_IN] = str(forked.stand_in(Path(folder.name)))
     else:
         config.stash[STAND_IN] = PYTHON
+
+
+def is_benchmark(config: pytest.Config) -> bool:
+    """Whether times are measured: then nothing is spared that users wait for."""
+    return config.getoption("--bench-models") is not None
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    hands_out_tests = session.config.pluginmanager.hasplugin("dsession")
+    if not hands_out_tests and not is_benchmark(session.config):
+        forked.keep_translations()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -92,6 +101,8 @@ def trace_once(model: Model) -> Template:
     """The template of a model that was traced before, by its name and tensors: most tests use the same few."""
     tensors = {name: (str(info.dtype), info.shape) for name, info in model.source.tensors.items()}
     key = f"{model.name} {sorted(tensors.items())}"
+    from qconvert.trace import trace
+
     if key not in TEMPLATES:
         TEMPLATES[key] = trace(model)
     return TEMPLATES[key]
@@ -102,6 +113,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification in this process on one thread and a machine that does nothing else, each model traced once.
 
     The last test of test_pipeline runs everything as it is."""
+    from qconvert.pipeline import conversion, preparation, verification
+
     monkeypatch.setattr(preparation, "trace", trace_once)
     monkeypatch.setattr(
         conversion,
@@ -116,6 +129,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quiet() -> Iterator[None]:
     """transformers without bars and warnings."""
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

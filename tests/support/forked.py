@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # What commands import, but for onnxruntime: it starts a thread, which a fork lacks, and waits for it at the end.
+ABSENT = "onnxruntime"
 LIBRARIES = (
     *("compressed_tensors", "matplotlib.pyplot", "networkx", "rich.progress", "tokenizers", "torch._inductor.decomposition"),
     *("onnxscript.function_libs.torch_lib.ops", "torch._functorch.aot_autograd", "torch.export._trace", "torch.export._unlift"),
@@ -171,6 +172,20 @@ def keep_translations() -> None:
     ONNXRegistry.from_torchlib = staticmethod(kept)  # type: ignore[method-assign]
 
 
+def import_parts() -> None:
+    """Import those parts of qconvert that do without onnxruntime."""
+    sys.modules[ABSENT] = None  # type: ignore[assignment]
+    for part in PARTS:
+        before = set(sys.modules)
+        try:
+            importlib.import_module(f"qconvert.{part}")
+        except ImportError:
+            for name in set(sys.modules) - before:
+                if name.startswith("qconvert."):
+                    del sys.modules[name]
+    del sys.modules[ABSENT]
+
+
 def main() -> None:
     """Import everything, and become each of the commands that clients ask for."""
     settings = json.loads((Path(sys.argv[2]) / "settings.json").read_text())
@@ -178,8 +193,9 @@ def main() -> None:
 
     with working(StderrConsole()):
         pass  # it has set the variables that keep libraries quiet which are imported from now on
-    for name in (*LIBRARIES, *(f"qconvert.{part}" for part in PARTS)):
+    for name in LIBRARIES:
         importlib.import_module(name)
+    import_parts()
     keep_translations()
     importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry.from_torchlib(opset_version=OPSET)
     assert len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208

@@ -88,13 +88,20 @@ def run(arguments: list[str], settings: dict[str, Any]) -> int:
     os.umask(umask)
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": str(Path.cwd()), "umask": umask}
     data = json.dumps({**request, "group": os.getpgid(0), "executable": str(FOLDER / "python")}).encode()
-    with connect(settings) as connection:
-        socket.send_fds(connection, [len(data).to_bytes(4, "big")], [0, 1, 2])
-        connection.sendall(data)
-        answer = connection.recv(4)
-    if not answer:
-        sys.exit(f"the process that commands are forked off has ended: see {FOLDER / 'log'}")
-    return int.from_bytes(answer, "big", signed=True)
+    try:
+        with connect(settings) as connection:
+            socket.send_fds(connection, [len(data).to_bytes(4, "big")], [0, 1, 2])
+            connection.sendall(data)
+            return int.from_bytes(received(connection), "big", signed=True)
+    except ConnectionError:
+        sys.exit(f"the process that commands are forked off has ended, and said:\n{(FOLDER / 'log').read_text()}")
+
+
+def received(connection: socket.socket) -> bytes:
+    """The four bytes of an exit code. Raises ConnectionError where the server ended without it."""
+    if len(answer := connection.recv(4)) < 4:
+        raise ConnectionResetError
+    return answer
 
 
 def main() -> None:
