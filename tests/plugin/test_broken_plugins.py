@@ -78,7 +78,7 @@ def test_a_recipe_that_needs_an_unusable_one_fails_with_4(plugins: Path, name: s
 def test_one_that_fails_is_named_with_its_version_and_the_layer(plugins: Path, name: str) -> None:
     source, code, reason = FAILING[name]
     install(plugins, name, source)
-    done = run(plugins, "--quantizer", name, "--plugin-timeout", "3" if name == "hangs" else "60")
+    done = run(plugins, "--quantizer", name, "--plugin-timeout", "10" if name == "hangs" else "60")
     assert done.returncode == (6 if code == "QC-MEMORY-001" else 4), done.stderr
     error = json.loads(done.stdout)["error"]
     assert error["code"] == code
