@@ -14,15 +14,13 @@ from torch import Tensor
 from qconvert.calibrate.records import read_arrays, read_records
 from qconvert.errors import InputError, UsageError
 from qconvert.execution.probes import position_limit
-from qconvert.ir.batch import Batch, row_count
+from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS, Batch, row_count
 from qconvert.ir.data_source import ARRAYS_SUFFIX, BUILTIN
 from qconvert.ir.model import Model
 from qconvert.ir.samples import Samples
 from qconvert.recipe import Recipe
 from qconvert.recipe.fields import DataSpec
 
-BATCH_TOKENS = 1024  # enough rows for the matrix kernels, while logits [tokens, 50k] stay at 200 MB
-BATCH_ROWS = 8
 MIN_CHARACTERS = 4_000_000  # of a long text only the beginning is read, about a million tokens
 CHARACTERS_PER_TOKEN = 16  # generous, so that a request for very many tokens reads on
 

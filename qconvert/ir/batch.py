@@ -10,6 +10,9 @@ from torch import Tensor
 # Input name -> [rows, ...].
 Batch = dict[str, Any]
 
+# The most samples of a batch, and the most tokens: enough rows for the matrix kernels, and logits [tokens, 50k] stay at 200 MB.
+BATCH_ROWS, BATCH_TOKENS = 8, 1024
+
 
 def row_count(inputs: Mapping[str, Tensor]) -> int:
     """Return how many rows inputs have: an input that all rows of a module share has one row, or is a scalar."""

@@ -62,7 +62,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         tuple(kept),
         calibrated=calibrates(recipe, quantizer),
         weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
-        peaks=peaks(model, layers, recipe, quantizer),
+        peaks=peaks(model, template.groups, layers, recipe, quantizer),
         shared={head: embedding for head, embedding in shared.items() if head not in apart},
         targets=recipe.targets,
         cuda_bytes=cuda_bytes(model, layers, recipe),

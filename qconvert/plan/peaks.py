@@ -7,16 +7,22 @@ tests/bench/sizes.py measures what a run takes, and the estimates are held to th
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
+from torch import nn
+
 from qconvert.execution.materialize import LARGE_BLOCK
 from qconvert.execution.probes import position_limit
+from qconvert.execution.wide_rows import TILE_BYTES, is_large
+from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
 from qconvert.ir.large_tensors import LARGE
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
+from qconvert.ir.template import InputGroup
 from qconvert.ort.pieces import PIECE_BYTES, WHOLE_BYTES
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer
@@ -24,58 +30,74 @@ from qconvert.recipe import Recipe
 from qconvert.recipe.fields import DataSpec
 
 FLOAT = 4
-# A process with its libraries; and what traces, graphs, and memory that an allocator does not give back add to it.
-PROCESS_BYTES, GRAPHS_BYTES = 350_000_000, 200_000_000
-# Matrices outside the blocks that take more in float32 are widened by so many bytes at a time.
-WIDE_BYTES, TILE_BYTES = 200_000_000, 64_000_000
-# Copies of a layer's weights in float32 while it is quantized: its own, the candidate's, and what the two are compared in.
-COPIES = 6
-# Copies of the logits of one sample that a comparison holds: of both models, each as its session and as the caller has it.
-LOGITS = 4
+# A process with its libraries and a model's headers; and what traces, graphs, and an allocator that keeps some of it add.
+PROCESS_BYTES, GRAPHS_BYTES = 380_000_000, 150_000_000
+# Of a batch: what a feed-forward layer holds at once of gate, up, their product and what observers are shown.
+ACTIVATIONS = 4
+# Of a block that is tuned: its weights in float32, their gradients, and what is learned.
+TUNED = 3
+# What a session of ONNX Runtime holds of float weights: as they were given, transposed, and packed for its kernels twice over
+# while it is opened.
+SESSION = 4
+# Logits of one sample that a comparison holds: of both models, as the session and as the caller has them, and in float64.
+LOGITS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
     """Sizes in float32.
 
-    block: of the largest block. traced: of one block of each stack. outside: of what is held outside the blocks.
-    largest: of one tensor. total: of all.
+    block: of the largest block. traced: of one block of each stack. outside: of what lies outside the blocks, where torch runs
+        it (execution/wide_rows.py). multiplied: of that which graphs multiply with: embeddings are looked up as they are
+        stored.
+    largest: of one tensor that graphs multiply with. total: of all of them.
     """
 
     block: int
     traced: int
     outside: int
+    multiplied: int
     largest: int
     total: int
 
 
 def trace_peak(model: Model) -> int:
     """Return the peak of the trace: the traced blocks run in torch, then in ONNX Runtime, whole or a piece at a time."""
-    weights = _weights(model)
-    checked = weights.traced + weights.outside
-    piece = checked if checked <= WHOLE_BYTES else max(PIECE_BYTES, weights.largest)
-    return PROCESS_BYTES + GRAPHS_BYTES + max(checked, piece)
+    weights = _weights(model, widened=True)
+    graph = weights.traced + weights.multiplied
+    piece = graph if graph <= WHOLE_BYTES else max(PIECE_BYTES, weights.largest)
+    return PROCESS_BYTES + GRAPHS_BYTES + max(weights.traced + weights.outside, piece)
 
 
-def peaks(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe, quantizer: Quantizer) -> dict[str, int]:
+def peaks(
+    model: Model, groups: Sequence[InputGroup], layers: Mapping[str, LayerPlan], recipe: Recipe, quantizer: Quantizer
+) -> dict[str, int]:
     """Return the peak of each stage of a run by the stage's name."""
-    found = {"trace": trace_peak(model), "quantize": _quantize_peak(model, layers, recipe, quantizer)}
+    found = {"trace": trace_peak(model), "quantize": _quantize_peak(model, groups, layers, recipe, quantizer)}
     return found | ({"verify": _verify_peak(model, layers, recipe)} if recipe.verify else {})
 
 
-def _quantize_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe, quantizer: Quantizer) -> int:
+def _quantize_peak(
+    model: Model, groups: Sequence[InputGroup], layers: Mapping[str, LayerPlan], recipe: Recipe, quantizer: Quantizer
+) -> int:
     """The samples on their way through the blocks, and with them what a block is run with, or quantized with."""
     weights = _weights(model)
-    runs = bool(quantizer.observers) or recipe.tuning is not None
-    sizes = [layer.out_features * layer.in_features for layer in layers.values()]
-    codes: dict[str, int] = defaultdict(int)
-    for name, layer in layers.items():
-        codes[model.block_of(name)] += layer.out_features * layer.in_features
-    statistics = _statistics(model, layers) if Gram in quantizer.observers else 0
-    quantizing = statistics + max(codes.values()) + COPIES * FLOAT * max(sizes)
-    hidden, activations = _samples(model, layers, recipe.calibration) if runs else (0, 0)
-    running = weights.outside + _held_of_block(model, layers, weights) + statistics + activations if runs else 0
-    tuning = weights.block * 3 if recipe.tuning is not None else 0  # the weights, their gradients, what is learned
+    sizes = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
+    largest = FLOAT * max(sizes.values())
+    codes: dict[str, int] = defaultdict(int)  # of a block, a byte each
+    for name, size in sizes.items():
+        codes[model.block_of(name)] += size
+    statistics, copied = _statistics(model, groups, layers) if Gram in quantizer.observers else (0, 0)
+    together = [FLOAT * sum(sizes.get(name, 0) for name in group.layers) for group in groups]
+    prepares = type(quantizer).prepare is not Quantizer.prepare
+    in_float = max([largest, *together]) if prepares else largest
+    # Beside its own float32, a layer is compared with what its codes stand for.
+    quantizing = statistics + copied + max(codes.values()) + in_float + largest
+    if not (quantizer.observers or recipe.tuning):
+        return PROCESS_BYTES + GRAPHS_BYTES + quantizing
+    hidden, activations = _samples(model, layers, recipe.calibration)
+    running = weights.outside + _held_of_block(model, layers, weights) + statistics + activations
+    tuning = TUNED * weights.block if recipe.tuning else 0
     return PROCESS_BYTES + GRAPHS_BYTES + _in_memory(hidden) + max(running, quantizing + tuning)
 
 
@@ -90,36 +112,41 @@ def _held_of_block(model: Model, layers: Mapping[str, LayerPlan], weights: _Weig
     return weights.block - max(map(sum, inside.values())) + 2 * max(map(max, inside.values()))
 
 
-def _statistics(model: Model, layers: Mapping[str, LayerPlan]) -> int:
-    """The Gram matrices of one block: of each width one at least, those that are large in files."""
-    widths: dict[str, set[int]] = defaultdict(set)
-    for name, layer in layers.items():
-        if not layer.form.is_embedding:
-            widths[model.block_of(name)].add(layer.in_features)
-    return max((sum(_in_memory(FLOAT * width**2) for width in unit) for unit in widths.values()), default=0)
+def _statistics(model: Model, groups: Sequence[InputGroup], layers: Mapping[str, LayerPlan]) -> tuple[int, int]:
+    """The Gram matrices of one block, and the largest of them, which is copied when it is divided or inverted; those that are
+    large lie in files.
+    """
+    units: dict[str, int] = defaultdict(int)
+    largest = 0
+    for group in groups:
+        for name in [name for name in group.layers if name in layers and not layers[name].form.is_embedding][:1]:
+            size = _in_memory(FLOAT * layers[name].in_features ** 2)
+            units[model.block_of(name)] += size
+            largest = max(largest, size)
+    return max(units.values(), default=0), largest
 
 
 def _samples(model: Model, layers: Mapping[str, LayerPlan], data: DataSpec) -> tuple[int, int]:
-    """(hidden states of all samples, activations of the widest layer of a batch)."""
+    """(hidden states of all samples, what a feed-forward layer makes of a batch of them)."""
     length = min(data.length, position_limit(model) or data.length) if model.task.takes_text else 1
+    batch = length * min(data.samples, BATCH_ROWS, max(1, BATCH_TOKENS // length))
     narrow = min((layer.in_features for layer in layers.values()), default=0)
     inside = [layer for name, layer in layers.items() if model.block_of(name)]
     wide = max((max(layer.in_features, layer.out_features) for layer in inside), default=0)
-    return FLOAT * data.samples * length * narrow, 4 * FLOAT * length * wide
+    return FLOAT * data.samples * length * narrow, ACTIVATIONS * FLOAT * batch * wide
 
 
 def _verify_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
-    """A process beside the one that waits for it. Parity holds the weights of a piece as torch and as ONNX Runtime have them;
-    fidelity a piece of the float model and the artifact, whose kernels pack their weights anew, with the logits of a sample.
+    """A process beside the one that waits for it. What takes most there is fidelity: the artifact, whose kernels pack their
+    weights anew, and beside it the float model, whole or a piece of it, with the logits of a sample.
     """
     weights = _weights(model)
     piece = weights.total if weights.total <= WHOLE_BYTES else max(PIECE_BYTES, weights.largest)
-    parity = max(weights.outside + weights.block, 2 * piece)
+    kept = _head_bytes(model, layers)
     packed = sum(layer.nbytes for layer in layers.values())
     hidden, _ = _samples(model, layers, recipe.evaluation)
     logits = LOGITS * FLOAT * recipe.evaluation.length * _vocabulary(model) if model.task.generates else 0
-    fidelity = packed + hidden + max(piece, logits)
-    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + max(parity, fidelity)
+    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + packed + hidden + SESSION * (kept + piece) + logits
 
 
 def _vocabulary(model: Model) -> int:
@@ -127,18 +154,31 @@ def _vocabulary(model: Model) -> int:
     return 0 if head is None else model.parameter_shapes[f"{head}.weight"][0]
 
 
-def _weights(model: Model) -> _Weights:
+def _head_bytes(model: Model, layers: Mapping[str, LayerPlan]) -> int:
+    """The output head in float32, where the artifact has it in float."""
+    head = model.output_head
+    quantized = head is None or any(
+        model.stored_name(f"{head}.weight") == model.stored_name(f"{name}.weight") for name in layers
+    )
+    return 0 if head is None or quantized else FLOAT * prod(model.parameter_shapes[f"{head}.weight"])
+
+
+def _weights(model: Model, *, widened: bool = False) -> _Weights:
+    """widened: whether only those count that are stored in another type; a model in float32 is mapped."""
     units: dict[str, int] = defaultdict(int)
     outside, largest = 0, 0
-    tensors = {model.stored_name(name): (model.block_of(name), shape) for name, shape in model.parameter_shapes.items()}
-    for unit, shape in tensors.values():
-        size = FLOAT * prod(shape)
-        units[unit] += size
-        largest = max(largest, size)
-        if not unit:
-            outside += size if size <= WIDE_BYTES else TILE_BYTES
-    blocks = [max((units[block] for block in stack), default=0) for stack in model.stacks]
-    return _Weights(max(blocks, default=0), sum(blocks), outside, largest, sum(units.values()))
+    uses = Counter(map(model.stored_name, model.parameter_shapes))
+    for name, shape in model.parameter_shapes.items():
+        unit, size = model.block_of(name), FLOAT * prod(shape)
+        if name in model.tied or (widened and model.source.tensors[name].dtype == torch.float32):
+            continue
+        outside += 0 if unit else TILE_BYTES if is_large(shape) else size
+        looked_up = uses[name] == 1 and isinstance(model.module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        if not looked_up:
+            units[unit] += size
+            largest = max(largest, size)
+    blocks = [max(units[block] for block in stack) for stack in model.stacks]
+    return _Weights(max(blocks, default=0), sum(blocks), outside, units[""], largest, sum(units.values()))
 
 
 def _in_memory(nbytes: int) -> int:
