@@ -36,9 +36,9 @@ PROCESS_BYTES, GRAPHS_BYTES = 380_000_000, 150_000_000
 ACTIVATIONS = 4
 # Of a block that is tuned: its weights in float32, their gradients, and what is learned.
 TUNED = 3
-# What a session of ONNX Runtime holds of float weights: as they were given, transposed, and packed for its kernels twice over
-# while it is opened.
-SESSION = 4
+# How often a session of ONNX Runtime holds float weights while it is opened: as they were widened, transposed and packed for
+# its kernels. Those that are stored in float32 stay where they are mapped, and fewer copies are made.
+SESSION, MAPPED_SESSION = 4, 1.5
 # Logits of one sample that a comparison holds: of both models, as the session and as the caller has them, and in float64.
 LOGITS = 8
 
@@ -146,7 +146,8 @@ def _verify_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) 
     packed = sum(layer.nbytes for layer in layers.values())
     hidden, _ = _samples(model, layers, recipe.evaluation)
     logits = LOGITS * FLOAT * recipe.evaluation.length * _vocabulary(model) if model.task.generates else 0
-    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + packed + hidden + SESSION * (kept + piece) + logits
+    copies = SESSION if _weights(model, widened=True).total else MAPPED_SESSION
+    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + packed + hidden + int(copies * (kept + piece)) + logits
 
 
 def _vocabulary(model: Model) -> int:
