@@ -118,16 +118,19 @@ def mapping_limit() -> int | None:
     return min((limit for limit in soft if limit != resource.RLIM_INFINITY), default=None)
 
 
-def shortage(memory: int, files: int, root: Path = ROOT) -> Limit | None:
+def shortage(memory: int, files: int, processes: int = 1, root: Path = ROOT) -> Limit | None:
     """Return the limit that this process meets if it comes to hold `memory` bytes in all, and maps so many more of files; None
-    where that is within all limits. The number of the limit is what it could hold.
+    where that is within all limits. The number of the limit is what could be held.
+
+    processes: those that hold it together. What may be mapped is limited for each, and one of them, which begins with as much
+        as this one has now, comes to hold the rest.
     """
     held, mapped = _held_and_mapped(root)
     left, most = memory_left(root), mapping_limit()
     if left is not None and memory > left.free + held:
         return Limit(left.free + held, left.owner)
-    if most is not None and mapped + files + memory - held > most:
-        return Limit(max(most - mapped - files + held, 0), f"ulimit -v or -d, beside {files} bytes of mapped files")
+    if most is not None and mapped + files + memory - processes * held > most:
+        return Limit(max(most - mapped - files + processes * held, 0), f"ulimit -v or -d, beside {files} bytes of mapped files")
     return None
 
 

@@ -199,5 +199,5 @@ def test_files_that_are_mapped_count_where_mappings_are_limited(
     failed = CliRunner().invoke(main, arguments(folder, tmp_path / "out"))
     assert failed.exit_code == 6
     message = json.loads(failed.stdout)["error"]["message"]
-    assert "this process can have 0 B, by the limit of ulimit -v or -d, beside " in message
+    assert "and there are 0 B, by the limit of ulimit -v or -d, beside " in message
     assert list(tmp_path.iterdir()) == []
