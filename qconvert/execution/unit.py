@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.execution.modules import in_own_shape
+from qconvert.execution.wide_rows import Rows
 from qconvert.ir.lane import Lane
 from qconvert.ir.layer import BlockSamples
 from qconvert.ir.model import Model
@@ -21,18 +22,21 @@ def unit_index(model: Model, unit: str) -> int:
     return model.blocks.index(unit) if unit else len(model.blocks)
 
 
-def relative_change(model: Model, unit: str, lane: Lane, replaced: Mapping[str, Tensor], device: str = "cpu") -> float:
+def relative_change(model: Model, unit: str, lane: Lane, replaced: Mapping[str, Tensor | Rows], device: str = "cpu") -> float:
     """Return max |out' - out| / max |out| of a unit on one lane, in full float32; inf if anything is not finite.
 
-    replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened.
+    replaced: full parameter name -> tensor as in the module (Conv1D [in, out]), but kernels may be flattened; or its rows.
     """
     shapes = model.parameter_shapes
     unknown = [name for name in replaced if name not in shapes or model.block_of(name) != unit]
     if unknown:
         raise ValueError(f"{unknown} are no parameters of {unit!r}")
 
-    def read(name: str) -> Tensor:
-        return replaced[name].reshape(shapes[name]) if name in replaced else model.read(name)
+    def read(name: str) -> Tensor | Rows:
+        if name not in replaced:
+            return model.read(name)
+        value = replaced[name]
+        return value.reshape(shapes[name]) if isinstance(value, Tensor) else value
 
     runner, index = BlockRunner(model, device=device, lanes=[lane]), unit_index(model, unit)
     with runner.weights_of(unit):
@@ -41,10 +45,15 @@ def relative_change(model: Model, unit: str, lane: Lane, replaced: Mapping[str, 
         changed = runner.run_unit(index, lane)
     worst = 0.0
     for before, after in zip(expected, changed, strict=True):
-        largest = max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
-        difference = (after - before).abs().max().item()
+        largest = max(_largest(before), torch.finfo(torch.float32).tiny)
+        difference = _largest(after - before)
         worst = max(worst, difference / largest if math.isfinite(difference) else math.inf)
     return worst
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude, NaN if there is one, without a copy: logits may be large."""
+    return float(torch.stack(values.aminmax()).abs().max())
 
 
 class DifferentiableBlock:

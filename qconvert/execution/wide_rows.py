@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from qconvert.ir import affine
+
 # In float32, of a matrix that is not held whole, and of the rows of it that are widened at once.
 LARGE_BYTES, TILE_BYTES = 200_000_000, 64_000_000
 
@@ -35,8 +37,9 @@ def is_large(shape: Sequence[int]) -> bool:
 
 
 def tiles(shape: Sequence[int]) -> Iterator[slice]:
-    """Yield slices over the rows of a matrix, of TILE_BYTES in float32 each."""
-    step = max(1, TILE_BYTES // (4 * max(shape[1], 1)))
+    """Yield slices over the rows of a matrix: TILE_BYTES in float32 at most, in whole slices of `affine.row_blocks`."""
+    rows = affine.rows_at_once(shape[1])
+    step = rows * max(1, TILE_BYTES // (4 * rows * shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, start + step)
 

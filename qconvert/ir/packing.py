@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Packing takes a few copies of the codes, so that those of a large head are not packed all at once.
+CODES_AT_ONCE = 2**24
+
 
 def offset_of(bits: int) -> int:
     """Return the number that makes codes of so many bits unsigned when it is added."""
@@ -50,6 +53,11 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def pack_int32(q: Tensor, bits: int) -> Tensor:
     """Pack codes [rows, columns] into int32 [rows, ceil(columns * bits / 32)], compressed-tensors' pack-quantized form."""
+    rows = max(1, CODES_AT_ONCE // max(q.shape[1], 1))
+    return torch.cat([_pack_int32(part, bits) for part in torch.split(q, rows)])
+
+
+def _pack_int32(q: Tensor, bits: int) -> Tensor:
     packed = pack_codes(q, bits)
     padding = -packed.shape[1] % 4
     if padding:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from qconvert.ir import affine
@@ -61,6 +62,30 @@ class QuantizedTensor:
         if self.smoothing_scale is not None:
             weight = weight / self.smoothing_scale
         return weight
+
+
+def stacked(parts: Iterable[QuantizedTensor], rows: int) -> QuantizedTensor:
+    """Return the quantized tensor with the rows of all parts, `rows` in all; one part at a time is in memory beside it.
+
+    parts: with a scale per row or group, without outliers, alike in all else.
+    """
+    whole: QuantizedTensor | None = None
+    end = 0
+    for part in parts:
+        if whole is None:
+            zero_point = None if part.zero_point is None else _room(part.zero_point, rows)
+            whole = replace(part, q=_room(part.q, rows), scale=_room(part.scale, rows), zero_point=zero_point)
+        begin, end = end, end + len(part.q)
+        whole.q[begin:end], whole.scale[begin:end] = part.q, part.scale
+        if whole.zero_point is not None and part.zero_point is not None:
+            whole.zero_point[begin:end] = part.zero_point
+    assert whole is not None
+    assert end == rows
+    return whole
+
+
+def _room(part: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, *part.shape[1:], dtype=part.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,9 +7,7 @@ keys silently, and says neither which tensors a truncated file lacks nor that it
 from __future__ import annotations
 
 import logging
-import math
 import mmap
-import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +19,8 @@ from qconvert.errors import InputError
 from qconvert.ir.artifact import WEIGHTS, WEIGHTS_INDEX
 from qconvert.ir.model import TensorInfo
 from qconvert.load.folder import read_weight_map, weight_files
+from qconvert.storage.mapped import map_file, mapped_tensor
 from qconvert.storage.safetensors import _DOWNLOAD_AGAIN, Entry, read_header
-
-# Linux reserves memory for a private writable mapping unless told not to; the value is not in Python's mmap before 3.13.
-_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
-
 
 log = logging.getLogger("qconvert")
 
@@ -56,24 +51,11 @@ class SafetensorsSource:
     def read(self, name: str) -> Tensor:
         """Return a view of the mapped file: no byte is read before it is used, and the file can't be changed through it."""
         path, entry = self._entries[name]
-        dtype, shape = entry.info.dtype, entry.info.shape
         if entry.start == entry.stop:
-            return torch.empty(shape, dtype=dtype)
-        mapped = self._map(path)
-        if entry.start % dtype.itemsize:  # the format does not promise alignment; kernels want it
-            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start)
-            return raw.clone().view(dtype).reshape(shape)
-        return torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=entry.start).reshape(shape)
-
-    def _map(self, path: Path) -> mmap.mmap:
-        """The whole file, mapped once. Pages are private: a tensor that is written to by mistake neither changes the
-        file nor kills the process, as read-only pages would."""
+            return torch.empty(entry.info.shape, dtype=entry.info.dtype)
         if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(
-                    file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
-        return self._maps[path]
+            self._maps[path] = map_file(path)
+        return mapped_tensor(self._maps[path], entry.start, entry.info.dtype, entry.info.shape)
 
 
 def open_folder(folder: Path) -> SafetensorsSource:

@@ -22,6 +22,7 @@ from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
 from qconvert.ir.large_tensors import LARGE
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
+from qconvert.ir.scheme import PerTensor
 from qconvert.ir.template import InputGroup
 from qconvert.ort.pieces import PIECE_BYTES, WHOLE_BYTES
 from qconvert.plugin.observer import Gram
@@ -83,7 +84,7 @@ def _quantize_peak(
     """The samples on their way through the blocks, and with them what a block is run with, or quantized with."""
     weights = _weights(model)
     sizes = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
-    largest = FLOAT * max(sizes.values())
+    largest = max(_in_float(model, layer, quantizer) for layer in layers.values())
     codes: dict[str, int] = defaultdict(int)  # of a block, a byte each
     for name, size in sizes.items():
         codes[model.block_of(name)] += size
@@ -99,6 +100,18 @@ def _quantize_peak(
     running = weights.outside + _held_of_block(model, layers, weights) + statistics + activations
     tuning = TUNED * weights.block if recipe.tuning else 0
     return PROCESS_BYTES + GRAPHS_BYTES + _in_memory(hidden) + max(running, quantizing + tuning)
+
+
+def _in_float(model: Model, layer: LayerPlan, quantizer: Quantizer) -> int:
+    """The weights of a layer that are in float32 at once while it is quantized: of a large embedding or head some rows."""
+    shape = (layer.out_features, layer.in_features)
+    if layer.kind == "embedding":
+        by_rows = quantizer.by_rows or bool(quantizer.observers)
+    else:
+        by_rows = quantizer.by_rows and type(quantizer).prepare is Quantizer.prepare
+    outside = is_large(shape) and not model.block_of(layer.name)
+    in_tiles = outside and by_rows and not isinstance(layer.scheme.granularity, PerTensor)
+    return TILE_BYTES if in_tiles else FLOAT * prod(shape)
 
 
 def _held_of_block(model: Model, layers: Mapping[str, LayerPlan], weights: _Weights) -> int:

@@ -26,12 +26,15 @@ class Quantizer(ABC):
     name: what the user types, kebab-case.
     default_scheme: used where the recipe names none.
     observers: statistics that it needs of each linear's input; () means no calibration data is needed.
+    by_rows: whether `quantize` does with each row what it would do if there were no other, outliers included; schemes with one
+        scale per tensor aside. The layer that it is given may then be some rows of a large embedding or head.
     expected_failed_checks: name of a check of qconvert.testing -> why this quantizer fails it, for its users to read.
     """
 
     name: ClassVar[str]
     default_scheme: ClassVar[QuantScheme]
     observers: ClassVar[tuple[type[Observer], ...]] = ()
+    by_rows: ClassVar[bool] = False
     expected_failed_checks: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property

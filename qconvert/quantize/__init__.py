@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
 from qconvert.execution.unit import DifferentiableBlock
+from qconvert.execution.wide_rows import is_large, tiles
 from qconvert.ir import affine
 from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Block, Layer
-from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
+from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor, stacked
+from qconvert.ir.scheme import PerTensor, QuantScheme
 from qconvert.job import Job
 from qconvert.plugin.host import contract
-from qconvert.plugin.quantizer import round_to_nearest
+from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.plugin.tuner import BlockTuner
 from qconvert.quantize.fold import fold
-from qconvert.quantize.folded import Folded
+from qconvert.quantize.folded import ALL, Folded, FoldedLayer
 
 
 def quantize(block: Block, job: Job) -> QuantizedBlock:
@@ -27,24 +29,38 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
     finite; PluginError for a quantizer or a tuner that breaks its contract.
     """
     block.require_seen()
-    quantizer = job.quantizer
-    schemes = {layer.name: job.plan.layers[layer.name].scheme for layer in block.layers}
     for layer in block.layers:
         require_finite(f"{layer.name}.weight", layer.weight)
     folded = fold(block, job)
-    layers = {}
-    for layer in folded.layers():
-        if layer.kind == "embedding" and quantizer.observers:  # it has no input to weigh its errors by
-            tensor = round_to_nearest(layer.weight, schemes[layer.name])
-        else:
-            tensor = contract.quantize(quantizer, layer, schemes[layer.name])
-        if layer.name in folded.smoothing_scales:
-            tensor = dataclasses.replace(tensor, smoothing_scale=folded.smoothing_scales[layer.name])
-        layers[layer.name] = _finished(layer, tensor)
+    layers: dict[str, QuantizedLayer] = {}
+    for member in folded.members():
+        name = member.stored.name
+        quantized = _quantized(member, job.plan.layers[name].scheme, job.quantizer, outside=not block.name)
+        if name in folded.smoothing_scales:
+            tensor = dataclasses.replace(quantized.tensor, smoothing_scale=folded.smoothing_scales[name])
+            quantized = dataclasses.replace(quantized, tensor=tensor)
+        layers[name] = quantized
     if block.samples is not None and job.tuner is not None:
         samples = DifferentiableBlock(job.model, block.name, block.samples, job.recipe.device)
         layers |= _tuned(folded, layers, samples, job.tuner)
     return QuantizedBlock(block.name, tuple(layers.values()), folded.tensors)
+
+
+def _quantized(layer: FoldedLayer, scheme: QuantScheme, quantizer: Quantizer, *, outside: bool) -> QuantizedLayer:
+    """Quantize one layer; a large one outside the blocks some rows at a time, if each row is quantized by itself."""
+    shape, squares = layer.stored.weight.shape, list[tuple[float, float]]()
+    nearest = layer.stored.kind == "embedding" and bool(quantizer.observers)  # it has no input to weigh its errors by
+
+    def quantized(rows: slice) -> QuantizedTensor:
+        part = layer.in_float(rows)
+        tensor = round_to_nearest(part.weight, scheme) if nearest else contract.quantize(quantizer, part, scheme)
+        squares.extend(_squares(part, tensor))
+        return tensor
+
+    by_rows = (nearest or quantizer.by_rows) and not isinstance(scheme.granularity, PerTensor)
+    in_tiles = outside and by_rows and is_large(shape)
+    tensor = stacked(map(quantized, tiles(shape)), shape[0]) if in_tiles else quantized(ALL)
+    return QuantizedLayer(layer.stored.name, tensor, _relative_error(squares))
 
 
 def _tuned(
@@ -56,18 +72,26 @@ def _tuned(
         return {}
     start = {name: quantized[name].tensor for name in layers}
     tuned = contract.tune(tuner, folded.block.name, layers, start, samples, folded.tensors)
-    return {name: _finished(layer, tuned[name]) for name, layer in layers.items()}
+    return {
+        name: QuantizedLayer(name, tuned[name], _relative_error(_squares(layer, tuned[name]))) for name, layer in layers.items()
+    }
 
 
-def _finished(layer: Layer, tensor: QuantizedTensor) -> QuantizedLayer:
-    """Return a layer with its ||W - dequantize(q)|| / ||W|| in the scaled space that q lives in; 0 for an all-zero weight."""
-    scaled = dataclasses.replace(tensor, smoothing_scale=None)
+def _relative_error(squares: Iterable[tuple[float, float]]) -> float:
+    """||W - dequantize(q)|| / ||W|| of the `_squares` of a layer; 0 for an all-zero weight."""
     difference = total = 0.0
+    for lost, square in squares:
+        difference += lost
+        total += square
+    return (difference / total) ** 0.5 if total else 0.0
+
+
+def _squares(layer: Layer, tensor: QuantizedTensor) -> Iterator[tuple[float, float]]:
+    """(||W - dequantize(q)||^2, ||W||^2) of a few rows after the other, in the scaled space that q lives in."""
+    scaled = dataclasses.replace(tensor, smoothing_scale=None)
     for rows in affine.row_blocks(*layer.weight.shape):
         weight = layer.weight[rows]
-        difference += _square_norm(scaled.rows(rows).dequantize() - weight)
-        total += _square_norm(weight)
-    return QuantizedLayer(layer.name, tensor, (difference / total) ** 0.5 if total else 0.0)
+        yield _square_norm(scaled.rows(rows).dequantize() - weight), _square_norm(weight)
 
 
 def _square_norm(values: Tensor) -> float:

@@ -10,9 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qconvert.execution.wide_rows import Rows, is_large
 from qconvert.ir.layer import Block, Layer, Producer
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.smoothing import divided
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -51,23 +54,28 @@ class Folded:
 
     def layers(self) -> Iterator[Layer]:
         """Yield the layers as the quantizer is given them: scaled, with divided statistics."""
+        return (member.in_float() for member in self.members())
+
+    def members(self) -> Iterator[FoldedLayer]:
+        """Yield what `layers` does, not in float32 yet."""
         for index, group in enumerate(self.block.groups):
             scale = self.scales.get(index, self.kept.get(index))
             stats = group.stats if scale is None else divided(group.stats, scale, self.observers)
             for layer in group.layers:
-                yield dataclasses.replace(self.scaled(layer), stats=stats)
+                yield FoldedLayer(self, dataclasses.replace(layer, stats=stats))
 
-    def scaled(self, layer: Layer) -> Layer:
-        """Return a layer of the block in float32, with the weight and the bias that the scales make of its own."""
-        result = layer.in_float()
+    def scaled(self, layer: Layer, rows: slice | Tensor = ALL) -> Layer:
+        """Return a layer of the block, or some rows of it, in float32, with the weight and bias that the scales make of it."""
+        result = dataclasses.replace(layer, weight=layer.weight[rows]).in_float()
         for index, scale in (*self.scales.items(), *self.kept.items()):
-            if layer in self.block.groups[index].layers:
+            if layer.name in (member.name for member in self.block.groups[index].layers):
                 result.weight.mul_(scale)
             if index in self.scales and self._producer(index).name == layer.name:
-                result.weight.div_(_producer_scale(self._producer(index), scale)[:, None])
-        return dataclasses.replace(result, bias=self.tensors.get(f"{layer.name}.bias", result.bias))
+                result.weight.div_(_producer_scale(self._producer(index), scale)[rows, None])
+        bias = self.tensors.get(f"{layer.name}.bias", result.bias)
+        return dataclasses.replace(result, bias=bias if bias is None or rows is ALL else bias[rows])
 
-    def parameters(self) -> Mapping[str, Tensor]:
+    def parameters(self) -> Mapping[str, Tensor | Rows]:
         """Return every parameter that folding changes, in the module's own shape; weights of layers are made when they are
         read.
         """
@@ -83,16 +91,39 @@ class Folded:
 
 
 @dataclass(frozen=True, eq=False)
-class _Parameters(Mapping[str, Tensor]):
+class FoldedLayer:
+    """A layer of a folded block, put into float32 when it is asked for. stored: as the source holds it, with its statistics."""
+
+    folded: Folded
+    stored: Layer
+
+    def in_float(self, rows: slice | Tensor = ALL) -> Layer:
+        """Return the layer, or some rows of it, as the quantizer is given it."""
+        return self.folded.scaled(self.stored, rows)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.stored.weight.shape
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Return rows of the weight."""
+        return self.in_float(rows).weight
+
+
+@dataclass(frozen=True, eq=False)
+class _Parameters(Mapping[str, Tensor | Rows]):
     """The parameters that folding changes. layers: those that are the weights of layers, by full name."""
 
     folded: Folded
     layers: Mapping[str, Layer]
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | Rows:
         if name not in self.layers:
             return self.folded.tensors[name]
         layer = self.layers[name]
+        if layer.kind == "linear" and is_large(layer.weight.shape):
+            return FoldedLayer(self.folded, layer)
         weight = self.folded.scaled(layer).weight
         return weight.T if layer.kind == "conv1d" else weight
 

@@ -31,6 +31,7 @@ class AbsMaxQuantizer(ClippedRange, Quantizer):
 
     name = "absmax"
     default_scheme = QuantScheme.parse("int8-tensor-a8")
+    by_rows = True
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Refuse asymmetric schemes."""

@@ -41,6 +41,7 @@ class AWQQuantizer(Quantizer):
     name = "awq"
     default_scheme = QuantScheme.parse("int4-g32-asym")
     observers = (Gram,)
+    by_rows = True
 
     def __post_init__(self) -> None:
         if self.grid < 1 or not 0 < self.min_clip <= 1:

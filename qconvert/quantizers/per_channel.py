@@ -29,6 +29,7 @@ class PerChannelQuantizer(ClippedRange, Quantizer):
 
     name = "per-channel"
     default_scheme = QuantScheme.parse("int8-channel-a8")
+    by_rows = True
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Refuse one scale per tensor."""

@@ -33,6 +33,7 @@ class ZeroPointQuantizer(ClippedRange, Quantizer):
 
     name = "zero-point"
     default_scheme = QuantScheme.parse("int8-tensor-asym-a8")
+    by_rows = True
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Refuse symmetric schemes."""

@@ -19,6 +19,7 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerGroup, PerTensor
 
+ALL = slice(None)
 # The order in a block: tensors of one suffix are adjacent, so that one external initializer can span q, k and v.
 SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
 
@@ -39,17 +40,20 @@ def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-    """Undo `encode`, without smoothing scale and outliers: those are in the sidecar."""
+def decode(plan: LayerPlan, tensors: Mapping[str, Tensor], rows: slice | Tensor = ALL) -> QuantizedTensor:
+    """Undo `encode`, without smoothing scale and outliers: those are in the sidecar. rows: which output channels."""
     scheme = plan.scheme
-    rows = 1 if isinstance(scheme.granularity, PerTensor) else plan.out_features
+    scaled = slice(1) if isinstance(scheme.granularity, PerTensor) else rows
     zero_point = tensors.get("weight_zero_point")
-    q = tensors.get("weight")
-    if q is None:
-        q = packing.unpack_int32(tensors["weight_packed"], scheme.bits, plan.in_features)
+    if "weight" in tensors:
+        q = tensors["weight"][rows]
+    else:
+        q = packing.unpack_int32(tensors["weight_packed"][rows], scheme.bits, plan.in_features)
         if zero_point is not None:
             zero_point = packing.unpack_zero_point_int32(zero_point, scheme.bits, plan.out_features)
-    return QuantizedTensor(q, tensors["weight_scale"][:rows].float(), None if zero_point is None else zero_point[:rows], scheme)
+    return QuantizedTensor(
+        q, tensors["weight_scale"][scaled].float(), None if zero_point is None else zero_point[scaled], scheme
+    )
 
 
 def config_group(plan: LayerPlan, *, outliers: bool) -> dict[str, Any]:

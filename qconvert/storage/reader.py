@@ -22,8 +22,10 @@ from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
 from qconvert.storage import compressed_tensors
+from qconvert.storage.compressed_tensors import ALL
 from qconvert.storage.json_text import parse_json
 from qconvert.storage.manifest import read_manifest
+from qconvert.storage.mapped import map_file, mapped_tensor
 from qconvert.storage.safetensors import DTYPE_NAMES, DTYPES, Entry, read_header
 
 
@@ -104,23 +106,50 @@ def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     # A fresh buffer: tensors lie at any offset, and torch wants them aligned.
     buffer = bytearray(tensor.nbytes)
-    try:
-        with path.open("rb") as file:
-            file.seek(tensor.offset)
-            count = file.readinto(buffer)
-    except OSError as error:
-        raise InputError("QC-READ-001", f"{path} can't be read: {error}", hint="convert again") from error
+    with _reading(path), path.open("rb") as file:
+        file.seek(tensor.offset)
+        count = file.readinto(buffer)
     if count != tensor.nbytes:
-        raise InputError(
-            "QC-READ-002",
-            f"{path} is cut off: a tensor of {tensor.nbytes} bytes at {tensor.offset}, but {count} bytes are there",
-            hint="copy the folder again, or convert again",
-        )
+        raise _cut_off(path, tensor, count)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
 
 
-def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor]) -> QuantizedTensor:
-    """Return the quantized tensor of a layer, with outliers and smoothing scale from the sidecar.
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # an empty file can't be mapped
+        raise InputError("QC-READ-001", f"{path} can't be read: {error}", hint="convert again") from error
+
+
+def _cut_off(path: Path, tensor: StoredTensor, count: int) -> InputError:
+    return InputError(
+        "QC-READ-002",
+        f"{path} is cut off: a tensor of {tensor.nbytes} bytes at {tensor.offset}, but {count} bytes are there",
+        hint="copy the folder again, or convert again",
+    )
+
+
+def map_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
+    """Return a view of one stored tensor, of which no byte is read before it is used; never to be written to.
+
+    Raises InputError QC-READ-001 where the file can't be read, QC-READ-002 where it ends too early.
+    """
+    path = folder / tensor.file
+    if not tensor.nbytes:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    with _reading(path):
+        mapped = map_file(path)
+    if tensor.offset + tensor.nbytes > len(mapped):
+        raise _cut_off(path, tensor, max(len(mapped) - tensor.offset, 0))
+    return mapped_tensor(mapped, tensor.offset, tensor.dtype, tensor.shape)
+
+
+def read_layer(
+    folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor], rows: slice | Tensor = ALL
+) -> QuantizedTensor:
+    """Return the quantized tensor of a layer, or of some of its output channels, with outliers and smoothing scale from the
+    sidecar.
 
     tensors: `read_index` of a finished folder, or what a stage has journalled so far.
     Raises InputError QC-READ-003 if one of its tensors is missing.
@@ -132,12 +161,12 @@ def read_layer(folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor
             raise InputError(
                 "QC-READ-003", f"{folder} holds no tensor {name!a}", hint="convert again: the folder is not complete"
             )
-        return read_tensor(folder, tensors[name])
+        return map_tensor(folder, tensors[name])
 
-    tensor = compressed_tensors.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors})
+    tensor = compressed_tensors.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors}, rows)
     outliers = smoothing_scale = None
     if f"{plan.name}.outlier_columns" in tensors:
-        outliers = Outliers(read("outlier_columns"), read("outlier_weight").T.float())
+        outliers = Outliers(read("outlier_columns"), read("outlier_weight").T[rows].float())
     if f"{plan.name}.input_factor" in tensors:
         smoothing_scale = 1 / read("input_factor")
     return QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme, smoothing_scale, outliers)

@@ -7,15 +7,17 @@ import copy
 import io
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qconvert.ir.layer import LinearGroup
+from qconvert.ir.scheme import PerTensor
 from qconvert.plugin.host.process_settings import settings_kept
 from qconvert.plugin.quantizer import Quantizer
-from qconvert.testing.failure import CheckFailure
+from qconvert.testing.failure import CheckFailure, place
 from qconvert.testing.samples import (
     Outcome,
     Sample,
@@ -84,6 +86,16 @@ def check_independent_of_layer_order(quantizer: Quantizer) -> None:
         forward = [quantized(quantizer, sample, scheme)[0] for sample in samples]
         backward = [quantized(quantizer, sample, scheme)[0] for sample in reversed(samples)]
         _compare(forward, backward[::-1], "in another order of layers")
+
+
+def check_rows_apart(quantizer: Quantizer) -> None:
+    """With by_rows, a few rows get what they get in the whole layer: large embeddings and heads come in parts."""
+    rows = slice(8, 16)
+    for layer, scheme, tensor in returned(quantizer, typical()) if quantizer.by_rows else ():
+        if not isinstance(scheme.granularity, PerTensor):
+            part = quantizer.quantize(replace(layer, weight=layer.weight[rows].clone(), bias=None), scheme)
+            if found := difference(part, tensor.rows(rows)):
+                raise CheckFailure(f"{place(layer, scheme)}: of rows {rows.start} to {rows.stop} alone, {found}")
 
 
 def check_leaves_weight(quantizer: Quantizer) -> None:

@@ -70,7 +70,7 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
 
 def _dequantized_outputs(artifact: ArtifactReader) -> Outputs:
     """Torch's outputs on the artifact's weights. Raises InputError QC-FLOAT-001 where even the float model's are not finite."""
-    outputs = torch_outputs(artifact.model, artifact.read)
+    outputs = torch_outputs(artifact.model, artifact.open)
     if not all(bool(torch.isfinite(each).all()) for row in outputs for each in row):
         _require_finite_float(artifact.model)
     return outputs

@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qconvert.execution import probes
 from qconvert.execution.block_runner import BlockRunner
+from qconvert.execution.materialize import ReadParameter
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
 from qconvert.ir import activations
@@ -49,9 +50,7 @@ TOLERANCE = 1e-4
 FED = "/dequantized"
 
 
-def torch_outputs(
-    model: Model, read: Callable[[str], Tensor], batches: Sequence[Batch] | None = None
-) -> list[tuple[Tensor, ...]]:
+def torch_outputs(model: Model, read: ReadParameter, batches: Sequence[Batch] | None = None) -> list[tuple[Tensor, ...]]:
     """Run the model in torch on the weights that `read` gives, one block in memory at a time, and return its outputs.
 
     batches: unset, `probes.probes`.

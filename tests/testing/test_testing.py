@@ -189,6 +189,9 @@ MUTANTS: dict[str, Quantizer] = {
     "leaves-random-state": doing(lambda layer: torch.manual_seed(0)),
     "independent-of-threads": clipping(lambda *_: 1 - 0.1 * torch.get_num_threads()),
     "independent-of-layer-order": clipping(remembering),
+    "rows-apart": returning(
+        lambda tensor, layer, scheme: round_to_nearest(layer.weight, scheme, 1 - len(layer.weight) / 100), by_rows=True
+    ),
     "leaves-weight": doing(lambda layer: layer.weight.mul_(2)),
     "leaves-statistics": doing(lambda layer: gram(layer).add_(1)),
     "shares-no-memory": returning(lambda tensor, layer, _: replace(tensor, scale=layer.weight[:, :1])),
