@@ -10,6 +10,8 @@ from onnx_ir import Graph, Node, Value
 from onnx_ir.traversal import RecursiveGraphIterator
 
 FLOAT32_BYTES = 4
+# Of weights in float32, in a session, and in a piece where they are more: a model of up to 150 million is run whole.
+WHOLE_BYTES, PIECE_BYTES = 600_000_000, 200_000_000
 
 
 def weight_bytes(initializers: Iterable[Value]) -> int:

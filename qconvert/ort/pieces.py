@@ -11,11 +11,8 @@ import numpy as np
 import onnx_ir
 from onnx_ir import DataType
 
-from qconvert.graph.pieces import divide, weight_bytes
+from qconvert.graph import pieces
 from qconvert.ort.session import EncoderDecoderSession, Values, ort_value
-
-# Of weights in float32, in a session, and in a piece where they are more: a model of up to 150 million is run whole.
-WHOLE_BYTES, PIECE_BYTES = 600_000_000, 200_000_000
 
 # Values between pieces stay what onnxruntime made: numpy has no bfloat16.
 OrtValues = dict[str, Any]
@@ -50,7 +47,7 @@ def sized_session(model: onnx_ir.Model, open_piece: OpenPiece) -> Any:
 
     open_piece: opens a session over a graph whose initializers may lack data (see ort.session.memory_session).
     """
-    if weight_bytes(model.graph.initializers.values()) <= WHOLE_BYTES:
+    if pieces.weight_bytes(model.graph.initializers.values()) <= pieces.WHOLE_BYTES:
         return open_piece(model)
     return PiecewiseSession(model, open_piece)
 
@@ -114,7 +111,7 @@ class PiecewiseSession:
 
     def __init__(self, model: onnx_ir.Model, open_piece: OpenPiece) -> None:
         self._graph, self._open = model.graph, open_piece
-        self._pieces = divide(model, PIECE_BYTES)
+        self._pieces = pieces.divide(model, pieces.PIECE_BYTES)
 
     @property
     def piece_count(self) -> int:

@@ -18,13 +18,13 @@ from torch import nn
 from qconvert.execution.materialize import LARGE_BLOCK
 from qconvert.execution.probes import position_limit
 from qconvert.execution.wide_rows import TILE_BYTES, is_large
+from qconvert.graph.pieces import PIECE_BYTES, WHOLE_BYTES
 from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
 from qconvert.ir.large_tensors import LARGE
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import PerTensor
 from qconvert.ir.template import InputGroup
-from qconvert.ort.pieces import PIECE_BYTES, WHOLE_BYTES
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe

@@ -19,8 +19,9 @@ from qconvert.execution import probes
 from qconvert.execution.auto_class import auto_class
 from qconvert.execution.outputs import graph_outputs
 from qconvert.execution.wide_rows import Rows, is_large, tiles
+from qconvert.graph import pieces
 from qconvert.ir.model import Model
-from qconvert.ort import compare, pieces
+from qconvert.ort import compare
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.verify.parity import torch_outputs
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qconvert.execution import wide_rows
 from qconvert.execution.wide_rows import WideRows
+from qconvert.graph import pieces
 from qconvert.ir import affine, packing, quantized
 from qconvert.ir.quantized import QuantizedTensor
-from qconvert.ort import pieces
 from qconvert.pipeline.conversion import convert
 from qconvert.pipeline.verification import verify
 from qconvert.recipe import Recipe

@@ -12,8 +12,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
-from qconvert.graph import float_graph
-from qconvert.ort import pieces
+from qconvert.graph import float_graph, pieces
 from qconvert.pipeline.conversion import convert
 from qconvert.pipeline.verification import verify
 from qconvert.recipe import Recipe
