@@ -160,7 +160,7 @@ def measure(command: list[str]) -> int:
             nonlocal peak
             while process.poll() is None:
                 peak = max(peak, anonymous(process.pid))
-                time.sleep(0.1)
+                time.sleep(0.25)  # smaps takes a while of many mappings
 
         watcher = threading.Thread(target=watch)
         watcher.start()

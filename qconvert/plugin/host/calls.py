@@ -143,7 +143,7 @@ def _threads_noted(distribution: Distribution) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory() -> Iterator[None]:
-    """RLIMIT_DATA counts what a process maps to write to, and nothing that it maps of files."""
+    """RLIMIT_DATA counts what a process maps to write to, private mappings of files too; the limit has those that are there."""
     left = memory_left()
     if sys.platform != "linux" or left is None:
         yield
