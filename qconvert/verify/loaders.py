@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from math import prod
@@ -37,10 +37,10 @@ def transformers_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tenso
     A model with more than WHOLE_BYTES of weights is loaded several times, a group of blocks each time and all else on the meta
     device, and its weights themselves are compared.
     """
-    model = artifact.model
-    if sum(_float_bytes(model, unit) for unit in (*model.blocks, "")) <= pieces.WHOLE_BYTES:
+    sizes = _float_bytes(artifact.model)
+    if sum(sizes.values()) <= pieces.WHOLE_BYTES:
         return _outputs_difference(artifact, expected)
-    return max(_weights_difference(artifact, units) for units in _groups(model))
+    return max(_weights_difference(artifact, units) for units in _groups(sizes))
 
 
 def _outputs_difference(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
@@ -118,12 +118,11 @@ def _put_back(module: nn.Module) -> None:
     remove_hook_from_module(module)
 
 
-def _groups(model: Model) -> Iterator[list[str]]:
-    """The units of a model in groups that take at most WHOLE_BYTES, or are a unit alone."""
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The units of a model in groups that take at most WHOLE_BYTES, or are a unit alone. sizes: see `_float_bytes`."""
     group: list[str] = []
     size = 0
-    for unit in (*model.blocks, ""):
-        nbytes = _float_bytes(model, unit)
+    for unit, nbytes in sizes.items():
         if group and size + nbytes > pieces.WHOLE_BYTES:
             yield group
             group, size = [], 0
@@ -132,10 +131,13 @@ def _groups(model: Model) -> Iterator[list[str]]:
     yield group
 
 
-def _float_bytes(model: Model, unit: str) -> int:
-    """Bytes of a unit's parameters in float32."""
+def _float_bytes(model: Model) -> dict[str, int]:
+    """Bytes in float32 of the parameters of each unit: the blocks in their order, then ""."""
     parameters = {model.stored_name(name): shape for name, shape in model.parameter_shapes.items()}
-    return sum(4 * prod(shape) for name, shape in parameters.items() if model.block_of(name) == unit)
+    sizes = dict.fromkeys((*model.blocks, ""), 0)
+    for name, shape in parameters.items():
+        sizes[model.block_of(name)] += pieces.FLOAT32_BYTES * prod(shape)
+    return sizes
 
 
 def _compute_in_float32(loaded: nn.Module, skeleton: nn.Module) -> None:
