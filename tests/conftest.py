@@ -7,16 +7,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import forked
 import pytest
 
 # What takes seconds to import is imported where it is used: the process that hands out the tests needs none of it.
-if TYPE_CHECKING:
-    from qconvert.ir.model import Model
-    from qconvert.ir.template import Template
-
 PYTHON = sys.executable
 STAND_IN = pytest.StashKey[str]()  # what tests start in its place
 
@@ -37,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """What processes of the session share: what was traced before, and a process that commands are forked off."""
     keep_traces(config)
     if hasattr(config, "workerinput"):
+        use_one_core(config.workerinput["workerid"])
         config.stash[STAND_IN] = config.workerinput["stand_in"]
     elif sys.platform == "linux" and not is_benchmark(config):
         folder = tempfile.TemporaryDirectory(prefix="qconvert-")
@@ -44,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[STAND_IN] = str(forked.stand_in(Path(folder.name)))
     else:
         config.stash[STAND_IN] = PYTHON
+
+
+def use_one_core(worker: str) -> None:
+    """Each process that runs tests has a core of its own, with all that it starts.
+
+    Threads that wait for others of their process do so in a loop, and take the core from the other one's. worker: "gw0".
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def is_benchmark(config: pytest.Config) -> bool:
@@ -94,25 +101,13 @@ def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCONVERT_CACHE", "")
 
 
-TEMPLATES: dict[str, Template] = {}
-
-
-def trace_once(model: Model) -> Template:
-    """The template of a model that was traced before, by its name and tensors: most tests use the same few."""
-    tensors = {name: (str(info.dtype), info.shape) for name, info in model.source.tensors.items()}
-    key = f"{model.name} {sorted(tensors.items())}"
-    from qconvert.trace import trace
-
-    if key not in TEMPLATES:
-        TEMPLATES[key] = trace(model)
-    return TEMPLATES[key]
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification in this process on one thread and a machine that does nothing else, each model traced once.
 
     The last test of test_pipeline runs everything as it is."""
+    from traced import trace_once
+
     from qconvert.pipeline import conversion, preparation, verification
 
     monkeypatch.setattr(preparation, "trace", trace_once)

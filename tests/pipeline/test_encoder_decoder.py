@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import trace_once
 from example_scripts import example, run_alone
 from exporting import matrix, nearest, parity, publish, quantize_nearest
 from onnx import helper
 from tiny_models import tiny_t5
 from tokenizers import Tokenizer
+from traced import trace_once
 from transformers import AutoModelForSeq2SeqLM
 
 from qconvert.errors import TargetError

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -160,8 +161,16 @@ def test_a_plugin_in_a_file_is_tried_without_being_installed(plugins: Path) -> N
     assert (absent.returncode, json.loads(absent.stdout)["error"]["code"]) == (2, "QC-PLUGIN-009")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes of a shell's background job ignore SIGINT, and so would those that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.usefixtures("python_itself")
+@pytest.mark.usefixtures("interruptible", "python_itself")
 def test_signals_reach_the_command_and_nothing_runs_on(plugins: Path, number: signal.Signals) -> None:
     install(plugins, "hangs", FAILING["hangs"][0])
     watching = subprocess.Popen(

@@ -147,6 +147,9 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.setpgid(0, request["group"])
+    if request["cores"] != sorted(os.sched_getaffinity(0)):
+        os.sched_setaffinity(0, request["cores"])
+        importlib.import_module("torch").set_num_threads(len(request["cores"]))  # as it does itself when it is imported
     os.umask(request["umask"])
     os.chdir(request["folder"])
     os.environ.clear()

@@ -27,9 +27,9 @@ LIMITS = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFI
 
 
 def circumstances() -> dict[str, Any]:
-    """What a process inherits and a forked one does not: it has to be as it was when the session began."""
+    """What a process inherits and a forked one can't be given: it has to be as it was when the session began."""
     limits = {name: list(resource.getrlimit(getattr(resource, name))) for name in LIMITS}
-    return {"environment": dict(os.environ), "limits": limits, "cores": sorted(os.sched_getaffinity(0))}
+    return {"environment": dict(os.environ), "limits": limits}
 
 
 def is_served(arguments: list[str], session: dict[str, Any]) -> bool:
@@ -87,7 +87,8 @@ def run(arguments: list[str], settings: dict[str, Any]) -> int:
     umask = os.umask(0)
     os.umask(umask)
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": str(Path.cwd()), "umask": umask}
-    data = json.dumps({**request, "group": os.getpgid(0), "executable": str(FOLDER / "python")}).encode()
+    more = {"cores": sorted(os.sched_getaffinity(0)), "group": os.getpgid(0), "executable": str(FOLDER / "python")}
+    data = json.dumps({**request, **more}).encode()
     try:
         with connect(settings) as connection:
             socket.send_fds(connection, [len(data).to_bytes(4, "big")], [0, 1, 2])
