@@ -18,6 +18,7 @@ from torch import nn
 from qconvert.execution.materialize import LARGE_BLOCK
 from qconvert.execution.probes import position_limit
 from qconvert.execution.wide_rows import TILE_BYTES, is_large
+from qconvert.graph.float_graph import LARGE_BYTES
 from qconvert.graph.pieces import PIECE_BYTES, WHOLE_BYTES
 from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
 from qconvert.ir.large_tensors import LARGE
@@ -65,9 +66,8 @@ class _Weights:
 def trace_peak(model: Model) -> int:
     """Return the peak of the trace: the traced blocks run in torch, then in ONNX Runtime, whole or a piece at a time."""
     weights = _weights(model, widened=True)
-    graph = weights.traced + weights.multiplied
-    piece = graph if graph <= WHOLE_BYTES else max(PIECE_BYTES, weights.largest)
-    return PROCESS_BYTES + GRAPHS_BYTES + max(weights.traced + weights.outside, piece)
+    graph = _at_once(weights.traced + weights.multiplied)
+    return PROCESS_BYTES + GRAPHS_BYTES + max(weights.traced + weights.outside, graph)
 
 
 def peaks(
@@ -151,16 +151,27 @@ def _samples(model: Model, layers: Mapping[str, LayerPlan], data: DataSpec) -> t
 
 def _verify_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
     """A process beside the one that waits for it. What takes most there is fidelity: the artifact, whose kernels pack their
-    weights anew, and beside it the float model, whole or a piece of it, with the logits of a sample.
+    weights anew, and beside it the float model, whole or a piece of it, with the logits of a sample; or the time of a piece
+    with the largest weight, which is not divided then.
     """
     weights = _weights(model)
-    piece = weights.total if weights.total <= WHOLE_BYTES else max(PIECE_BYTES, weights.largest)
-    kept = _head_bytes(model, layers)
-    packed = sum(layer.nbytes for layer in layers.values())
+    copies = SESSION if _weights(model, widened=True).total else MAPPED_SESSION
+    artifact = sum(layer.nbytes for layer in layers.values()) + _copied(_head_bytes(model, layers), copies)
     hidden, _ = _samples(model, layers, recipe.evaluation)
     logits = LOGITS * FLOAT * recipe.evaluation.length * _vocabulary(model) if model.task.generates else 0
-    copies = SESSION if _weights(model, widened=True).total else MAPPED_SESSION
-    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + packed + hidden + int(copies * (kept + piece)) + logits
+    fidelity = artifact + hidden + int(copies * _at_once(weights.total)) + logits
+    latency = 0 if weights.total <= WHOLE_BYTES else _copied(weights.largest, copies)
+    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + max(fidelity, latency)
+
+
+def _at_once(weights: int) -> int:
+    """Return the weights that a session over a float graph holds at once."""
+    return weights if weights <= WHOLE_BYTES else PIECE_BYTES
+
+
+def _copied(weight: int, copies: float) -> int:
+    """Return what a session holds of one weight; it copies none that is multiplied from the left (graph/float_graph.py)."""
+    return weight if weight > LARGE_BYTES else int(copies * weight)
 
 
 def _vocabulary(model: Model) -> int:

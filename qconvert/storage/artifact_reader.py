@@ -58,6 +58,12 @@ class ArtifactReader:
         assert layer is not None
         return read_layer(self.folder, layer, self.tensors)
 
+    def rows(self, name: str) -> DequantizedRows:
+        """Return what gives the rows of `layer(name)` in float32."""
+        layer = self.plan.layer_of(name)
+        assert layer is not None
+        return DequantizedRows(self.folder, layer, self.tensors, with_outliers=True)
+
     def read(self, parameter: str) -> Tensor:
         """Return a parameter in the module's shape, dequantized with outliers and smoothing scale put in."""
         return self._whole(parameter, with_outliers=True)

@@ -20,6 +20,7 @@ from qconvert.ort import compare
 from qconvert.ort.fed_session import FedSession
 from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import joined
+from qconvert.ort.tiled_session import in_tiles
 from qconvert.trace.opaque import original_name, shortened
 
 # Relative to the largest |output|; float32 sums in another order differ by about 1e-6.
@@ -49,7 +50,7 @@ def relative_error(
 
     Raises InputError QC-WEIGHT-001 if that is because a weight is not, QC-FLOAT-001 if it is so in torch as well.
     """
-    open_piece = partial(FedSession, read=model.read)
+    open_piece = in_tiles(model.read, partial(FedSession, read=model.read))
     floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
     session = joined({part: sized_session(graph, open_piece) for part, graph in floats.items()})
     error = compare.relative_error(model, session, [tuple(outputs.values()) for outputs in expected])

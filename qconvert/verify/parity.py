@@ -26,6 +26,7 @@ from torch import Tensor
 from qconvert.execution import probes
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.execution.materialize import ReadParameter
+from qconvert.execution.wide_rows import Rows
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
 from qconvert.ir import activations
@@ -38,6 +39,7 @@ from qconvert.ir.template import made_by
 from qconvert.ort import compare
 from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import joined, memory_session, run_named
+from qconvert.ort.tiled_session import in_tiles
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.cpu import CPU
@@ -113,7 +115,11 @@ def float_activations_session(artifact: ArtifactReader, target: Target) -> Any:
         layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
-    open_piece = partial(memory_session, read=read, folder=artifact.folder, target=target.name)
+    def rows(name: str) -> Tensor | Rows:
+        layer = name.removesuffix(FED)
+        return read(name) if LAYER_SEPARATOR in layer else artifact.rows(layer)
+
+    open_piece = in_tiles(rows, partial(memory_session, read=read, folder=artifact.folder, target=target.name))
     return joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
 
 

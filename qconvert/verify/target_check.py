@@ -20,8 +20,9 @@ from qconvert.ir.report import Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.footprint import footprint
-from qconvert.ort.pieces import piece_count, sized_session
+from qconvert.ort.pieces import OpenPiece, piece_count, sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
+from qconvert.ort.tiled_session import in_tiles
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.target import Target
@@ -83,7 +84,7 @@ class TargetCheck:
             return joined({part: file_session(path, name, settings) for part, path in self.paths.items()})
 
         graphs = [onnx_ir.load(path).graph for path in self.paths.values()]
-        open_float = partial(float_session, self.job, last_position=any(map(keeps_last_position, graphs)))
+        open_float = partial(float_session, self.job, last_position=any(map(keeps_last_position, graphs)), timed=True)
         if self.target.half_precision:
             # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
             measured = measure_latency(model, open_artifact, None, samples, name)
@@ -118,17 +119,20 @@ class TargetCheck:
         return last_position_pairs(self.job.model, path, self.target.name)
 
 
-def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False) -> Any:
+def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False, timed: bool = False) -> Any:
     """Open a session over the float graphs of a model, fed from its source; over large ones, in pieces.
 
     last_position: whether the head is spared the rest of a prompt, as it is in the artifact.
+    timed: whether it should be as fast as it can be; otherwise a large head is held a tile at a time.
     """
     model: Model = job.model
     graphs = {part: graph.clone() for part, graph in job.template.graphs.items()}
     if last_position and model.output_head is not None:
         keep_last_position(graphs["model"].graph, model.output_head)
     floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
-    open_piece = partial(memory_session, read=model.read, settings=settings)
+    open_piece: OpenPiece = partial(memory_session, read=model.read, settings=settings)
+    if not timed:
+        open_piece = in_tiles(model.read, open_piece)
     return joined({part: sized_session(graph, open_piece) for part, graph in floats.items()})
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
+from qconvert.execution import wide_rows
 from qconvert.graph import float_graph, pieces
+from qconvert.ir import affine
+from qconvert.ort.tiled_session import TiledSession
 from qconvert.pipeline.conversion import convert
 from qconvert.pipeline.verification import verify
 from qconvert.recipe import Recipe
@@ -22,6 +25,7 @@ bfloat16_llama = partial(tiny_llama, dtype=torch.bfloat16)
 
 # Less than one tiny block, so that blocks are cut as well.
 TINY_PIECE = 60_000
+ROWS = "int8-channel-a8"
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,39 @@ def test_a_large_head_in_float_is_multiplied_without_a_copy_of_it(
     report = verify(output)
     assert report.passed
     assert all(part.status == "passed" for part in report.parity)
+
+
+@pytest.mark.parametrize("on_the_left", [False, True])
+@pytest.mark.parametrize(("scheme", "of_head"), [("int4-g32", "float"), ("int4-g32", "int8-g32"), (ROWS, ROWS)])
+def test_a_large_head_is_compared_with_a_tile_of_it_at_a_time(
+    on_the_left: bool, scheme: str, of_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = bfloat16_llama(tmp_path / "source", tie=False), tmp_path / "output"
+    rules = [{"pattern": "lm_head", "scheme": of_head}]
+    convert(Recipe(model=str(source), output=output, quantizer="absmax", scheme=scheme, rules=rules, verify=False))
+    whole = verify(output)
+    seen: list[tuple[int, ...]] = []
+    own = TiledSession.run_with_ort_values
+
+    def counted(self: TiledSession, outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
+        (found,) = own(self, outputs, feeds)
+        seen.append(tuple(found.shape()))
+        return [found]
+
+    monkeypatch.setattr(TiledSession, "run_with_ort_values", counted)
+    monkeypatch.setattr(pieces, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", TINY_PIECE)
+    monkeypatch.setattr(wide_rows, "LARGE_BYTES", 4 * VOCABULARY * 64 - 1)  # of the head, in float32
+    monkeypatch.setattr(wide_rows, "TILE_BYTES", TINY_PIECE)
+    monkeypatch.setattr(affine, "rows_at_once", lambda columns: 100)
+    if on_the_left:
+        monkeypatch.setattr(float_graph, "LARGE_BYTES", wide_rows.LARGE_BYTES)
+    divided = verify(output)
+
+    assert divided.passed
+    assert seen
+    assert {shape[-2 if on_the_left else -1] for shape in seen} >= {VOCABULARY}
+    (before,), (after,) = whole.fidelity, divided.fidelity
+    measures = {"kl", "perplexity_float", "max_abs", "top1"}
+    found, expected = (part.model_dump(include=measures) for part in (after, before))
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)

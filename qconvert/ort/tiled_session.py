@@ -1,0 +1,85 @@
+"""A product with a weight that is too large to be held in float32, computed a tile of its rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir
+import onnxruntime
+import torch
+
+from qconvert.execution.wide_rows import Rows, is_large, tiles
+from qconvert.ort.pieces import OpenPiece
+from qconvert.ort.session import PROVIDERS, SessionSettings, empty, ort_value, session_options
+from qconvert.targets.cpu import CPU
+
+
+@dataclass(frozen=True, slots=True)
+class LargeProduct:
+    """The one product of a graph. weight: [out, in], the graph's only one. axis: of the output, that is `out` long."""
+
+    weight: onnx_ir.Value
+    axis: int
+
+
+def in_tiles(read: Callable[[str], Rows], otherwise: OpenPiece) -> OpenPiece:
+    """Return what opens a session over a piece of a graph: over a large product one in tiles.
+
+    read: gives a weight by its name. otherwise: opens one over any other piece.
+    """
+
+    def open_piece(piece: onnx_ir.Model) -> Any:
+        product = large_product(piece.graph)
+        return otherwise(piece) if product is None else TiledSession(piece, product, read(str(product.weight.name)))
+
+    return open_piece
+
+
+def large_product(graph: onnx_ir.Graph) -> LargeProduct | None:
+    """Return what a graph computes where that is a product with a large weight, on either side (see graph/float_graph.py)."""
+    last, weights = graph[-1], list(graph.initializers.values())
+    if last.op_type != "MatMul" or list(graph.outputs) != list(last.outputs) or len(weights) != 1:
+        return None
+    (weight,) = weights
+    if not isinstance(weight.const_value, onnx_ir.LazyTensor) or not is_large(weight.const_value.shape.numpy()):
+        return None
+    left, right = last.inputs
+    transpose = None if right is None else right.producer()
+    if left is weight:
+        return LargeProduct(weight, -2)
+    return LargeProduct(weight, -1) if transpose is not None and transpose.inputs[0] is weight else None
+
+
+class TiledSession:
+    """A session over such a graph. Each run widens all tiles, one after the other: of the weight, one is held in float32.
+
+    A session that holds the weight has it up to four times: widened, transposed, and in the order of its kernel.
+    """
+
+    def __init__(self, model: onnx_ir.Model, product: LargeProduct, rows: Rows) -> None:
+        self._name, self._axis, self._rows = str(product.weight.name), product.axis, rows
+        clone = model.clone()
+        tile = clone.graph.initializers.pop(self._name)
+        tile.const_value, tile.shape = None, onnx_ir.Shape((None, rows.shape[1]))
+        clone.graph.inputs.append(tile)
+        clone.graph.outputs[0].shape = None  # as long as a tile, not as the weight
+        data = onnx_ir.to_proto(clone).SerializeToString()
+        options = session_options(SessionSettings(spinning=False))
+        self._session: Any = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS[CPU.name]])
+
+    def run_with_ort_values(self, outputs: Sequence[str], feeds: dict[str, Any]) -> list[Any]:
+        """Run the graph on values of onnxruntime, and return that of `outputs`, which is one."""
+        # Of onnxruntime's own memory: an array that `numpy()` gives does not keep one alive that a value was made from.
+        product = None
+        for rows in tiles(self._rows.shape):
+            tile = ort_value(self._rows[rows].to(torch.float32).numpy())
+            found = self._session.run_with_ort_values(outputs, feeds | {self._name: tile})[0].numpy()
+            if product is None:
+                shape = list(found.shape)
+                shape[self._axis] = self._rows.shape[0]
+                product = empty(shape, "tensor(float)")
+            place = (..., rows) if self._axis == -1 else (..., rows, slice(None))
+            product.numpy()[place] = found
+        return [product]
