@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qconvert.execution.block_runner import BlockRunner
-from qconvert.execution.divergence import kl_divergence, log_probabilities
+from qconvert.execution.divergence import kl_divergence
 from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 
@@ -109,15 +109,12 @@ class Wavefront:
             hook.remove()
 
     def _judged(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return the outputs that are compared, each [tokens, values]: logits as log probabilities.
-
-        All that a module returns counts as one token.
-        """
+        """Return the outputs that are compared, each [tokens, values]. All that a module returns counts as one token."""
         if not self.model.task.takes_text:
             return [output.reshape(1, -1) for output in outputs]
         mask = self.batch["attention_mask"].bool().to(outputs[0].device)
         states = outputs[0][mask[:, -outputs[0].shape[1] :]]
-        return [log_probabilities(states) if self.model.task.generates else states]
+        return [states]
 
     def _loss(self, found: list[Tensor], expected: list[Tensor]) -> Tensor:
         if self.model.task.generates:

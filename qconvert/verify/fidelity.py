@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconvert.execution.divergence import kl_divergence, log_probabilities
+from qconvert.execution.divergence import compare_logits
 from qconvert.ir.batch import Batch, row_count, rows_of
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity
@@ -17,9 +17,6 @@ from qconvert.ir.task import Task
 from qconvert.ort.compare import feed
 from qconvert.ort.pieces import run_each
 from qconvert.verify.finite import first_not_finite, require_finite_float
-
-# Positions whose logits are compared at once: 128 of a vocabulary of 150,000 are 150 MB in float64.
-ROWS_AT_ONCE = 128
 
 
 def measure_fidelity(
@@ -61,17 +58,15 @@ class _TokenMeter:
         length = int(batch["attention_mask"][0].sum())
         # A decoder that has a source is given the text behind its start token: as many tokens.
         ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"][0, :length]
-        for begin in range(0, length, ROWS_AT_ONCE):
-            rows = slice(begin, min(begin + ROWS_AT_ONCE, length))
-            self.max_abs = max(self.max_abs, float((found[0, rows] - expected[0, rows]).abs().max()))
-            log_p, log_q = log_probabilities(expected[0, rows]), log_probabilities(found[0, rows])
-            self.kl += float(kl_divergence(log_p, log_q).sum())
-            self.same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self.positions += log_p.shape[0]
-            targets = ids[rows.start + 1 : rows.stop + 1, None]
-            self.loss -= float(log_q[: len(targets)].gather(1, targets).sum())
-            self.loss_float -= float(log_p[: len(targets)].gather(1, targets).sum())
-            self.predicted += len(targets)
+        found, expected = found[0, :length], expected[0, :length]
+        compared = compare_logits(expected, found)
+        self.max_abs = max(self.max_abs, float(compared.largest.max()))
+        self.kl += float(compared.kl.sum())
+        self.same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        self.positions += length
+        self.loss += _loss(found, compared.found_norm, ids)
+        self.loss_float += _loss(expected, compared.expected_norm, ids)
+        self.predicted += length - 1
 
     def result(self, target: str) -> Fidelity:
         predicted = max(self.predicted, 1)
@@ -84,6 +79,12 @@ class _TokenMeter:
             perplexity_float=math.exp(min(self.loss_float / predicted, 700.0)),
             max_abs=self.max_abs,
         )
+
+
+def _loss(logits: Tensor, norm: Tensor, ids: Tensor) -> float:
+    """The cross entropy in nats, summed, of each of the tokens `ids` but the first. norm: see `compare_logits`."""
+    given = logits[:-1].gather(1, ids[1:, None]).squeeze(1)
+    return float((norm[:-1] - given).sum())
 
 
 class _VectorMeter:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qconvert.errors import UsageError
-from qconvert.execution.divergence import kl_divergence, log_probabilities
+from qconvert.execution.divergence import kl_divergence
 from qconvert.ir.report import Parity
 from qconvert.ir.task import Task
 from qconvert.ort.compare import largest_difference
@@ -78,6 +78,6 @@ def _mean_kl(pairs: Pairs) -> float:
     """pairs: logits [..., vocabulary]."""
     each = []
     for found, reference in pairs:
-        log_q, log_p = (log_probabilities(torch.from_numpy(np.asarray(x, np.float64))) for x in (found, reference))
-        each.append(kl_divergence(log_p, log_q).flatten())
+        logits, expected = (torch.from_numpy(np.asarray(x, np.float64)) for x in (found, reference))
+        each.append(kl_divergence(expected, logits).flatten())
     return float(torch.cat(each).mean())

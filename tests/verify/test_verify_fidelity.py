@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
+from qconvert.execution import divergence
 from qconvert.ir.progress import silent
 from qconvert.ir.report import Fidelity
 from qconvert.ir.task import TASKS
-from qconvert.verify.fidelity import ROWS_AT_ONCE, measure_fidelity
+from qconvert.verify.fidelity import measure_fidelity
 
 VOCABULARY = 11
-# One sample is longer than what is compared at once.
-LENGTHS = ((ROWS_AT_ONCE + 44, 7), (1, 12))
+LENGTHS = ((172, 7), (1, 12))
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample is longer than what is compared at once."""
+    monkeypatch.setattr(divergence, "AT_ONCE", 50 * VOCABULARY)
 
 
 class FakeSession:
