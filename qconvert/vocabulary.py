@@ -23,5 +23,11 @@ PLUGIN_SECONDS = 600  # what one call of a plugin may take, unless it is said
 # The name that stands for "decide the schemes", and the quantizer that then does the work.
 AUTO, AUTO_QUANTIZER = "auto", "gptq"
 
+# The name that stands for "quantize nothing, and store floats of half the width", and the type that is then meant without a
+# scheme.
+CastName = Literal["float16", "bfloat16"]
+CAST = "cast"
+CAST_SCHEME: CastName = "float16"
+
 # The tuner of blocks that a recipe means without naming one; its options are written beside its name.
 TUNER = "signround"

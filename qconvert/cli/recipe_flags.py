@@ -45,13 +45,14 @@ _ALGORITHM = (
     click.option(
         "--quantizer",
         metavar="NAME",
-        help="Algorithm: absmax, zero-point, per-channel, hqq, awq, gptq, smoothquant, llm-int8, a plugin's, or auto, "
-        "with --budget.",
+        help="Algorithm: absmax, zero-point, per-channel, hqq, awq, gptq, smoothquant, llm-int8, a plugin's, auto, "
+        "with --budget, or cast.",
     ),
     click.option(
         "--scheme",
         metavar="S",
-        help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym. Or W4A16, W8A8 and the like.",
+        help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym. Or W4A16, W8A8 and the like; "
+        "float16 or bfloat16 for cast.",
     ),
     click.option(
         "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."
@@ -118,7 +119,7 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     Raises UsageError QC-USAGE-002 for a K=V that isn't, QC-USAGE-003 without model or output, and what Rule, Gate and
     `read_recipe` raise.
     """
-    from qconvert.ir.scheme import QuantScheme
+    from qconvert.ir.scheme import parse_scheme
     from qconvert.recipe.fields import Rule
     from qconvert.recipe.file import read_recipe
     from qconvert.recipe.gates import Gate
@@ -130,7 +131,7 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags["plugin_timeout"] is not None:
         settings["plugin_timeout"] = flags["plugin_timeout"]
     if flags.get("scheme"):
-        settings["scheme"] = QuantScheme.parse(flags["scheme"])
+        settings["scheme"] = parse_scheme(flags["scheme"])
     if flags["no_verify"]:
         settings["verify"] = False
     if flags.get("options"):

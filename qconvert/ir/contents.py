@@ -60,7 +60,7 @@ def shards(model: Model, plan: Plan) -> tuple[dict[str, TensorInfo], ...]:
     There is one file, or each takes at most SHARD_BYTES, or is a single tensor. Units are kept whole where one file can hold
     them, so that the layers that a graph computes as one still lie one behind the other.
     """
-    every = [largest(model, unit) for unit in units(model, plan)]
+    every = [largest(model, plan, unit) for unit in units(model, plan)]
     if plan.weights_bytes <= SHARD_BYTES:
         return ({name: info for tensors in every for name, info in tensors.items()},)
     files: list[dict[str, TensorInfo]] = [{}]
@@ -84,10 +84,16 @@ def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(info.nbytes for info in tensors.values())
 
 
-def largest(model: Model, unit: Unit) -> dict[str, TensorInfo]:
+def float_info(model: Model, plan: Plan, source: str) -> TensorInfo:
+    """Return how a tensor of the source is written that is not quantized."""
+    info = model.source.tensors[source]
+    return TensorInfo(plan.cast.get(source, info.dtype), info.shape)
+
+
+def largest(model: Model, plan: Plan, unit: Unit) -> dict[str, TensorInfo]:
     """Return the tensors of a unit, scales as float32: the most that they can take."""
     tensors: dict[str, TensorInfo] = {}
     for name, layer in unit.layers.items():
         tensors |= {f"{name}.{suffix}": info for suffix, info in layer.disk_tensors.items()}
         tensors[f"{name}.weight_scale"] = TensorInfo(torch.float32, layer.disk_tensors["weight_scale"].shape)
-    return tensors | {output: model.source.tensors[source] for output, source in unit.floats.items()}
+    return tensors | {output: float_info(model, plan, source) for output, source in unit.floats.items()}

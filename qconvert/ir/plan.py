@@ -12,7 +12,7 @@ from qconvert.ir.decision import Assignment, KeptFloat
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
-from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.scheme import Cast, QuantScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class LayerPlan:
 class Plan:
     """The fate of every tensor of a model: quantized by a scheme, or kept in float for a reason.
 
-    scheme: the scheme of the layers that no rule names.
+    scheme: the scheme of the layers that no rule names, or the float type that everything is cast to.
     layers: by name, in the model's order.
     kept_float: modules that stay as they are, each with the reason.
     calibrated: whether calibration data is needed.
@@ -79,9 +79,10 @@ class Plan:
     assignment: where a budget has decided the schemes.
     unread: stored tensors that travel along though no graph computes with them -> the reason.
     weight_files: names of the files of weights, model.safetensors or its shards.
+    cast: stored tensor -> the type that it is rounded to, where nothing is quantized but all floats become narrower.
     """
 
-    scheme: QuantScheme
+    scheme: QuantScheme | Cast
     layers: Mapping[str, LayerPlan]
     kept_float: tuple[KeptFloat, ...]
     calibrated: bool
@@ -93,6 +94,7 @@ class Plan:
     assignment: Assignment | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
     weight_files: tuple[str, ...] = (WEIGHTS,)
+    cast: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:

@@ -176,12 +176,14 @@ class GateResult(_Part):
 
 
 class LayerReport(_Part):
-    """One quantized layer.
+    """One quantized layer, or one tensor that was cast.
 
     relative_error: ||W - dequantize(q)|| / ||W||; bytes: packed codes, scales, zero points and outliers.
 
     outlier_share: of the layer's input columns, those kept in float beside the codes; None where there are none.
     reason: why the scheme is not the one that was asked for; None where it is.
+    zeroed, largest_zeroed: of a tensor that was cast, how many values are too small for its type, so that they became 0, and
+        the largest magnitude among them; None where there are none.
     """
 
     name: str
@@ -190,6 +192,8 @@ class LayerReport(_Part):
     bytes: int
     outlier_share: float | None = None
     reason: str | None = None
+    zeroed: int | None = None
+    largest_zeroed: float | None = None
 
 
 class Report(_Part):

@@ -1,4 +1,4 @@
-"""QuantScheme: how numbers are stored, and its text form ("int4-g32-asym")."""
+"""QuantScheme: how numbers are stored, and its text form ("int4-g32-asym"); Cast: that they stay floats."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qconvert.errors import UsageError
 from qconvert.ir.number_format import FORMATS, INT8, NumberFormat
+from qconvert.vocabulary import CastName
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ class QuantScheme:
                 f"'{text}' is not a scheme",
                 hint=f"write {' or '.join(each.name for each in FORMATS.values())}, then -tensor, -channel or -gN "
                 f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8: for example int4-g32-asym, "
-                "int8-channel-a8; W4A16 and W8A8 are understood, too",
+                "int8-channel-a8; W4A16 and W8A8 are understood, too; float16 and bfloat16 are for the quantizer cast",
             )
         granularity: Granularity = PerChannel()
         if match["granularity"] == "tensor":
@@ -160,6 +161,32 @@ class QuantScheme:
         if isinstance(self.granularity, PerTensor):
             return 1, 1
         return out_features, in_features // self.group_size(in_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Floats of half the width: nothing is coded, and every float of a model is rounded to the nearest that there is.
+
+    name: "float16" has 10 bits of fraction and ends at 65504; "bfloat16" has 7, and nearly the range of float32.
+    """
+
+    name: CastName
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the stored tensors."""
+        import torch
+
+        return torch.float16 if self.name == "float16" else torch.bfloat16
+
+
+def parse_scheme(text: str) -> QuantScheme | Cast:
+    """Parse the scheme of a whole model. Raises UsageError QC-SCHEME-001 for a text that is none."""
+    casts = {str(each): each for each in (Cast("float16"), Cast("bfloat16"))}
+    return casts[text] if text in casts else QuantScheme.parse(text)
 
 
 def no_kernel(scheme: QuantScheme) -> UsageError:

@@ -38,7 +38,7 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
     """
     plugins = plugins_of(recipe)
     _check(recipe, plugins, writes=writes)
-    scheme = recipe.scheme
+    scheme = recipe.quantized_scheme
     if scheme is not None and not recipe.rules:  # else no layer may have it in the end
         if not scheme.has_kernel:
             raise no_kernel(scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
 from qconvert.errors import InputError, ParityError, TargetError
@@ -60,6 +61,7 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
 def _size(model: Model, plan: Plan, written: WriteResult, folder: Path) -> Size:
     weights_bytes = sum(tensor.nbytes for tensor in written.tensors.values())
     quantized = sum(layer.out_features * layer.in_features for layer in plan.layers.values())
+    quantized += sum(prod(model.source.tensors[name].shape) for name in plan.cast)
     graphs = [folder / name for target in TARGETS.values() for name in graph_files(model.task, target).values()]
     return Size(
         source_bytes=model.source_bytes,

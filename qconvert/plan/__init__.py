@@ -18,6 +18,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template
+from qconvert.plan.cast import cast_plan
 from qconvert.plan.fit import Fitting
 from qconvert.plan.peaks import peaks
 from qconvert.plan.targets import check_targets, cuda_bytes
@@ -34,10 +35,12 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 
     Raises UsageError QC-PLAN-001 to QC-PLAN-011 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
-    has no kernel for, where that is a target.
+    has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
-    default = recipe.scheme or quantizer.default_scheme
     check(model, recipe)
+    if recipe.cast is not None:
+        return cast_plan(model, template, recipe, recipe.cast, quantizer)
+    default = recipe.quantized_scheme or quantizer.default_scheme
     layers, kept, shared = _sort_modules(model, template, recipe, default)
     _check_rules(recipe, [*layers, *shared, *(entry.name for entry in kept)])
     _check_schemes(default, layers.values(), recipe, quantizer)
@@ -55,17 +58,17 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     _check_layout(fitting.layout_refuses(layers.values()))
     check_targets(model, template, layers, recipe)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
-    unchanged = sum(info.nbytes for name, info in model.source.tensors.items() if name not in replaced)
+    floats = {name: info for name, info in model.source.tensors.items() if name not in replaced}
     made = Plan(
         default,
         layers,
         tuple(kept),
         calibrated=calibrates(recipe, quantizer),
-        weights_bytes=unchanged + sum(layer.nbytes for layer in layers.values()),
+        weights_bytes=sum(info.nbytes for info in floats.values()) + sum(layer.nbytes for layer in layers.values()),
         peaks=peaks(model, template.groups, layers, recipe, quantizer),
         shared={head: embedding for head, embedding in shared.items() if head not in apart},
         targets=recipe.targets,
-        cuda_bytes=cuda_bytes(model, layers, recipe),
+        cuda_bytes=cuda_bytes(floats, layers, recipe),
         unread=_unread(model, template),
     )
     return dataclasses.replace(made, weight_files=weight_file_names(len(shards(model, made))))

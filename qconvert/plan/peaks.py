@@ -84,7 +84,7 @@ def _quantize_peak(
     """The samples on their way through the blocks, and with them what a block is run with, or quantized with."""
     weights = _weights(model)
     sizes = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
-    largest = max(_in_float(model, layer, quantizer) for layer in layers.values())
+    largest = max((_in_float(model, layer, quantizer) for layer in layers.values()), default=weights.largest)
     codes: dict[str, int] = defaultdict(int)  # of a block, a byte each
     for name, size in sizes.items():
         codes[model.block_of(name)] += size
@@ -93,7 +93,7 @@ def _quantize_peak(
     prepares = type(quantizer).prepare is not Quantizer.prepare
     in_float = max([largest, *together]) if prepares else largest
     # Beside its own float32, a layer is compared with what its codes stand for.
-    quantizing = statistics + copied + max(codes.values()) + in_float + largest
+    quantizing = statistics + copied + max(codes.values(), default=0) + in_float + largest
     if not (quantizer.observers or recipe.tuning):
         return PROCESS_BYTES + GRAPHS_BYTES + quantizing
     hidden, activations = _samples(model, layers, recipe.calibration)

@@ -12,7 +12,7 @@ from qconvert.graph.float_graph import float_graph
 from qconvert.graph.half_precision import narrow
 from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.layer_form import LayerForm
-from qconvert.ir.model import Model
+from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.scheme import no_zero_points
 from qconvert.ir.template import Template
@@ -46,16 +46,18 @@ def _check_kernels(model: Model, template: Template, recipe: Recipe) -> None:
         cuda_kernels.check_kernels(graph)
 
 
-def cuda_bytes(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
-    """Return the bytes that the graph for CUDA adds to the sidecar, but for small constants; 0 where it is no target."""
+def cuda_bytes(floats: Mapping[str, TensorInfo], layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
+    """Return the bytes that the graph for CUDA adds to the sidecar, but for small constants; 0 where it is no target.
+
+    floats: the stored tensors that are not quantized, as they are written.
+    """
     if CUDA not in targets_of(recipe.targets):
         return 0
     narrow_type: torch.dtype = getattr(torch, recipe.cuda_dtype)
-    replaced = {model.stored_name(f"{name}.weight") for name in layers}
     total = sum(
         info.nbytes // info.dtype.itemsize * narrow_type.itemsize
-        for name, info in model.source.tensors.items()
-        if name not in replaced and info.dtype.is_floating_point and info.dtype != narrow_type
+        for info in floats.values()
+        if info.dtype.is_floating_point and info.dtype != narrow_type
     )
     for layer in layers.values():
         if layer.form is LayerForm.CONVOLUTION:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from qconvert.errors import UsageError
 from qconvert.ir.report import Size
-from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.scheme import Cast, QuantScheme
 from qconvert.recipe.fields import BudgetField, DataSpec, Part, Rule, SchemeField, Tuning, without_repeats
 from qconvert.recipe.gates import Gate
-from qconvert.vocabulary import AUTO, AUTO_QUANTIZER, PLUGIN_SECONDS, PRESETS, CudaDtype, Layout, Logits, Preset, TargetName
+from qconvert.vocabulary import (
+    AUTO,
+    AUTO_QUANTIZER,
+    CAST,
+    CAST_SCHEME,
+    PLUGIN_SECONDS,
+    PRESETS,
+    CastName,
+    CudaDtype,
+    Layout,
+    Logits,
+    Preset,
+    TargetName,
+)
 
 
 class Recipe(Part):
@@ -26,9 +39,14 @@ class Recipe(Part):
         description="quantizer, scheme, sequential and tuning for what you want: seconds without data, a good and quick one, "
         "the nearest to float, or int8 activations; what the recipe sets itself goes before",
     )
-    quantizer: str = Field("per-channel", description="algorithm: a built-in quantizer, a plugin's, or auto, with a budget")
+    quantizer: str = Field(
+        "per-channel",
+        description="algorithm: a built-in quantizer, a plugin's, auto, with a budget, or cast, to floats of half the width",
+    )
     scheme: SchemeField | None = Field(
-        None, description="number format, e.g. int4-g32-asym, or W4A16, W8A8 and the like; unset: the quantizer's default"
+        None,
+        description="number format, e.g. int4-g32-asym, or W4A16, W8A8 and the like; float16 or bfloat16 for cast; "
+        "unset: the quantizer's default",
     )
     budget: BudgetField | None = Field(
         None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
@@ -79,6 +97,15 @@ class Recipe(Part):
             )
         return {**preset, **settings, "options": {**preset.get("options", {}), **(settings.get("options") or {})}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _cast_alike(cls, settings: Any) -> Any:
+        """On CUDA, a cast model computes in the type that it is cast to, unless the recipe says otherwise."""
+        if not isinstance(settings, dict) or settings.get("quantizer") != CAST:
+            return settings
+        scheme = str(settings.get("scheme") or CAST_SCHEME)
+        return {"cuda_dtype": scheme, **settings} if scheme in get_args(CastName) else settings
+
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         """Validate what a file and the command line gave. Raises UsageError QC-RECIPE-001 with every wrong field."""
@@ -108,6 +135,33 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _check_cast(self) -> Self:
+        """Raises UsageError QC-CAST-001 and -002."""
+        if self.quantizer != CAST:
+            if isinstance(self.scheme, Cast):
+                raise UsageError(
+                    "QC-CAST-001",
+                    f"{self.scheme} has no codes, and the quantizer {self.quantizer} makes codes",
+                    hint=f"take --quantizer {CAST}, or a scheme such as int8-channel",
+                )
+            return self
+        if isinstance(self.scheme, QuantScheme):
+            raise UsageError(
+                "QC-CAST-001",
+                f"the quantizer {CAST} makes no codes, and {self.scheme} is made of them",
+                hint=f"give --scheme float16 or bfloat16, or another quantizer than {CAST}",
+            )
+        unused = [name for name in ("rules", "options", "tuning", "sequential") if getattr(self, name)]
+        unused += ["layout: onnx"] if self.layout == "onnx" else []  # whoever reads floats reads the weights
+        if unused:
+            raise UsageError(
+                "QC-CAST-002",
+                f"the quantizer {CAST} rounds every float in the same way, and has no use for {', '.join(unused)}",
+                hint="leave that out",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_gates(self) -> Self:
         """Raises UsageError QC-GATE-001."""
         unjudged = [str(gate) for gate in self.gates if gate.metric not in Size.model_fields]
@@ -118,6 +172,18 @@ class Recipe(Part):
                 hint="verify, or leave them out here and give them to qconvert verify OUT, each with --gate",
             )
         return self
+
+    @property
+    def cast(self) -> Cast | None:
+        """The float type of half the width that everything is stored in; None where layers are quantized."""
+        if self.quantizer != CAST:
+            return None
+        return self.scheme if isinstance(self.scheme, Cast) else Cast(CAST_SCHEME)
+
+    @property
+    def quantized_scheme(self) -> QuantScheme | None:
+        """The scheme of layers that are quantized; None where the recipe names none."""
+        return self.scheme if isinstance(self.scheme, QuantScheme) else None
 
     @property
     def worker(self) -> str:
@@ -132,7 +198,7 @@ class Recipe(Part):
     def scheme_of(self, name: str, default: QuantScheme) -> QuantScheme | None:
         """Return the scheme of the layer `name`: that of the first rule that matches, else the recipe's, else `default`."""
         rule = self.rule_for(name)
-        return rule.scheme if rule else self.scheme or default
+        return rule.scheme if rule else self.quantized_scheme or default
 
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches the layer `name`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Self
 
@@ -19,21 +20,23 @@ from pydantic import (
 
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.budget import Budget
-from qconvert.ir.scheme import QuantScheme
+from qconvert.ir.scheme import Cast, QuantScheme, parse_scheme
 from qconvert.vocabulary import TUNER
 
 
-def _parse_scheme(value: object) -> object:
-    if not isinstance(value, str):
+def _parse_scheme(value: object, parse: Callable[[str], object] = parse_scheme) -> object:
+    if isinstance(value, QuantScheme | Cast):
         return value
+    if not isinstance(value, str):
+        raise ValueError("a scheme is written as text, such as int4-g32")  # pydantic collects these
     try:
-        return QuantScheme.parse(value)
+        return parse(value)
     except QConvertError as error:  # pydantic collects ValueErrors and names the field
         raise ValueError(f"{error.message}; {error.hint}") from error
 
 
 def _parse_rule_scheme(value: object) -> object:
-    return None if value == "float" else _parse_scheme(value)
+    return None if value in ("float", None) else _parse_scheme(value, QuantScheme.parse)
 
 
 def _parse_budget(value: object) -> object:
@@ -52,7 +55,7 @@ def without_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
 # A scheme is written as text, and the JSON schema says so.
 _TEXT = WithJsonSchema({"type": "string"})
 
-SchemeField = Annotated[QuantScheme, BeforeValidator(_parse_scheme), PlainSerializer(str), _TEXT]
+SchemeField = Annotated[QuantScheme | Cast, BeforeValidator(_parse_scheme), PlainSerializer(str), _TEXT]
 
 RuleSchemeField = Annotated[
     QuantScheme | None,

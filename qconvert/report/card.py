@@ -19,6 +19,7 @@ from qconvert.targets import graph_files, targets_of
 from qconvert.targets.cpu import CPU
 from qconvert.targets.cuda import CUDA
 from qconvert.targets.target import Target
+from qconvert.vocabulary import CAST
 
 RUN: dict[TaskName, str] = {
     "causal-lm": """\
@@ -93,7 +94,7 @@ def card(report: Report, recipe: Recipe, model_name: str) -> str:
     sections = (
         f"# {_plain(model_name)}, {wording.title(report)}",
         f"Made by qconvert from `{_code(model_name)}` with the quantizer `{_code(report.quantizer)}`: "
-        f"{wording.schemes(report.layers) or 'no'} layers, {wording.size(report)}.",
+        f"{wording.schemes(report.layers) or 'no'} {wording.piece(report)}s, {wording.size(report)}.",
         *_verdict(report),
         *_usage(report, recipe),
         "## Evidence",
@@ -138,13 +139,16 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     if (name := report.transformers_class) is None:
         yield "Not possible: it was made with `--layout onnx`, whose weights only the ONNX graphs can read."
         return
-    yield "In this folder, with `pip install 'transformers>=5.23' compressed-tensors`:"
+    codes, floats = "`pip install 'transformers>=5.23' compressed-tensors`", "`pip install 'transformers>=5.23'`"
+    yield f"In this folder, with {floats if report.quantizer == CAST else codes}:"
     yield f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(".")\n```'
     yield _dequantized(report)
 
 
 def _dequantized(report: Report) -> str:
     """Say what transformers makes of the weights."""
+    if report.quantizer == CAST:
+        return f"There its weights are {report.scheme}, as they are stored."
     without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
     schemes = {layer.scheme.replace("-tensor", "-channel") for layer in report.layers}  # the layout has one form for both
     late = len(schemes) > 1 or any(scheme.startswith("int8-g") for scheme in schemes)
@@ -192,11 +196,17 @@ def _evidence(report: Report) -> str:
     if report.assignment is not None:
         rows.append(("budget", "", report.assignment.budget, wording.assignment(report.assignment, report.fidelity)))
     rows += [
-        ("layer that lost most", "", layer.scheme, _lost(layer.name, layer.relative_error))
+        (
+            "tensor that lost most" if report.quantizer == CAST else "layer that lost most",
+            "",
+            layer.scheme,
+            _lost(layer.name, layer.relative_error),
+        )
         for layer in wording.worst(report.layers)[:1]
     ]
     if outliers := wording.outliers(report.layers):
         rows.append(("outlier columns", "", "", outliers))
+    rows += [("too small, and now 0", "", "", line) for line in wording.zeroed(report.layers)]
     rows += [
         ("another scheme than asked for", "", str(len(names)), f"{scheme}: {wording.some(names)}")
         for scheme, names in wording.other_schemes(report.layers)
@@ -217,7 +227,12 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
     schemes = {layer.scheme for layer in report.layers}
     targets = targets_of(recipe.targets)
     on_cpu = CPU in targets
-    if on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
+    if on_cpu and report.quantizer == CAST:
+        notes.append(
+            f"On the CPU, {report.scheme} is how weights are stored: a session widens them to float32 when it is created, and "
+            "has float's size and speed."
+        )
+    elif on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
             "stored, but the kernel itself quantizes activations to int8."

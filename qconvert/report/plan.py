@@ -40,7 +40,9 @@ def table(plan: Plan) -> RenderableType:
     summary = Text("\n").join(
         Text(line)
         for line in (
-            f"{len(plan.layers)} layers to quantize, {plan.scheme} unless a rule says otherwise",
+            f"{len(plan.cast)} tensors to cast to {plan.scheme}"
+            if plan.cast
+            else f"{len(plan.layers)} layers to quantize, {plan.scheme} unless a rule says otherwise",
             f"{_weight_files(plan)}: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
             f"memory: {_peaks(plan)}",
             f"calibration data: {'needed' if plan.calibrated else 'not needed'}",

@@ -11,6 +11,7 @@ from rich.text import Text
 from qconvert.errors import printable
 from qconvert.ir.report import Fidelity, Latency, LayerReport, Parity, Report
 from qconvert.report import wording
+from qconvert.vocabulary import CAST
 
 STYLES = {"passed": "green", "failed": "bold red", "not-run": "yellow", "measured": ""}
 
@@ -51,6 +52,7 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
             Text(f"{len(names)} in {printable(scheme)}: {wording.some(names)}")
             for scheme, names in wording.other_schemes(report.layers)
         ),
+        "too small": _lines(Text(line) for line in wording.zeroed(report.layers)),
         "budget": _text(wording.assignment(report.assignment, report.fidelity) if report.assignment else None),
         "outliers": _text(wording.outliers(report.layers)),
         "worst": _worst(wording.worst(report.layers)) if report.layers else None,
@@ -63,6 +65,8 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
 
 
 def _quantized(report: Report) -> str:
+    if report.quantizer == CAST:
+        return f"none quantized, {len(report.layers)} tensors cast to {report.scheme}"
     return f"{len(report.layers)} quantized: {wording.schemes(report.layers)}" if report.layers else "none quantized"
 
 

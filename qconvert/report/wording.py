@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qconvert.errors import printable
 from qconvert.ir.decision import Assignment, KeptFloat
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
+from qconvert.vocabulary import CAST
 
 if TYPE_CHECKING:
     from qconvert.ir.plan import LayerPlan
@@ -53,12 +54,18 @@ def status(part: Parity | Fidelity | Latency) -> str:
     return "measured" if part.status == "passed" and not isinstance(part, Parity) else part.status
 
 
+def piece(report: Report) -> str:
+    """Return the word for what `report.layers` holds."""
+    return "tensor" if report.quantizer == CAST else "layer"
+
+
 def size(report: Report) -> str:
     """Word the size: weights, their ratio to the source's, bits per quantized weight, and graphs."""
     part = report.size
+    weight = "weight" if report.quantizer == CAST else "quantized weight"
     return (
         f"{byte_size(part.weights_bytes)} of weights, {part.ratio:.3g} x the source's {byte_size(part.source_bytes)}; "
-        f"{part.average_bits:.3g} bits per quantized weight; graphs {byte_size(part.graph_bytes)}"
+        f"{part.average_bits:.3g} bits per {weight}; graphs {byte_size(part.graph_bytes)}"
     )
 
 
@@ -201,6 +208,19 @@ def outliers(layers: Iterable[LayerReport]) -> str:
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:
     """Return the modules kept in float, by reason, in the order of first appearance."""
     return by_reason({part.name: part.reason for part in kept})
+
+
+def zeroed(layers: Iterable[LayerReport], limit: int = 5) -> list[str]:
+    """Return a line for each of the tensors with most values that are too small for the type that they were cast to."""
+    found = sorted((layer for layer in layers if layer.zeroed), key=lambda layer: -(layer.zeroed or 0))
+    lines = [
+        f"{printable(layer.name)}: {layer.zeroed} {'value' if layer.zeroed == 1 else 'values'} became 0 in {layer.scheme}, "
+        f"the largest was {layer.largest_zeroed:.3g}"
+        for layer in found[:limit]
+    ]
+    if len(found) > limit:
+        lines.append(f"and {len(found) - limit} more tensors, in report.json")
+    return lines + (["bfloat16 has numbers that small"] if found and found[0].scheme == "float16" else [])
 
 
 def other_schemes(layers: Iterable[LayerReport | LayerPlan]) -> list[tuple[str, list[str]]]:

@@ -24,6 +24,7 @@ from qconvert.storage.stage import Stage
 from qconvert.storage.weights import WeightFiles
 from qconvert.targets.cpu_sidecar import sidecar_tensors
 from qconvert.write.carried import write_carried
+from qconvert.write.cast import cast_tensor
 from qconvert.write.config import write_config
 
 
@@ -83,18 +84,23 @@ class Writer:
         self._weights.close()
 
     def _write(self, unit: Unit, block: QuantizedBlock) -> None:
-        _write_unit(unit, block, self.model, self.stage, self._weights)
+        _write_unit(unit, block, self.model, self.plan, self.stage, self._weights)
 
 
-def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, weights: WeightFiles) -> None:
+def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, plan: Plan, stage: Stage, weights: WeightFiles) -> None:
     """Append one unit's tensors, make them durable, then journal them."""
     layers = {layer.name: layer for layer in block.layers}
     if layers.keys() != unit.layers.keys():
         odd = ", ".join(map(ascii, sorted(layers.keys() ^ unit.layers.keys())))
         raise _internal(f"block {unit.name!r}: planned and quantized layers differ in {odd}")
     stored = _append_layers(unit, block, weights)
+    reports: list[LayerReport] = []
     for output, source in unit.floats.items():
-        stored[output] = weights.append(output, _float_tensor(model, block, output, source))
+        tensor = _float_tensor(model, block, output, source)
+        if source in plan.cast:
+            tensor, report = cast_tensor(model, plan, source, tensor)
+            reports.append(report)
+        stored[output] = weights.append(output, tensor)
     extra = {
         name: [
             (f"{name}.{suffix}", stage.sidecar.append(f"{name}.{suffix}", tensor))
@@ -102,7 +108,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, stage: Stage, w
         ]
         for name, layer in layers.items()
     }
-    reports = [
+    reports += [
         LayerReport(
             name=name,
             scheme=str(layer.tensor.scheme),
@@ -185,7 +191,7 @@ def _check_smoothing_scales(block: QuantizedBlock) -> None:
 def _layer_reports(plan: Plan, stage: Stage) -> tuple[LayerReport, ...]:
     """The journalled reports in the plan's order."""
     reports = {entry["name"]: entry for record in stage.journal.records() for entry in record.get("layers", ())}
-    return tuple(LayerReport(**reports[name]) for name in plan.layers)
+    return tuple(LayerReport(**reports[name]) for name in (*plan.layers, *plan.cast))
 
 
 def _internal(message: str) -> QConvertError:

@@ -14,6 +14,7 @@ from torch import nn
 from qconvert.errors import UsageError
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
+from qconvert.ir.scheme import Cast
 from qconvert.storage.compressed_tensors import config_group, dequantizes_exactly, transformers_refuses
 from qconvert.storage.disk import disk_errors
 from qconvert.storage.stage import Stage
@@ -35,6 +36,8 @@ def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None
     config = copy.deepcopy(dict(model.config))
     for stale in ("quantization_config", "compression_config"):
         config.pop(stale, None)
+    if isinstance(plan.scheme, Cast):
+        _name_dtype(config, str(plan.scheme))
     if plan.layers:
         config["quantization_config"] = (
             quantization_config(model, plan, outliers=outliers) if layout == "transformers" else _refusal()
@@ -45,6 +48,17 @@ def write_config(model: Model, plan: Plan, stage: Stage, layout: Layout) -> None
     path = stage.folder / "config.json"
     with disk_errors(path):
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Say of which type the weights are, there and in the configurations of parts: transformers 4 calls it torch_dtype."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = dtype
 
 
 def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
 from qconvert.plugin.host.distribution import Code, Distribution, builtin, code_digest, distribution_of
 from qconvert.plugin.host.families import FAMILIES, QUANTIZERS, TUNERS, Family, Registered
-from qconvert.vocabulary import TUNER
+from qconvert.vocabulary import CAST, TUNER
 
 if TYPE_CHECKING:
     from qconvert.ir.model import Model
@@ -85,6 +85,10 @@ class PluginManager:
         Raises UsageError QC-PLUGIN-002 if none did, QC-PLUGIN-004 for wrong options; PluginError QC-PLUGIN-001 if none
         did but a broken plugin may have been meant to, QC-PLUGIN-003 if two did, QC-PLUGIN-005 if it can't be built.
         """
+        if name == CAST:
+            from qconvert.plugin.host.casting import Casting
+
+            return Casting()
         if name not in self.quantizers:
             raise self.unknown(name)
         quantizer: Quantizer = QUANTIZERS.build(self.quantizers[name], options)
@@ -162,7 +166,7 @@ class PluginManager:
         """Raises what `quantizer` and `tuner` raise for a name that nobody brings; qconvert's own need not be imported for
         that."""
         for family, wanted in ((QUANTIZERS, name), (TUNERS, tuning.tuner if tuning else TUNER)):
-            if wanted not in self._own_names(family) and wanted not in self._brought[family]:
+            if wanted not in self._own_names(family) | {CAST} and wanted not in self._brought[family]:
                 raise self.unknown(wanted, family)
 
     def needs_data(self, name: str) -> bool:
