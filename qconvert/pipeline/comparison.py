@@ -106,7 +106,7 @@ class Attempt:
     @property
     def entry(self) -> Entry:
         """The attempt's entry in compare.json, as far as it has come."""
-        scheme = self.recipe.budget or str(self.recipe.scheme or self.quantizer.default_scheme)
+        scheme = self.recipe.budget or str(self.recipe.cast or self.recipe.scheme or self.quantizer.default_scheme)
         return Entry(self.name, self.recipe.quantizer, scheme, self.report, self.error, self.seconds if self.report else None)
 
 

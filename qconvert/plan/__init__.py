@@ -39,7 +39,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     """
     check(model, recipe)
     if recipe.cast is not None:
-        return cast_plan(model, template, recipe, recipe.cast, quantizer)
+        return cast_plan(model, template, recipe, quantizer, _unread(model, template))
     default = recipe.quantized_scheme or quantizer.default_scheme
     layers, kept, shared = _sort_modules(model, template, recipe, default)
     _check_rules(recipe, [*layers, *shared, *(entry.name for entry in kept)])

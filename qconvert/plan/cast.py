@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from qconvert.errors import UsageError
 from qconvert.ir.artifact import weight_file_names
 from qconvert.ir.contents import float_info, shards
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.scheme import Cast
 from qconvert.ir.template import Template
 from qconvert.plan.peaks import peaks
 from qconvert.plan.targets import check_targets, cuda_bytes
@@ -17,11 +17,13 @@ from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 
 
-def cast_plan(model: Model, template: Template, recipe: Recipe, scheme: Cast, quantizer: Quantizer) -> Plan:
-    """Plan to round all floats, but for those that are stored in 8 bits, which would grow.
+def cast_plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer, unread: Mapping[str, str]) -> Plan:
+    """Plan to round all floats to the type of the recipe's cast, but for those that are stored in 8 bits, which would grow.
 
     Raises UsageError QC-CAST-004 where all are of that type already; QC-CUDA-001 and -002 as `check_targets` does.
     """
+    scheme = recipe.cast
+    assert scheme is not None
     floats = {name: info for name, info in model.source.tensors.items() if info.dtype.is_floating_point}
     cast = {name: scheme.dtype for name, info in floats.items() if info.dtype != scheme.dtype and info.dtype.itemsize > 1}
     if not cast:
@@ -39,7 +41,7 @@ def cast_plan(model: Model, template: Template, recipe: Recipe, scheme: Cast, qu
         weights_bytes=0,
         peaks=peaks(model, template.groups, {}, recipe, quantizer),
         targets=recipe.targets,
-        unread=dict(model.unplaced),
+        unread=unread,
         cast=cast,
     )
     infos = {name: float_info(model, made, name) for name in model.source.tensors}
