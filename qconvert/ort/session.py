@@ -195,10 +195,28 @@ def _fed(graph: onnx_ir.Graph, initializer: onnx_ir.Value, tensor: Tensor) -> An
     dtype = onnx_ir.DataType.FLOAT
     if tensor.dtype in NARROW and look_up_narrow(graph, initializer, NARROW[tensor.dtype]):
         dtype, tensor = NARROW[tensor.dtype], tensor.view(torch.uint16)  # numpy has no bfloat16
+    elif tensor.dtype != torch.float32 and _turned(graph, initializer):  # what is mapped is not copied
+        tensor = torch.empty(tensor.shape[::-1]).copy_(tensor.T)
     else:
         tensor = tensor.float()
     array = np.ascontiguousarray(tensor.numpy()).reshape(initializer.shape.numpy())
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, dtype.value)
+
+
+def _turned(graph: onnx_ir.Graph, initializer: onnx_ir.Value) -> bool:
+    """Let a weight [out, in] that is only transposed be [in, out], without the nodes that do it. Returns whether it is so now.
+
+    A session that transposes holds the weight once more.
+    """
+    nodes = [node for node, _ in initializer.uses()]
+    if not nodes or any(node.op_type != "Transpose" or len(node.inputs[0].shape or ()) != 2 for node in nodes):  # type: ignore[union-attr]
+        return False
+    for node in nodes:
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], initializer)
+        graph.remove(node, safe=True)
+    assert initializer.shape is not None
+    initializer.shape = onnx_ir.Shape(initializer.shape.numpy()[::-1])
+    return True
 
 
 class EncoderDecoderSession:

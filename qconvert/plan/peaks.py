@@ -38,9 +38,9 @@ PROCESS_BYTES, GRAPHS_BYTES = 380_000_000, 150_000_000
 ACTIVATIONS = 4
 # Of a block that is tuned: its weights in float32, their gradients, and what is learned.
 TUNED = 3
-# How often a session of ONNX Runtime holds float weights while it is opened: as they were widened, transposed and packed for
-# its kernels. Those that are stored in float32 stay where they are mapped, and fewer copies are made.
-SESSION, MAPPED_SESSION = 4, 1.5
+# How often a session of ONNX Runtime holds float weights while it is opened: as they were widened, as it reads them and packed
+# for its kernels. Those that are stored in float32 stay where they are mapped, and fewer copies are made.
+SESSION, MAPPED_SESSION = 3, 1.5
 # Logits of one sample that a comparison holds: of both models, as the session and as the caller has them, and in float64.
 LOGITS = 8
 
