@@ -10,7 +10,7 @@ import onnx_ir
 import onnxruntime
 from torch import Tensor
 
-from qconvert.ort.session import PROVIDERS, Values, fed_weights, ort_value, session_options
+from qconvert.ort.session import DEFAULT, PROVIDERS, SessionSettings, Values, fed_weights, ort_value, session_options
 from qconvert.targets.cpu import CPU
 
 
@@ -20,7 +20,7 @@ class FedSession:
     its weights are held four times, if a Transpose precedes the product.
     """
 
-    def __init__(self, model: onnx_ir.Model, read: Callable[[str], Tensor]) -> None:
+    def __init__(self, model: onnx_ir.Model, read: Callable[[str], Tensor], settings: SessionSettings = DEFAULT) -> None:
         """read: see ort.session.memory_session."""
         clone = model.clone()
         self._weights = fed_weights(clone.graph, read)
@@ -29,7 +29,8 @@ class FedSession:
             value.const_value = None
             clone.graph.inputs.append(value)
         data = onnx_ir.to_proto(clone).SerializeToString()
-        self._session: Any = onnxruntime.InferenceSession(data, session_options(), providers=[PROVIDERS[CPU.name]])
+        options = session_options(settings)
+        self._session: Any = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS[CPU.name]])
 
     def get_inputs(self) -> list[Any]:
         """Return the graph's own inputs."""

@@ -1,4 +1,4 @@
-"""A product with a weight that is too large to be held in float32, computed a tile of its rows at a time."""
+"""Pieces of a graph with a large weight: looked up or multiplied where it lies, or multiplied a tile of its rows at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import onnx_ir
 import onnxruntime
 import torch
+from torch import Tensor
 
 from qconvert.execution.wide_rows import Rows, is_large, tiles
+from qconvert.ort.fed_session import FedSession
 from qconvert.ort.pieces import OpenPiece
 from qconvert.ort.session import PROVIDERS, SessionSettings, empty, ort_value, session_options
 from qconvert.targets.cpu import CPU
@@ -22,6 +24,19 @@ class LargeProduct:
 
     weight: onnx_ir.Value
     axis: int
+
+
+def fed_if_large(read: Callable[[str], Tensor], settings: SessionSettings, otherwise: OpenPiece) -> OpenPiece:
+    """Return what opens a session over a piece of a graph, as fast as `otherwise`: large weights that its kernels read in place
+    are handed to every run, since a session would copy them.
+    """
+
+    def open_piece(piece: onnx_ir.Model) -> Any:
+        large = [weight for weight in piece.graph.initializers.values() if _is_large(weight)]
+        in_place = bool(large) and all(map(_is_read_in_place, large))
+        return FedSession(piece, read, settings) if in_place else otherwise(piece)
+
+    return open_piece
 
 
 def in_tiles(read: Callable[[str], Rows], otherwise: OpenPiece) -> OpenPiece:
@@ -43,13 +58,23 @@ def large_product(graph: onnx_ir.Graph) -> LargeProduct | None:
     if last.op_type != "MatMul" or list(graph.outputs) != list(last.outputs) or len(weights) != 1:
         return None
     (weight,) = weights
-    if not isinstance(weight.const_value, onnx_ir.LazyTensor) or not is_large(weight.const_value.shape.numpy()):
+    if not _is_large(weight):
         return None
     left, right = last.inputs
     transpose = None if right is None else right.producer()
     if left is weight:
         return LargeProduct(weight, -2)
     return LargeProduct(weight, -1) if transpose is not None and transpose.inputs[0] is weight else None
+
+
+def _is_large(weight: onnx_ir.Value) -> bool:
+    """Return whether it is a large weight that a source is to give."""
+    return isinstance(weight.const_value, onnx_ir.LazyTensor) and is_large(weight.const_value.shape.numpy())
+
+
+def _is_read_in_place(weight: onnx_ir.Value) -> bool:
+    """Return whether nodes only look up its rows, or multiply it from the left: no kernel packs it for that."""
+    return all(place == 0 and node.op_type in ("Gather", "MatMul") for node, place in weight.uses())
 
 
 class TiledSession:

@@ -20,9 +20,9 @@ from qconvert.ir.report import Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.footprint import footprint
-from qconvert.ort.pieces import OpenPiece, piece_count, sized_session
+from qconvert.ort.pieces import piece_count, sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
-from qconvert.ort.tiled_session import in_tiles
+from qconvert.ort.tiled_session import fed_if_large, in_tiles
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.target import Target
@@ -130,7 +130,7 @@ def float_session(job: Job, settings: SessionSettings, *, last_position: bool = 
     if last_position and model.output_head is not None:
         keep_last_position(graphs["model"].graph, model.output_head)
     floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in graphs.items()}
-    open_piece: OpenPiece = partial(memory_session, read=model.read, settings=settings)
+    open_piece = fed_if_large(model.read, settings, partial(memory_session, read=model.read, settings=settings))
     if not timed:
         open_piece = in_tiles(model.read, open_piece)
     return joined({part: sized_session(graph, open_piece) for part, graph in floats.items()})
