@@ -18,9 +18,9 @@ from qconvert.ir.finite import not_finite, require_finite
 from qconvert.ir.model import Model
 from qconvert.ort import compare
 from qconvert.ort.fed_session import FedSession
+from qconvert.ort.large_pieces import in_tiles
 from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import joined
-from qconvert.ort.tiled_session import in_tiles
 from qconvert.trace.opaque import original_name, shortened
 
 # Relative to the largest |output|; float32 sums in another order differ by about 1e-6.

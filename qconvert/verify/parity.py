@@ -37,9 +37,9 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.template import made_by
 from qconvert.ort import compare
+from qconvert.ort.large_pieces import in_tiles
 from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import joined, memory_session, run_named
-from qconvert.ort.tiled_session import in_tiles
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.cpu import CPU

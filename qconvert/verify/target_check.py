@@ -20,9 +20,9 @@ from qconvert.ir.report import Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.footprint import footprint
+from qconvert.ort.large_pieces import fed_if_large, in_tiles
 from qconvert.ort.pieces import piece_count, sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
-from qconvert.ort.tiled_session import fed_if_large, in_tiles
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.target import Target

@@ -15,7 +15,9 @@ from tiny_models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from qconvert.execution import wide_rows
 from qconvert.graph import float_graph, pieces
 from qconvert.ir import affine
-from qconvert.ort.tiled_session import TiledSession
+from qconvert.ort.fed_session import FedSession
+from qconvert.ort.large_pieces import TiledSession
+from qconvert.ort.session import DEFAULT, SessionSettings
 from qconvert.pipeline.conversion import convert
 from qconvert.pipeline.verification import verify
 from qconvert.recipe import Recipe
@@ -123,3 +125,25 @@ def test_a_large_head_is_compared_with_a_tile_of_it_at_a_time(
     measures = {"kl", "perplexity_float", "max_abs", "top1"}
     found, expected = (part.model_dump(include=measures) for part in (after, before))
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_large_embedding_is_looked_up_where_it_lies_and_no_layer_is_slower_for_it(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = bfloat16_llama(tmp_path / "source", tie=False), tmp_path / "output"
+    convert(Recipe(model=str(source), output=output, quantizer="absmax", scheme="int4-g32", verify=False))
+    opened: list[set[str]] = []
+
+    def seen(model: onnx_ir.Model, read: Callable[[str], torch.Tensor], settings: SessionSettings = DEFAULT) -> FedSession:
+        opened.append({node.op_type for node in model.graph})
+        return FedSession(model, read, settings)
+
+    monkeypatch.setattr("qconvert.ort.large_pieces.FedSession", seen)
+    monkeypatch.setattr(wide_rows, "LARGE_BYTES", 4 * VOCABULARY * 64 - 1)  # of the embedding, in float32
+    if not whole:
+        monkeypatch.setattr(pieces, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", TINY_PIECE)
+    assert verify(output).passed
+    assert bool(opened) is not whole
+    assert all("Gather" in types and "MatMul" not in types for types in opened)

@@ -27,13 +27,15 @@ class LargeProduct:
 
 
 def fed_if_large(read: Callable[[str], Tensor], settings: SessionSettings, otherwise: OpenPiece) -> OpenPiece:
-    """Return what opens a session over a piece of a graph, as fast as `otherwise`: large weights that its kernels read in place
-    are handed to every run, since a session would copy them.
+    """Return what opens a session over a piece of a graph, as fast as `otherwise`.
+
+    Where kernels read all weights of a piece in place, and one is large, they are handed to every run. A session would
+    copy them.
     """
 
     def open_piece(piece: onnx_ir.Model) -> Any:
-        large = [weight for weight in piece.graph.initializers.values() if _is_large(weight)]
-        in_place = bool(large) and all(map(_is_read_in_place, large))
+        weights = list(piece.graph.initializers.values())
+        in_place = all(map(_is_read_in_place, weights)) and any(map(_is_large, weights))
         return FedSession(piece, read, settings) if in_place else otherwise(piece)
 
     return open_piece
@@ -73,7 +75,9 @@ def _is_large(weight: onnx_ir.Value) -> bool:
 
 
 def _is_read_in_place(weight: onnx_ir.Value) -> bool:
-    """Return whether nodes only look up its rows, or multiply it from the left: no kernel packs it for that."""
+    """Return whether nodes only look up its rows, or multiply it from the left: no kernel packs it for that. Nor any vector."""
+    if weight.shape is not None and len(weight.shape) < 2:
+        return True
     return all(place == 0 and node.op_type in ("Gather", "MatMul") for node, place in weight.uses())
 
 
