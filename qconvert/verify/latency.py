@@ -35,8 +35,8 @@ REPEATS, TURNS, PAUSE_SECONDS = 10, 2, 0.05
 TRIAL_REPEATS, TRIAL_TOKENS, NOISE = 4, 8, 0.05
 # Of a piece of a float model that is too large to be run whole.
 PIECE_REPEATS = 4
-# A slow machine or a large model gets fewer repeats rather than a long wait.
-BUDGET_SECONDS = 30.0
+# A slow machine or a large model gets fewer repeats rather than a long wait; the second is for the choice of settings.
+BUDGET_SECONDS, TRIAL_SECONDS = 30.0, 8.0
 
 OpenSession = Callable[[SessionSettings], Any]
 
@@ -128,7 +128,7 @@ def _fastest(
     for settings in candidates if len(candidates) > 1 else ():
         session = open_session(settings)
         call = partial(session.run, None, feed(session, inputs))
-        seconds = median(_in_turns([call], TRIAL_REPEATS, time.perf_counter)[0])
+        seconds = median(_in_turns([call], TRIAL_REPEATS, time.perf_counter, TRIAL_SECONDS)[0])
         if new_tokens:
             seconds += new_tokens * _step_seconds(session, inputs, min(new_tokens, TRIAL_TOKENS))
         trials.append(Trial(threads=settings.threads, spinning=settings.spinning, ms=1e3 * seconds))
@@ -160,7 +160,9 @@ def workload(model: Model, batches: Sequence[Batch]) -> tuple[Batch, int, int]:
     return inputs, prompt, new_tokens
 
 
-def _in_turns(calls: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
+def _in_turns(
+    calls: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float], budget: float = BUDGET_SECONDS
+) -> list[list[float]]:
     """Seconds of each call by a clock, after one that warms up; a few of one, then a few of the other, and the same again.
 
     In between is a pause: until the idle threads of one session stop spinning, they take cores from the other.
@@ -176,7 +178,7 @@ def _in_turns(calls: Sequence[Callable[[], object]], repeats: int, clock: Callab
                 start = clock()
                 call()
                 taken.append(clock() - start)
-                if time.perf_counter() - begin > BUDGET_SECONDS:
+                if time.perf_counter() - begin > budget:
                     break
     return times
 
