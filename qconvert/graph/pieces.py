@@ -77,7 +77,7 @@ class _Chain:
             if places:
                 start += 1 + min(reversed(places), key=lambda place: crossing[start + place])
             else:  # a node that is too large stands alone
-                start += over if over and sizes[over - 1] else over + 1
+                start += over or 1
             if start < len(self.nodes):
                 yield start
 

@@ -132,7 +132,7 @@ def _fastest(
         if new_tokens:
             seconds += new_tokens * _step_seconds(session, inputs, min(new_tokens, TRIAL_TOKENS))
         trials.append(Trial(threads=settings.threads, spinning=settings.spinning, ms=1e3 * seconds))
-        del session  # two at once would be twice the memory
+        del session, call  # two at once would be twice the memory
     best = min(range(len(trials)), key=lambda index: trials[index].ms, default=0)
     if trials and trials[best].ms > (1 - NOISE) * trials[0].ms:
         best = 0
