@@ -41,6 +41,8 @@ TUNED = 3
 # How often a session of ONNX Runtime holds float weights while it is opened: as they were widened, as it reads them and packed
 # for its kernels. Those that are stored in float32 stay where they are mapped, and fewer copies are made.
 SESSION, MAPPED_SESSION = 3, 1.5
+# How often a session holds the codes of an artifact: as its kernels order them, and in part as they are stored.
+LOADED = 1.7
 # Logits of one sample that a comparison holds: of both models, as the session and as the caller has them, and in float64.
 LOGITS = 8
 
@@ -66,8 +68,9 @@ class _Weights:
 def trace_peak(model: Model) -> int:
     """Return the peak of the trace: the traced blocks run in torch, then in ONNX Runtime, whole or a piece at a time."""
     weights = _weights(model, widened=True)
-    graph = _at_once(weights.traced + weights.multiplied)
-    return PROCESS_BYTES + GRAPHS_BYTES + max(weights.traced + weights.outside, graph)
+    graph = weights.traced + weights.multiplied
+    piece = graph if graph <= WHOLE_BYTES else PIECE_BYTES
+    return PROCESS_BYTES + GRAPHS_BYTES + max(weights.traced + weights.outside, piece)
 
 
 def peaks(
@@ -150,23 +153,30 @@ def _samples(model: Model, layers: Mapping[str, LayerPlan], data: DataSpec) -> t
 
 
 def _verify_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
-    """A process beside the one that waits for it. What takes most there is fidelity: the artifact, whose kernels pack their
-    weights anew, and beside it the float model, whole or a piece of it, with the logits of a sample; or the time of a piece
-    with the largest weight, which is not divided then.
+    """A process beside the one that waits for it. What takes most there is one of three: fidelity, with the artifact, whose
+    kernels pack their weights anew, the float model, whole or a piece of it, and the logits of a sample; the time of the piece
+    with the largest weight, which is not divided then; or embedding and head, as transformers loads them.
     """
     weights = _weights(model)
     copies = SESSION if _weights(model, widened=True).total else MAPPED_SESSION
-    artifact = sum(layer.nbytes for layer in layers.values()) + _copied(_head_bytes(model, layers), copies)
+    # A graph has a weight under each of its names, and looks up embeddings, too.
+    whole = FLOAT * sum(map(prod, model.parameter_shapes.values())) <= WHOLE_BYTES
+    artifact = int(LOADED * sum(layer.nbytes for layer in layers.values())) + _copied(_head_bytes(model, layers), copies)
     hidden, _ = _samples(model, layers, recipe.evaluation)
     logits = LOGITS * FLOAT * recipe.evaluation.length * _vocabulary(model) if model.task.generates else 0
-    fidelity = artifact + hidden + int(copies * _at_once(weights.total)) + logits
-    latency = 0 if weights.total <= WHOLE_BYTES else _copied(weights.largest, copies)
-    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + max(fidelity, latency)
+    fidelity = artifact + hidden + int(copies * (weights.total if whole else PIECE_BYTES)) + logits
+    apart = 0 if whole else max(_copied(weights.largest, copies), _loaded_outside(model, layers, recipe))
+    return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + max(fidelity, apart)
 
 
-def _at_once(weights: int) -> int:
-    """Return the weights that a session over a float graph holds at once."""
-    return weights if weights <= WHOLE_BYTES else PIECE_BYTES
+def _loaded_outside(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:
+    """What transformers holds of embedding and head, in the type of the model, and the codes of the larger, a byte each."""
+    if recipe.layout != "transformers" or model.config is None:
+        return 0
+    infos = {model.stored_name(name): model.source.tensors[model.stored_name(name)] for name in model.parameter_shapes}
+    outside = sum(info.nbytes for name, info in infos.items() if not model.block_of(name))
+    codes = (layer.out_features * layer.in_features for name, layer in layers.items() if not model.block_of(name))
+    return outside + max(codes, default=0)
 
 
 def _copied(weight: int, copies: float) -> int:

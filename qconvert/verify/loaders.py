@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -74,6 +75,8 @@ def _weights_difference(artifact: ArtifactReader, units: Collection[str]) -> flo
         error = 0.0
         for name in names:
             error = max(error, _largest_difference(_weight_of(loaded, name), artifact.open(name, with_outliers=False)))
+    del loaded
+    gc.collect()  # its modules and hooks refer to each other, and would be in memory until a collection comes
     return error
 
 
