@@ -101,7 +101,7 @@ def _processor_times(
     calls = [partial(session.run, None, feed(session, inputs)) for session in sessions if piece_count(session) is None]
     # The mean, of a clock that may tick once in several runs.
     own, *others = map(fmean, _in_turns(calls, REPEATS, time.process_time))
-    *_, float_session = sessions
+    float_session = sessions[-1]
     del sessions, calls  # the artifact, if pieces are to be opened
     float_own = others[0] if others else _piece_times(float_session, inputs, time.process_time).seconds
     return {"processor_ms": 1e3 * own, "float_processor_ms": 1e3 * float_own, "speedup": float_own / own if own else None}
