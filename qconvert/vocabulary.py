@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 TargetName = Literal["cpu", "cuda"]
-CudaDtype = Literal["float16", "bfloat16"]
+HalfType = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
 Logits = Literal["all", "last"]
 Preset = Literal["fast", "balanced", "best", "int8"]
@@ -25,9 +25,8 @@ AUTO, AUTO_QUANTIZER = "auto", "gptq"
 
 # The name that stands for "quantize nothing, and store floats of half the width", and the type that is then meant without a
 # scheme.
-CastName = Literal["float16", "bfloat16"]
 CAST = "cast"
-CAST_SCHEME: CastName = "float16"
+CAST_SCHEME: HalfType = "float16"
 
 # The tuner of blocks that a recipe means without naming one; its options are written beside its name.
 TUNER = "signround"

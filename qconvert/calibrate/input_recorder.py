@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qconvert.calibrate.importance import importance_of
 from qconvert.calibrate.layers import Layers
 from qconvert.execution.block_runner import StopForward
-from qconvert.ir.finite import not_finite
+from qconvert.ir.finite import all_finite, not_finite
 from qconvert.ir.layer import CalibrationStats
 from qconvert.ir.model import Model
 from qconvert.ir.template import InputGroup
@@ -72,7 +72,7 @@ class InputRecorder:
             if not len(rows):
                 continue
             name = self.groups[index].layers[0]
-            if not torch.isfinite(torch.stack(rows.aminmax())).all():
+            if not all_finite(rows):
                 raise not_finite(f"goes into {name!r} during calibration")
             self.rows[index] += len(rows)
             fits = value.shape[:-1] == importance.shape

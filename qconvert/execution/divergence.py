@@ -46,15 +46,16 @@ def _compared(expected: Tensor, found: Tensor) -> Distributions:
     expected, found = expected.double(), found.double()
     difference = expected - found
     largest = torch.stack(torch.aminmax(difference, dim=-1)).abs().amax(0)
-    weights, expected_norm = _exponentials(expected)
-    _, found_norm = _exponentials(found)
+    weights, total, expected_norm = _exponentials(expected)
+    _, _, found_norm = _exponentials(found)
     # The sum of p (log p - log q) is that of p (logit - logit'), less what the norms differ by.
-    shifted = torch.linalg.vecdot(weights, difference) / weights.sum(-1)
+    shifted = torch.linalg.vecdot(weights, difference) / total
     return Distributions((shifted - expected_norm + found_norm).clamp(min=0), expected_norm, found_norm, largest)
 
 
-def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(exp(logits) [positions, vocabulary] in relation to the largest, the logarithm of their sum [positions])."""
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(logits) [positions, vocabulary] in relation to the largest, their sum, the logarithm of that of exp(logits))."""
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()
-    return weights, weights.sum(-1).log() + top.squeeze(-1)
+    total = weights.sum(-1)
+    return weights, total, total.log() + top.squeeze(-1)

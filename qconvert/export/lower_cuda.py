@@ -24,6 +24,7 @@ from qconvert.export.context import ExportContext
 from qconvert.export.graph import ONNX_TYPES, GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.graph.half_precision import WIDER, out_of_range
+from qconvert.ir.finite import all_finite
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_layer, read_tensor
@@ -159,7 +160,7 @@ class CudaLowering(Lowering):
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `tensor` as `dtype`. Raises UsageError QC-CUDA-002 for a number that becomes infinite."""
     narrow_tensor = tensor.to(dtype)
-    if tensor.numel() and not bool(torch.isfinite(torch.stack(narrow_tensor.aminmax())).all()):
+    if not all_finite(narrow_tensor):
         largest = max(map(abs, torch.stack(tensor.float().aminmax()).tolist()))
         raise out_of_range(name, largest, type_name(dtype), torch.finfo(dtype).max)
     return narrow_tensor

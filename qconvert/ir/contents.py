@@ -84,10 +84,10 @@ def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(info.nbytes for info in tensors.values())
 
 
-def float_info(model: Model, plan: Plan, source: str) -> TensorInfo:
-    """Return how a tensor of the source is written that is not quantized."""
+def float_info(model: Model, cast: Mapping[str, torch.dtype], source: str) -> TensorInfo:
+    """Return how a tensor of the source is written that is not quantized. cast: see Plan."""
     info = model.source.tensors[source]
-    return TensorInfo(plan.cast.get(source, info.dtype), info.shape)
+    return TensorInfo(cast.get(source, info.dtype), info.shape)
 
 
 def largest(model: Model, plan: Plan, unit: Unit) -> dict[str, TensorInfo]:
@@ -96,4 +96,4 @@ def largest(model: Model, plan: Plan, unit: Unit) -> dict[str, TensorInfo]:
     for name, layer in unit.layers.items():
         tensors |= {f"{name}.{suffix}": info for suffix, info in layer.disk_tensors.items()}
         tensors[f"{name}.weight_scale"] = TensorInfo(torch.float32, layer.disk_tensors["weight_scale"].shape)
-    return tensors | {output: float_info(model, plan, source) for output, source in unit.floats.items()}
+    return tensors | {output: float_info(model, plan.cast, source) for output, source in unit.floats.items()}

@@ -8,6 +8,11 @@ from torch import Tensor
 from qconvert.errors import InputError
 
 
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite, in one pass that keeps nothing: NaN comes through a minimum."""
+    return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
+
+
 def require_finite(name: str, weight: Tensor) -> None:
     """Raise InputError QC-WEIGHT-001 where values of the tensor `name` are not finite; it says how many, and where.
 
@@ -17,8 +22,7 @@ def require_finite(name: str, weight: Tensor) -> None:
         return
     if weight.dtype.itemsize == 1:  # float8 has no arithmetic
         weight = weight.float()
-    smallest, largest = weight.aminmax()  # one pass, and NaN comes through
-    if bool(torch.isfinite(smallest) & torch.isfinite(largest)):
+    if all_finite(weight):
         return
     wrong = ~torch.isfinite(weight)
     count, nans = int(wrong.sum()), int(torch.isnan(weight).sum())

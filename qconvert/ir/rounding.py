@@ -29,18 +29,17 @@ class Loss:
 
 def loss_of(tensor: Tensor, rounded: Tensor) -> Loss:
     """Measure what `rounded`, the same in a narrower float type, has lost of `tensor`, of any shape."""
-    squares = lost = largest_zeroed = 0.0
-    zeroed, beyond = 0, None
+    squares = lost = beyond = largest_zeroed = 0.0
+    zeroed = 0
     for before, after in zip(tensor.flatten().split(AT_ONCE), rounded.flatten().split(AT_ONCE), strict=True):
         wanted, found = before.double(), after.double()
         too_large = wanted[found.isinf() & wanted.isfinite()]
         if too_large.numel():
-            largest = float(too_large[too_large.abs().argmax()])
-            beyond = max((value for value in (beyond, largest) if value is not None), key=abs)
+            beyond = max(beyond, float(too_large[too_large.abs().argmax()]), key=abs)
         gone = wanted[(found == 0) & (wanted != 0)].abs()
         zeroed += gone.numel()
         largest_zeroed = max(largest_zeroed, float(gone.max()) if gone.numel() else 0.0)
         finite = found.isfinite() & wanted.isfinite()  # masks hold infinity on purpose
         squares += float(wanted[finite].square().sum())
         lost += float((wanted[finite] - found[finite]).square().sum())
-    return Loss(math.sqrt(lost / squares) if squares else 0.0, beyond, zeroed, largest_zeroed or None)
+    return Loss(math.sqrt(lost / squares) if squares else 0.0, beyond or None, zeroed, largest_zeroed or None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qconvert.errors import UsageError
 from qconvert.ir.number_format import FORMATS, INT8, NumberFormat
-from qconvert.vocabulary import CastName
+from qconvert.vocabulary import HalfType
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ class Cast:
     name: "float16" has 10 bits of fraction and ends at 65504; "bfloat16" has 7, and nearly the range of float32.
     """
 
-    name: CastName
+    name: HalfType
 
     def __str__(self) -> str:
         return self.name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qconvert.execution.wide_rows import Rows, is_large, tiles
-from qconvert.ort.fed_session import FedSession
+from qconvert.ort.fed_session import FedSession, made_input
 from qconvert.ort.pieces import OpenPiece
 from qconvert.ort.session import PROVIDERS, SessionSettings, empty, ort_value, session_options
 from qconvert.targets.cpu import CPU
@@ -82,17 +82,12 @@ def _is_read_in_place(weight: onnx_ir.Value) -> bool:
 
 
 class TiledSession:
-    """A session over such a graph. Each run widens all tiles, one after the other: of the weight, one is held in float32.
-
-    A session that holds the weight has it up to four times: widened, transposed, and in the order of its kernel.
-    """
+    """A session over such a graph. Each run widens all tiles, one after the other: of the weight, one is held in float32."""
 
     def __init__(self, model: onnx_ir.Model, product: LargeProduct, rows: Rows) -> None:
         self._name, self._axis, self._rows = str(product.weight.name), product.axis, rows
         clone = model.clone()
-        tile = clone.graph.initializers.pop(self._name)
-        tile.const_value, tile.shape = None, onnx_ir.Shape((None, rows.shape[1]))
-        clone.graph.inputs.append(tile)
+        made_input(clone.graph, self._name).shape = onnx_ir.Shape((None, rows.shape[1]))
         clone.graph.outputs[0].shape = None  # as long as a tile, not as the weight
         data = onnx_ir.to_proto(clone).SerializeToString()
         options = session_options(SessionSettings(spinning=False))

@@ -33,21 +33,17 @@ def cast_plan(model: Model, template: Template, recipe: Recipe, quantizer: Quant
             hint="take a scheme of codes, such as int8-channel, or the other of float16 and bfloat16",
         )
     check_targets(model, template, {}, recipe)
+    infos = {name: float_info(model, cast, name) for name in model.source.tensors}
     made = Plan(
         scheme,
         {},
         (),
         calibrated=False,
-        weights_bytes=0,
+        weights_bytes=sum(info.nbytes for info in infos.values()),
         peaks=peaks(model, template.groups, {}, recipe, quantizer),
         targets=recipe.targets,
+        cuda_bytes=cuda_bytes(infos, {}, recipe),
         unread=unread,
         cast=cast,
-    )
-    infos = {name: float_info(model, made, name) for name in model.source.tensors}
-    made = dataclasses.replace(
-        made,
-        weights_bytes=sum(info.nbytes for info in infos.values()),
-        cuda_bytes=cuda_bytes(infos, {}, recipe),
     )
     return dataclasses.replace(made, weight_files=weight_file_names(len(shards(model, made))))

@@ -20,8 +20,7 @@ from qconvert.vocabulary import (
     CAST_SCHEME,
     PLUGIN_SECONDS,
     PRESETS,
-    CastName,
-    CudaDtype,
+    HalfType,
     Layout,
     Logits,
     Preset,
@@ -61,7 +60,7 @@ class Recipe(Part):
     targets: Annotated[tuple[TargetName, ...], AfterValidator(without_repeats)] = Field(
         ("cpu",), min_length=1, description="where the artifact is to run"
     )
-    cuda_dtype: CudaDtype = Field(
+    cuda_dtype: HalfType = Field(
         "float16", description="type of activations and caches on CUDA; bfloat16 has float32's range, but fewer digits"
     )
     logits: Logits = Field(
@@ -104,7 +103,7 @@ class Recipe(Part):
         if not isinstance(settings, dict) or settings.get("quantizer") != CAST:
             return settings
         scheme = str(settings.get("scheme") or CAST_SCHEME)
-        return {"cuda_dtype": scheme, **settings} if scheme in get_args(CastName) else settings
+        return {"cuda_dtype": scheme, **settings} if scheme in get_args(HalfType) else settings
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:

@@ -196,12 +196,7 @@ def _evidence(report: Report) -> str:
     if report.assignment is not None:
         rows.append(("budget", "", report.assignment.budget, wording.assignment(report.assignment, report.fidelity)))
     rows += [
-        (
-            "tensor that lost most" if report.quantizer == CAST else "layer that lost most",
-            "",
-            layer.scheme,
-            _lost(layer.name, layer.relative_error),
-        )
+        (f"{wording.piece(report)} that lost most", "", layer.scheme, _lost(layer.name, layer.relative_error))
         for layer in wording.worst(report.layers)[:1]
     ]
     if outliers := wording.outliers(report.layers):

@@ -54,15 +54,11 @@ class ArtifactReader:
 
     def layer(self, name: str) -> QuantizedTensor:
         """Return the quantized tensor of the planned module `name`."""
-        layer = self.plan.layer_of(name)
-        assert layer is not None
-        return read_layer(self.folder, layer, self.tensors)
+        return read_layer(self.folder, self._planned(name), self.tensors)
 
     def rows(self, name: str) -> DequantizedRows:
         """Return what gives the rows of `layer(name)` in float32."""
-        layer = self.plan.layer_of(name)
-        assert layer is not None
-        return DequantizedRows(self.folder, layer, self.tensors, with_outliers=True)
+        return DequantizedRows(self.folder, self._planned(name), self.tensors, with_outliers=True)
 
     def read(self, parameter: str) -> Tensor:
         """Return a parameter in the module's shape, dequantized with outliers and smoothing scale put in."""
@@ -80,6 +76,11 @@ class ArtifactReader:
             return found if by_rows else self._in_own_shape(found)
         stored = self.tensors[self.model.stored_name(parameter)]
         return map_tensor(self.folder, stored) if is_large(stored.shape) else read_tensor(self.folder, stored)
+
+    def _planned(self, name: str) -> LayerPlan:
+        layer = self.plan.layer_of(name)
+        assert layer is not None
+        return layer
 
     def _whole(self, parameter: str, *, with_outliers: bool) -> Tensor:
         found = self._rows(parameter, with_outliers=with_outliers)

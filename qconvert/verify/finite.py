@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from qconvert.ir.batch import Batch
-from qconvert.ir.finite import not_finite
+from qconvert.ir.finite import all_finite, not_finite
 
 
 def first_not_finite(output: Tensor, batch: Batch) -> int | None:
     """Return the first row of an output [rows, ...] that holds NaN or infinity, except where tokens of `batch` are padding."""
-    if output.numel() and torch.isfinite(torch.stack(output.aminmax())).all():  # one pass, and NaN comes through
+    if all_finite(output):
         return None
     wrong = ~torch.isfinite(output)
     if "attention_mask" in batch and output.ndim == 3:  # [rows, tokens, values]

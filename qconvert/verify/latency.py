@@ -97,12 +97,12 @@ def _processor_times(
     if baseline is None:
         return {}
     waiting = dataclasses.replace(settings, spinning=False)
-    sessions = [artifact(waiting), baseline(waiting)]
-    calls = [partial(session.run, None, feed(session, inputs)) for session in sessions if piece_count(session) is None]
+    float_session = baseline(waiting)
+    sessions = [artifact(waiting), *([] if piece_count(float_session) else [float_session])]
     # The mean, of a clock that may tick once in several runs.
-    own, *others = map(fmean, _in_turns(calls, REPEATS, time.process_time))
-    float_session = sessions[-1]
-    del sessions, calls  # the artifact, if pieces are to be opened
+    times = _in_turns([partial(session.run, None, feed(session, inputs)) for session in sessions], REPEATS, time.process_time)
+    own, *others = map(fmean, times)
+    del sessions  # the artifact, before pieces are opened
     float_own = others[0] if others else _piece_times(float_session, inputs, time.process_time).seconds
     return {"processor_ms": 1e3 * own, "float_processor_ms": 1e3 * float_own, "speedup": float_own / own if own else None}
 

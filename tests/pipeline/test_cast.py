@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,17 +199,8 @@ def test_bfloat16_becomes_float16_at_the_same_size(tmp_path: Path, quick: None) 
 
 def test_the_plan_says_what_would_be_cast(tmp_path: Path) -> None:
     source = tiny_bert(tmp_path / "source")
-    arguments = [
-        "plan",
-        "--model",
-        str(source),
-        "--output",
-        str(tmp_path / "out"),
-        "--quantizer",
-        "cast",
-        "--scheme",
-        "bfloat16",
-    ]
+    arguments = ["plan", "--model", str(source), "--output", str(tmp_path / "out")]
+    arguments += ["--quantizer", "cast", "--scheme", "bfloat16"]
     found = CliRunner().invoke(main, arguments)
     assert found.exit_code == 0, found.stderr
     assert "tensors to cast to bfloat16" in found.stdout
@@ -223,7 +213,7 @@ def test_the_plan_says_what_would_be_cast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scheme", "number"), [("float16", onnx.TensorProto.FLOAT16), ("bfloat16", onnx.TensorProto.BFLOAT16)])
 def test_the_graph_for_cuda_computes_in_that_type_on_the_same_bytes(scheme: str, number: int, tmp_path: Path) -> None:
-    source = partial(tiny_llama, tie=False)(tmp_path / "source")
+    source = tiny_llama(tmp_path / "source", tie=False)
     cast(source, tmp_path / "out", scheme, targets=("cpu", "cuda"), verify=False)
     graph = onnx.load(tmp_path / "out" / "model.cuda.onnx", load_external_data=False).graph
     weights = {each.name: each for each in graph.initializer if each.name.endswith(".weight")}

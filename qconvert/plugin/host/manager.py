@@ -166,7 +166,7 @@ class PluginManager:
         """Raises what `quantizer` and `tuner` raise for a name that nobody brings; qconvert's own need not be imported for
         that."""
         for family, wanted in ((QUANTIZERS, name), (TUNERS, tuning.tuner if tuning else TUNER)):
-            if wanted not in self._own_names(family) | {CAST} and wanted not in self._brought[family]:
+            if wanted not in self._own_names(family) | family.reserved and wanted not in self._brought[family]:
                 raise self.unknown(wanted, family)
 
     def needs_data(self, name: str) -> bool:
