@@ -38,5 +38,8 @@ class Job:
 
     @property
     def keeps_unfolded(self) -> bool:
-        """Whether smoothing scales that no producer takes stay in the graph: the layout has a place for them then."""
-        return self.recipe.layout == "onnx"
+        """Whether smoothing scales that no producer takes stay in the graph: the layout has a place for them then.
+
+        Not with static activations: the range of a value is that of what the layer before puts out.
+        """
+        return self.recipe.layout == "onnx" and not self.plan.is_static

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import onnx_ir
@@ -14,6 +15,7 @@ from qconvert.export.genai import write_genai_config
 from qconvert.export.lowering import MICROSOFT
 from qconvert.graph.float_graph import number_repeated_names
 from qconvert.graph.last_position import keep_last_position
+from qconvert.ir.activation_codes import NO_CODES, GraphCodes
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.template import DOMAIN
 from qconvert.ir.write_result import WriteResult
@@ -30,8 +32,10 @@ IR_VERSION = 10
 LOWERINGS: Mapping[Target, Callable[[onnx_ir.Graph, ExportContext], None]] = {CPU: lower_for_cpu, CUDA: lower_for_cuda}
 
 
-def export(job: Job, written: WriteResult, stage: Stage) -> None:
+def export(job: Job, written: WriteResult, stage: Stage, codes: GraphCodes = NO_CODES) -> None:
     """Write the graphs of every target, and for decoders genai_config.json, into `stage.folder`.
+
+    codes: of the values that are quantized in static ranges.
 
     Every tensor but small constants is external data in the files of weights or the sidecar.
 
@@ -46,7 +50,7 @@ def export(job: Job, written: WriteResult, stage: Stage) -> None:
             if recipe.logits == "last":
                 assert model.output_head is not None
                 keep_last_position(graph.graph, model.output_head)
-            LOWERINGS[target](graph.graph, context)
+            LOWERINGS[target](graph.graph, dataclasses.replace(context, codes=codes.get(part, {})))
             stage.sidecar.sync()
             _finish(graph)
             with disk_errors(stage.folder / file):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from qconvert.ir.activation_codes import ActivationCodes
 from qconvert.ir.artifact import StoredTensor
 from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
@@ -19,6 +20,7 @@ class ExportContext:
     stored: tensor -> its place in the artifact's files; grows with what graphs add to the sidecar.
     outlier_columns: layer -> its outlier columns, of the layers that have some.
     group_of: layer -> the number of the InputGroup that it was quantized in.
+    codes: of the graph at hand, value that is quantized in a static range -> its codes.
     """
 
     job: Job
@@ -26,6 +28,7 @@ class ExportContext:
     stored: dict[str, StoredTensor]
     outlier_columns: Mapping[str, tuple[int, ...]]
     group_of: Mapping[str, int]
+    codes: Mapping[str, ActivationCodes] = field(default_factory=dict)
 
     @staticmethod
     def of(job: Job, written: WriteResult, stage: Stage) -> ExportContext:

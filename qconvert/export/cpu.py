@@ -10,6 +10,7 @@ from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import CpuLowering
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
+from qconvert.export.static import insert_pairs, keep_float_convolutions
 from qconvert.graph.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
@@ -25,6 +26,7 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
         if name not in stage.sidecar.tensors:
             context.stored[name] = stage.sidecar.append(name, tensor)
     builder = GraphBuilder(graph, context.stored)
+    insert_pairs(graph, builder, context)
     lowering, shapes = CpuLowering(builder, context, decodes=model.task.generates), model.parameter_shapes
     together: dict[tuple[int, Value | None], list[Value]] = {}  # outputs of a group's linears, by what they read
     for node in [node for node in graph if node.domain == DOMAIN]:
@@ -41,7 +43,8 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     pack_query_key_value(graph, builder)
     if model.task.continues_prompts:
         pack_shared_inputs(graph, builder, together.values())
-    choose_by_processor(graph, builder)
+    keep_float_convolutions(graph)
+    choose_by_processor(graph, builder, lowering.static.weights)
     _bind(graph, builder, model)
 
 

@@ -59,6 +59,10 @@ class GraphBuilder:
             self._register(name, tensor, tensor.dtype, array.shape)
         return self.graph.initializers[name]
 
+    def repeated(self, value: np.generic, count: int) -> Value:
+        """Return a vector of `count` times `value`: DequantizeLinear wants as many zero points as scales."""
+        return self.constant(f"qconvert/{value.dtype}_{value}_times_{count}", np.full(count, value))
+
     def external(self, name: str, shape: Sequence[int] | None = None, dtype: DataType | None = None, view: str = "") -> Value:
         """Return the stored tensor `name` as an initializer, optionally under another shape or type of the same bytes.
 

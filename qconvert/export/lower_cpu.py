@@ -7,6 +7,7 @@ outliers          the same on what is left when the outlier columns are masked o
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
                   int8 activations, of a head that shares the bytes: gathered codes, cast and scaled
 conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
+static            codes in ranges from calibration (export/static.py)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from onnx_ir import DataType, Value
 from qconvert.export.context import ExportContext
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
+from qconvert.export.static import StaticLowering
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.layer_form import LayerForm
@@ -30,11 +32,13 @@ class CpuLowering(Lowering):
     """Lowers to float32 activations, which the kernels quantize.
 
     decodes: whether the graph is mostly run on one token at a time.
+    static: what lowers layers with static activations.
     """
 
     def __init__(self, builder: GraphBuilder, context: ExportContext, *, decodes: bool) -> None:
         super().__init__(builder, context)
         self._decodes = decodes
+        self.static = StaticLowering(builder, context)
         self._rows: dict[Value, tuple[Value, Value]] = {}
         self._row_zero_points: dict[tuple[object, int], Value] = {}
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
@@ -53,6 +57,8 @@ class CpuLowering(Lowering):
                 return self._gathered_codes(plan, x)
             case LayerForm.INT8_ROWS:
                 return self._row_form(plan, module, x, bias)
+            case LayerForm.INT8_STATIC:
+                return self.static.lower(plan, node, x, bias)
             case _:
                 return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
 

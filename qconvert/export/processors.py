@@ -31,11 +31,14 @@ from qconvert.graph.integer_products import PROBE, PROBE_SUM, PRODUCTS, U8
 EXACT = "qconvert/signed_products_are_exact"
 FLIPPED = "qconvert/flipped_bit"
 HIGHEST_BIT = 128
-WEIGHT, WEIGHT_ZERO_POINT = 1, 5  # inputs of MatMulIntegerToFloat
+# Inputs of the nodes that are chosen: (weight, its zero point).
+PLACES = {"MatMulIntegerToFloat": (1, 5), "DequantizeLinear": (0, 2)}
 
 
-def choose_by_processor(graph: Graph, builder: GraphBuilder) -> None:
+def choose_by_processor(graph: Graph, builder: GraphBuilder, weights: Sequence[Node] = ()) -> None:
     """Let the graph choose the weights of every MatMulIntegerToFloat with signed ones, in place, when it is loaded.
+
+    weights: of the nodes that dequantize weights, those that ONNX Runtime makes an integer product of.
 
     Raises TypeError for any other integer product that is not exact on every processor.
     """
@@ -44,10 +47,10 @@ def choose_by_processor(graph: Graph, builder: GraphBuilder) -> None:
         if node.op_type != "MatMulIntegerToFloat":
             kinds = " by ".join(str(kind) for kind in _operands(node))
             raise TypeError(f"{node.name}: {node.op_type} of {kinds} is not exact on every processor, and has no other form")
-    if products:
+    if products or weights:
         chooser = _Chooser(builder)
         graph.insert_before(graph[0], builder.take_nodes())
-        for node in products:
+        for node in (*products, *weights):
             graph.insert_before(node, chooser.chosen(node))
             graph.remove(node, safe=True)
 
@@ -114,14 +117,19 @@ class _Chooser:
 
     def _unsigned_branch(self, product: Node, name: str) -> Graph:
         inputs, builder = list(product.inputs), GraphBuilder(self.builder.graph, {})
-        stored = self._unsigned(_stored(inputs[WEIGHT]), builder, name)
-        flipped = builder.op("BitwiseXor", [stored, self.flipped_bit], f"{name}/flip")
-        inputs[WEIGHT] = builder.op("Transpose", [flipped], f"{name}/transpose", perm=[1, 0])
-        if len(inputs) > WEIGHT_ZERO_POINT:
-            zero_point = self._unsigned(inputs[WEIGHT_ZERO_POINT], builder, f"{name}/zero_point")
-            inputs[WEIGHT_ZERO_POINT] = builder.op("BitwiseXor", [zero_point, self.highest_bit], f"{name}/zero_point/flip")
-        else:
+        place, zero_place = PLACES[product.op_type]
+        stored, transposed = _stored(inputs[place])
+        flipped = builder.op("BitwiseXor", [self._unsigned(stored, builder, name), self.flipped_bit], f"{name}/flip")
+        inputs[place] = builder.op("Transpose", [flipped], f"{name}/transpose", perm=[1, 0]) if transposed else flipped
+        zero_points = inputs[zero_place] if len(inputs) > zero_place else None
+        if zero_points is None:
             inputs.append(self.highest_bit)
+        elif isinstance(zero_points.const_value, onnx_ir.ExternalTensor) or zero_points.producer():
+            unsigned = self._unsigned(zero_points, builder, f"{name}/zero_point")
+            inputs[zero_place] = builder.op("BitwiseXor", [unsigned, self.highest_bit], f"{name}/zero_point/flip")
+        else:
+            assert zero_points.shape is not None
+            inputs[zero_place] = self.builder.repeated(np.uint8(HIGHEST_BIT), zero_points.shape.numpy()[0])
         return _branch(product, inputs, name, builder.take_nodes())
 
     def _unsigned(self, value: Value | None, builder: GraphBuilder, name: str) -> Value:
@@ -141,7 +149,7 @@ class _Chooser:
 
 def _branch(product: Node, inputs: list[Value | None], name: str, before: Sequence[Node] = ()) -> Graph:
     """A graph of the product on other inputs, after the nodes that make them."""
-    node = onnx_ir.node(product.op_type, inputs, domain=product.domain, name=name)
+    node = Node(product.domain, product.op_type, inputs, list(product.attributes.values()), name=name)
     node.outputs[0].type = TensorType(DataType.FLOAT)
     nodes = [*before, node]
     for each in nodes:
@@ -149,12 +157,13 @@ def _branch(product: Node, inputs: list[Value | None], name: str, before: Sequen
     return Graph([], node.outputs, nodes=nodes, name=name)
 
 
-def _stored(weight: Value | None) -> Value | None:
-    """[out, in], of which a product takes the Transpose."""
+def _stored(weight: Value | None) -> tuple[Value | None, bool]:
+    """(the stored weight, whether it is its Transpose that is taken)."""
     node = weight.producer() if weight is not None else None
-    assert node is not None
+    if node is None:
+        return weight, False
     assert node.op_type == "Transpose"
-    return node.inputs[0]
+    return node.inputs[0], True
 
 
 def _constant(name: str, array: np.ndarray[Any, Any]) -> Value:

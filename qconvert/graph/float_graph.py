@@ -96,6 +96,14 @@ def substitute(graph: onnx_ir.Graph, node: onnx_ir.Node, nodes: list[onnx_ir.Nod
     graph.remove(node, safe=True)
 
 
+def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
+    """Let every user of `old`, the graph's outputs included, take `new`, which inherits a public output name."""
+    if old.is_graph_output():
+        new.name, old.name = old.name, f"{old.name}/replaced"
+        new.shape, new.type = old.shape, old.type
+    onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
 def look_up_narrow(graph: onnx_ir.Graph, table: Value, dtype: DataType) -> bool:
     """Let lookups read a table in the float type that it is stored in, and widen what they find.
 

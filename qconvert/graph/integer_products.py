@@ -36,6 +36,7 @@ PRODUCTS = {
     "DynamicQuantizeMatMul": IntegerProduct(0, 1, frozenset({(U8, U8)}), frozenset({(U8, S8)})),
     "QLinearMatMul": IntegerProduct(0, 3, frozenset({(U8, U8), (S8, S8)}), frozenset({(U8, S8)})),
     "QLinearConv": IntegerProduct(0, 3, frozenset({(U8, U8), (S8, S8)}), frozenset({(U8, S8)})),
+    "QGemm": IntegerProduct(0, 3, frozenset({(U8, U8), (S8, S8)}), frozenset({(U8, S8)})),
     # Its left operand are the weights, so that the other mixed pair saturates.
     "ConvInteger": IntegerProduct(0, 1, frozenset({(U8, U8), (U8, S8), (S8, S8)}), frozenset({(S8, U8)})),
 }

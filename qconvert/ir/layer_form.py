@@ -9,15 +9,13 @@ if TYPE_CHECKING:
     from qconvert.ir.layer import LayerKind
     from qconvert.ir.scheme import QuantScheme
 
-if TYPE_CHECKING:
-    from qconvert.ir.layer import LayerKind
-
 
 class LayerForm(Enum):
     """The closed set of forms. Who writes, exports, plans or verifies a layer matches on these.
 
     PACKED_WEIGHTS: packed codes, float activations (MatMulNBits).
     INT8_ROWS: signed bytes; every row of the input is quantized with a step of its own.
+    INT8_STATIC: signed bytes; the input is quantized in a range that calibration has found. Linears and convolutions.
     PACKED_EMBEDDING, INT8_EMBEDDING: the same bytes, whose rows are gathered.
     CONVOLUTION: packed codes, dequantized when the model is loaded: small on disk, float at run time.
     FLOAT: as it is in the source.
@@ -25,6 +23,7 @@ class LayerForm(Enum):
 
     PACKED_WEIGHTS = "packed weights"
     INT8_ROWS = "int8 rows"
+    INT8_STATIC = "int8 static"
     PACKED_EMBEDDING = "packed embedding"
     INT8_EMBEDDING = "int8 embedding"
     CONVOLUTION = "convolution"
@@ -33,6 +32,8 @@ class LayerForm(Enum):
     @staticmethod
     def of(kind: LayerKind, scheme: QuantScheme) -> LayerForm:
         """Return the form of a layer that is quantized."""
+        if scheme.is_static and kind != "embedding":
+            return LayerForm.INT8_STATIC
         match kind:
             case "conv2d":
                 return LayerForm.CONVOLUTION

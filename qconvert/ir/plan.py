@@ -101,6 +101,15 @@ class Plan:
         """The most memory that any stage holds at once."""
         return max(self.peaks.values(), default=0)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether any layer has activations whose range calibration finds."""
+        return any(layer.scheme.is_static for layer in self.layers.values())
+
+    def is_static_layer(self, name: str) -> bool:
+        """Return whether the module `name` reads codes of a range that calibration finds."""
+        return self.form_of(name) is LayerForm.INT8_STATIC
+
     def layer_of(self, name: str) -> LayerPlan | None:
         """Return the planned layer that the module `name` computes with, None where it stays float."""
         return self.layers.get(self.shared.get(name, name))

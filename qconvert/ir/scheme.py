@@ -43,14 +43,22 @@ class Activations:
 
     dynamic: whether its scales are computed at run time; else they come from calibration.
     granularity: "token" for one scale per row, "tensor" for one for all.
+    symmetric: whether the code of 0 is the middle one.
     """
 
     bits: int = 8
     dynamic: bool = True
     granularity: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
 
     def __str__(self) -> str:
-        return f"a{self.bits}"
+        static = "" if self.dynamic else "-static-sym" if self.symmetric else "-static"
+        return f"a{self.bits}{static}"
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are."""
+        return int(2**self.bits)
 
 
 # The field's word for it: dynamic per-token int8.
@@ -66,7 +74,8 @@ ALIASES = {
 
 _SCHEME = re.compile(
     rf"int(?P<bits>{'|'.join(map(str, FORMATS))})"
-    r"(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?(?P<a8>-a8)?"
+    r"(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?"
+    r"(?:-a(?P<static>8|16)-static(?P<sym>-sym)?|(?P<a8>-a8))?"
 )
 
 
@@ -99,15 +108,19 @@ class QuantScheme:
                 "QC-SCHEME-001",
                 f"'{text}' is not a scheme",
                 hint=f"write {' or '.join(each.name for each in FORMATS.values())}, then -tensor, -channel or -gN "
-                f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8: for example int4-g32-asym, "
-                "int8-channel-a8; W4A16 and W8A8 are understood, too; float16 and bfloat16 are for the quantizer cast",
+                f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8, -a8-static or -a16-static, the last two "
+                "also with -sym: for example int4-g32-asym, int8-channel-a8; W4A16 and W8A8 are understood, too; float16 and "
+                "bfloat16 are for the quantizer cast",
             )
         granularity: Granularity = PerChannel()
         if match["granularity"] == "tensor":
             granularity = PerTensor()
         elif match["group"]:
             granularity = PerGroup(int(match["group"]))
-        return QuantScheme(int(match["bits"]), not match["asym"], granularity, DYNAMIC_INT8 if match["a8"] else None)
+        activations = DYNAMIC_INT8 if match["a8"] else None
+        if match["static"]:
+            activations = Activations(int(match["static"]), dynamic=False, granularity="tensor", symmetric=bool(match["sym"]))
+        return QuantScheme(int(match["bits"]), not match["asym"], granularity, activations)
 
     def __str__(self) -> str:
         match self.granularity:
@@ -127,8 +140,17 @@ class QuantScheme:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether any kernel runs the scheme fast: int8 activations need int8 weights, with a scale per tensor or channel."""
-        return not self.activations or (self.format is INT8 and not isinstance(self.granularity, PerGroup))
+        """Whether any kernel runs the scheme fast: quantized activations need int8 weights, with a scale per tensor or channel,
+        and static ones also weights without zero points.
+        """
+        if self.activations is None:
+            return True
+        return self.format is INT8 and not isinstance(self.granularity, PerGroup) and (self.symmetric or not self.is_static)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the ranges of activations come from calibration."""
+        return self.activations is not None and not self.activations.dynamic
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -193,8 +215,9 @@ def no_kernel(scheme: QuantScheme) -> UsageError:
     """Return the error QC-PLAN-001, for a scheme whose `has_kernel` is false."""
     return UsageError(
         "QC-PLAN-001",
-        f"{scheme}: int8 activations have fast kernels only with int8 weights per tensor or channel",
-        hint="take int8-channel-a8, or leave out -a8",
+        f"{scheme}: quantized activations have fast kernels only with int8 weights per tensor or channel"
+        + (", static ones only with weights without zero points" if scheme.is_static else ""),
+        hint=f"take int8-channel-{scheme.activations}, or leave out -{scheme.activations}",
     )
 
 

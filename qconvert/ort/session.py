@@ -83,11 +83,12 @@ class SessionSettings:
     """The settings of a session.
 
     threads: of one op, 0 for as many as there are cores. spinning: idle threads wait in a loop, which is faster unless somebody
-        else wants their cores.
+        else wants their cores. optimized: whether nodes may be fused, or made integer products of.
     """
 
     threads: int = 0
     spinning: bool = True
+    optimized: bool = True
 
 
 DEFAULT = SessionSettings()
@@ -99,6 +100,8 @@ def session_options(settings: SessionSettings = DEFAULT) -> Any:
     options.intra_op_num_threads = settings.threads
     if not settings.spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not settings.optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # fatal: what is logged as an error is raised too
     return options
 

@@ -25,7 +25,7 @@ from qconvert.pipeline.conversion import Conversion, convert, opened_stage, quan
 from qconvert.pipeline.preparation import load_model, open_model, outline
 from qconvert.pipeline.room import require_room
 from qconvert.pipeline.staged import staged
-from qconvert.plan import calibrates
+from qconvert.plan import calibrates, is_static
 from qconvert.plan.peaks import trace_peak
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.quantizer import Quantizer
@@ -89,9 +89,10 @@ class Attempt:
     @property
     def calibrates_alone(self) -> bool:
         """Whether it must run the blocks in a way of its own: on what its quantized blocks give, with gradients, or to decide
-        on schemes.
+        on schemes; or has a model of its own, with batch norms folded for static activations.
         """
-        return self.recipe.sequential or self.recipe.tuning is not None or self.recipe.quantizer == AUTO
+        own_way = self.recipe.sequential or self.recipe.tuning is not None or self.recipe.quantizer == AUTO
+        return own_way or is_static(self.recipe, self.quantizer)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

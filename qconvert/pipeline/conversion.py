@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 
-from qconvert.calibrate import Participant, calibrate
+from qconvert.calibrate import Participant, calibrate, static_codes
 from qconvert.execution.materialize import ReadParameter
 from qconvert.export import export
 from qconvert.ir.layer import Block
@@ -68,8 +68,9 @@ class Conversion:
         """Make of the written weights what can be published. Raises ParityError, and then the stage is gone."""
         job, stage = self.job, self.stage
         written = self.writer.finish()
+        codes = static_codes(job, ArtifactReader(stage.folder, job.model, job.plan, dict(written.tensors)), progress)
         progress.stage("export", None)
-        export(job, written, stage)
+        export(job, written, stage, codes)
         write_manifest(stage, job.recipe, self.origin, written)
         if job.recipe.verify:
             report = verify_in_fresh_process(job.recipe, stage.folder, stage.scratch, progress)

@@ -20,7 +20,7 @@ from qconvert.load import load
 from qconvert.pipeline import preflight
 from qconvert.pipeline.room import require_room
 from qconvert.pipeline.staged import staged
-from qconvert.plan import calibrates, check
+from qconvert.plan import calibrates, check, is_static
 from qconvert.plan import plan as make_plan
 from qconvert.plan.peaks import trace_peak
 from qconvert.plugin.host.manager import PluginManager
@@ -28,6 +28,7 @@ from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 from qconvert.storage.output import check_output
 from qconvert.trace import sketch, trace
+from qconvert.trace.batch_norm import without_batch_norms
 from qconvert.vocabulary import AUTO
 from qconvert.write.origin import file_digests
 
@@ -49,6 +50,7 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
     samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
     template, digests = open_model(model, samples, progress)
+    model, template = ready_for_ranges(recipe, quantizer, model, template)
     plan = outline(recipe, quantizer, model, template)
     require_room(plan.peaks, model)
     code = plugins.code_of(quantizer, tuner)
@@ -78,7 +80,7 @@ def reading_job(recipe: Recipe, plugins: PluginManager, progress: Progress, trac
     quantizer = plugins.quantizer(recipe.worker, recipe.options)
     model = load_model(recipe, plugins, progress)
     progress.stage("trace", None)
-    template = (tracing or trace)(model)
+    model, template = ready_for_ranges(recipe, quantizer, model, (tracing or trace)(model))
     made = outline(recipe, quantizer, model, template)
     return Job(recipe, recipe, quantizer, model, template, made, Samples((), ()))
 
@@ -99,6 +101,11 @@ def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Temp
         digests = background.submit(file_digests, {**model.input_files, **data})
         template = trace(model)
     return template, digests.result()
+
+
+def ready_for_ranges(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> tuple[Model, Template]:
+    """Return model and template as static activations want them, if a recipe has some: batch norms are part of convolutions."""
+    return without_batch_norms(model, template) if is_static(recipe, quantizer) else (model, template)
 
 
 def outline(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> Plan:

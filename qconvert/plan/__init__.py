@@ -90,7 +90,13 @@ def check(model: Model, recipe: Recipe) -> None:
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
     """Return whether calibration data is needed."""
-    return bool(quantizer.observers) or recipe.tuning is not None
+    return bool(quantizer.observers) or recipe.tuning is not None or is_static(recipe, quantizer)
+
+
+def is_static(recipe: Recipe, quantizer: Quantizer) -> bool:
+    """Return whether any scheme that a recipe asks for has ranges of activations that calibration is to find."""
+    asked = (recipe.quantized_scheme or quantizer.default_scheme, *(rule.scheme for rule in recipe.rules if rule.scheme))
+    return recipe.cast is None and any(scheme.is_static for scheme in asked)
 
 
 def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
@@ -130,8 +136,8 @@ def _sort_modules(
         if reason is not None or kind is None or scheme is None:
             kept.append(KeptFloat(name=name, reason=reason or ""))
             continue
-        # A convolution has no kernel for int8 activations: it is small on disk, and computes in float.
-        activations = None if kind == "conv2d" else scheme.activations
+        # A convolution has no kernel that quantizes each row: it is small on disk, and computes in float.
+        activations = None if kind == "conv2d" and not scheme.is_static else scheme.activations
         own = dataclasses.replace(scheme, activations=activations, scale_bits=model.scale_bits)
         layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
     return layers, kept, shared

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from onnx_ir import DataType
 
+from qconvert.errors import UsageError
 from qconvert.graph import cuda_kernels
 from qconvert.graph.float_graph import float_graph
 from qconvert.graph.half_precision import narrow
@@ -19,21 +20,43 @@ from qconvert.ir.template import Template
 from qconvert.recipe import Recipe
 from qconvert.targets import targets_of
 from qconvert.targets.cuda import CUDA
+from qconvert.targets.target import Target
 
 
 def check_targets(model: Model, template: Template, layers: Mapping[str, LayerPlan], recipe: Recipe) -> None:
     """Check that the kernels of the recipe's targets can run what is planned.
 
-    Raises UsageError QC-PLAN-007 for zero points that a target does not take; QC-CUDA-001 if something between the layers has
+    Raises UsageError QC-PLAN-007 for zero points that a target does not take, QC-PLAN-012 for static activations that it does
+    not, QC-PLAN-013 where these are not all alike; QC-CUDA-001 if something between the layers has
     no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the
     type of activations can't hold.
     """
     targets = targets_of(recipe.targets)
+    _check_static(layers.values(), targets)
     for layer in layers.values():
         if not layer.scheme.symmetric and not all(target.takes_zero_points for target in targets):
             raise no_zero_points(layer.scheme, layer.name)
     if any(target.half_precision for target in targets):
         _check_kernels(model, template, recipe)
+
+
+def _check_static(layers: Iterable[LayerPlan], targets: Iterable[Target]) -> None:
+    """A value may be read by several layers, and has codes of one kind."""
+    static = [layer for layer in layers if layer.scheme.is_static]
+    for layer in static:
+        if layer.scheme.activations != static[0].scheme.activations:
+            raise UsageError(
+                "QC-PLAN-013",
+                f"{layer.name} ({layer.scheme}) and {static[0].name} ({static[0].scheme}) have static activations of two kinds",
+                hint=f"take {static[0].scheme.activations} for both, or keep one of them in float with a rule",
+            )
+    missing = [target.name for target in targets if not target.takes_static]
+    if static and missing:
+        raise UsageError(
+            "QC-PLAN-012",
+            f"{static[0].name} ({static[0].scheme}): there is no graph with static activations for {missing[0]}",
+            hint=f"leave out --target {missing[0]}, or take a scheme without -{static[0].scheme.activations}",
+        )
 
 
 def _check_kernels(model: Model, template: Template, recipe: Recipe) -> None:

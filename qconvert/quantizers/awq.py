@@ -49,7 +49,7 @@ class AWQQuantizer(Quantizer):
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Refuse int8 activations, and one scale per tensor."""
-        if scheme.activations:
+        if scheme.activations and not scheme.is_static:
             return "AWQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "AWQ needs a scale per channel or group; take -channel or -gN"

@@ -52,7 +52,7 @@ class GPTQQuantizer(Quantizer):
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Refuse int8 activations, and one scale per tensor."""
-        if scheme.activations:
+        if scheme.activations and not scheme.is_static:
             return "GPTQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "GPTQ needs a scale per channel or group; take -channel or -gN"

@@ -61,7 +61,7 @@ class HQQQuantizer(Quantizer):
 
     def refuses(self, scheme: QuantScheme) -> str | None:
         """Refuse int8 activations, and one scale per tensor."""
-        if scheme.activations:
+        if scheme.activations and not scheme.is_static:
             return "HQQ quantizes weights only; leave out -a8"
         if isinstance(scheme.granularity, PerTensor):
             return "HQQ fits a scale per channel or group; take -channel or -gN"

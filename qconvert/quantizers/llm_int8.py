@@ -56,8 +56,8 @@ class LLMInt8Quantizer(Quantizer):
         return self.max_outliers > 0
 
     def refuses(self, scheme: QuantScheme) -> str | None:
-        """Refuse all but symmetric int8 with int8 activations."""
-        if scheme.bits == 8 and scheme.symmetric and scheme.activations:
+        """Refuse all but symmetric int8 with dynamic int8 activations."""
+        if scheme.bits == 8 and scheme.symmetric and scheme.activations and not scheme.is_static:
             return None
         return "LLM.int8() is int8 with int8 activations, symmetric; take int8-channel-a8 or int8-tensor-a8"
 

@@ -99,7 +99,7 @@ class SmoothQuantQuantizer(Quantizer):
         tensor = round_to_nearest(layer.weight, scheme)
         if layer.stats is None:
             return tensor
-        with_columns = layer.kind != "conv2d" and scheme.activations
+        with_columns = layer.kind != "conv2d" and scheme.activations and not scheme.is_static
         columns = columns_that_pay(layer.stats, self.max_outliers if with_columns else 0)
         if self.damp is not None:
             gram = layer.stats.values[Gram.name].clone()

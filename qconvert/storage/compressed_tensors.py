@@ -123,6 +123,8 @@ def transformers_refuses(layers: Iterable[LayerPlan], *, outliers: bool = False)
             return (
                 f"'{layer.name}' is a {layer.kind}, and the transformers layout holds quantized nn.Linear and nn.Embedding only"
             )
+        if layer.scheme.is_static:
+            return f"'{layer.name}' ({layer.scheme}) reads codes in ranges that calibration finds, which only the graph knows"
     groups: list[tuple[LayerPlan, dict[str, Any]]] = []
     for layer in layers:
         group = config_group(layer, outliers=outliers)

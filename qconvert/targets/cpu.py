@@ -26,6 +26,7 @@ CPU = Target(
     variant="",
     half_precision=False,
     takes_zero_points=True,
+    takes_static=True,
     block_size=_block_size,
     describe=None,
     provider_options=(),

@@ -40,7 +40,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     match plan.form:
         case LayerForm.CONVOLUTION:
             extra |= _unpacked_zero_points(plan, tensor)
-        case LayerForm.INT8_ROWS | LayerForm.INT8_EMBEDDING:
+        case LayerForm.INT8_ROWS | LayerForm.INT8_STATIC | LayerForm.INT8_EMBEDDING:
             extra |= _outliers(plan, tensor)
         case LayerForm.PACKED_WEIGHTS | LayerForm.PACKED_EMBEDDING:
             extra |= _blocks(plan, tensor)

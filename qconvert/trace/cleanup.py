@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qconvert.graph.float_graph import replace
 from qconvert.ir.template import DOMAIN
 
 
@@ -96,6 +97,37 @@ def _is_zero(value: onnx_ir.Value | None) -> bool:
     return constant is not None and not constant.numpy().any()
 
 
+def pad_in_convolutions(graph: onnx_ir.Graph) -> None:
+    """Let a convolution pad by itself where zeros are put around its input: the way in which TensorFlow's padding is ported."""
+    for conv in [node for node in graph if node.domain == DOMAIN and node.op_type == "Conv"]:
+        x = conv.inputs[0]
+        pad = None if x is None else x.producer()
+        if x is None or pad is None or len(x.uses()) > 1 or x.is_graph_output():
+            continue
+        zeros = _zeros_around(pad)
+        if zeros is not None:
+            pads = [own + added for own, added in zip(conv.attributes["pads"].as_ints(), zeros, strict=True)]
+            conv.attributes["pads"] = onnx_ir.AttrInt64s("pads", pads)
+            conv.replace_input_with(0, pad.inputs[0])
+
+
+def _zeros_around(pad: onnx_ir.Node) -> list[int] | None:
+    """How many zeros a Pad puts before height and width, and behind them; None for any other node."""
+    mode = pad.attributes.get("mode")
+    if pad.op_type != "Pad" or (mode is not None and mode.as_string() != "constant") or (len(pad.inputs) > 3 and pad.inputs[3]):
+        return None
+    counts, value = (onnx_ir.convenience.get_const_tensor(each) if each else None for each in (*pad.inputs[1:3], None)[:2])
+    if (
+        counts is None
+        or (value is not None and value.numpy().any())
+        or (value is None and len(pad.inputs) > 2 and pad.inputs[2])
+    ):
+        return None
+    found = counts.numpy().tolist()
+    around_rows = len(found) != 8 or any(found[:2] + found[4:6]) or min(found) < 0
+    return None if around_rows else found[2:4] + found[6:]
+
+
 def drop_markers(graph: onnx_ir.Graph) -> None:
     """Replace the output of every block marker by its input, since markers compute nothing."""
     for node in list(graph):
@@ -108,7 +140,13 @@ def drop_markers(graph: onnx_ir.Graph) -> None:
 CleanUp = Callable[[onnx_ir.Graph], None]
 
 # What is tried on every graph; one that then computes something else (trace/check.py) is taken without them.
-CLEAN_UPS: tuple[CleanUp, ...] = (drop_reshape_pairs, drop_zero_biases, keep_sums_before_norms, fuse_sums_into_rms_norms)
+CLEAN_UPS: tuple[CleanUp, ...] = (
+    drop_reshape_pairs,
+    drop_zero_biases,
+    keep_sums_before_norms,
+    fuse_sums_into_rms_norms,
+    pad_in_convolutions,
+)
 
 
 def cleaned_up(model: onnx_ir.Model, clean_ups: Sequence[CleanUp]) -> onnx_ir.Model:
@@ -118,14 +156,6 @@ def cleaned_up(model: onnx_ir.Model, clean_ups: Sequence[CleanUp]) -> onnx_ir.Mo
         clean_up(model.graph)
     remove_unused(model)
     return model
-
-
-def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
-    """Let every user of `old`, the graph's outputs included, take `new`, which inherits a public output name."""
-    if old.is_graph_output():
-        new.name, old.name = old.name, f"{old.name}/replaced"
-        new.shape, new.type = old.shape, old.type
-    onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def remove_unused(model: onnx_ir.Model) -> None:

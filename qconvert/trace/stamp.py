@@ -18,9 +18,9 @@ from itertools import groupby
 import onnx_ir
 
 from qconvert.errors import InputError
+from qconvert.graph.float_graph import replace
 from qconvert.ir.model import stack_of
 from qconvert.ir.template import DOMAIN
-from qconvert.trace.cleanup import replace
 
 CACHE_INPUTS, CACHE_OUTPUTS = ("past_key_values", "cross_key_values"), ("present", "cross_key_values")
 MARKERS = ("BlockInput", "BlockOutput")

@@ -1,9 +1,10 @@
 """Parity: the artifact against its own dequantized weights. A gap is a bug of qconvert.
 
-1. The same graph with every int8-activation cluster replaced by its dequantized MatMul and MatMulNBits at accuracy
-   level 1 (float activations), against torch on the dequantized weights. Rows are padded on the right, and on the left.
+1. The same graph with every int8-activation cluster replaced by its dequantized MatMul, MatMulNBits at accuracy level 1
+   (float activations), and no codes of static activations, against torch on the dequantized weights. Rows are padded on
+   the right, and on the left.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
-   its arithmetic in torch.
+   its arithmetic in torch; static activations against float kernels on the same codes (verify/static_parity.py).
    A graph that gives the logits of the last position alone is compared at all of them, and then with itself
    (verify/last_position.py).
 3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
@@ -14,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from qconvert.execution.materialize import ReadParameter
 from qconvert.execution.wide_rows import Rows
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
+from qconvert.graph.static_codes import drop_static_codes
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
 from qconvert.ir.batch import Batch
@@ -39,7 +41,7 @@ from qconvert.ir.template import made_by
 from qconvert.ort import compare
 from qconvert.ort.large_pieces import in_tiles
 from qconvert.ort.pieces import sized_session
-from qconvert.ort.session import joined, memory_session, run_named
+from qconvert.ort.session import SessionSettings, joined, memory_session, run_named
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.cpu import CPU
@@ -48,8 +50,8 @@ from qconvert.verify.finite import require_finite_float
 
 TOLERANCE = 1e-4
 
-# Suffix of the initializers that are fed with dequantized weights.
-FED = "/dequantized"
+# Suffixes of the initializers that are fed with dequantized weights, and with biases that the graph has as codes.
+FED, FED_BIAS = "/dequantized", "/float_bias"
 
 
 def torch_outputs(model: Model, read: ReadParameter, batches: Sequence[Batch] | None = None) -> list[tuple[Tensor, ...]]:
@@ -98,20 +100,23 @@ def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]
 
 def float_activations_session(artifact: ArtifactReader, target: Target) -> Any:
     """Open a session over the graphs for one target with float activations, on dequantized weights; large ones in pieces."""
-    graphs = _graphs(artifact, target)
+    graphs, shapes = _graphs(artifact, target), artifact.model.parameter_shapes
     for model in graphs.values():
         restore_all_positions(model.graph)
         for node in list(model.graph):
             if LAYER_KEY in node.metadata_props:
                 names = _layer_names(node)
-                shapes = [layer for name in names if (layer := artifact.plan.layer_of(name))]
-                _replace_cluster(model.graph, node, names, shapes, f"{names[0]}.bias" in artifact.tensors)
+                plans = [layer for name in names if (layer := artifact.plan.layer_of(name))]
+                _replace_cluster(model.graph, node, names, plans, f"{names[0]}.bias" in artifact.tensors)
             elif node.op_type == "MatMulNBits":
                 node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
+        drop_static_codes(model.graph, partial(_float_bias, model.graph, shapes))
         RemoveUnusedNodesPass()(model)
         number_repeated_names(model.graph)
 
     def read(name: str) -> Tensor:
+        if name.endswith(FED_BIAS):
+            return artifact.read(f"{name.removesuffix(FED_BIAS)}.bias")
         layers = name.removesuffix(FED).split(LAYER_SEPARATOR)
         return torch.cat([artifact.layer(layer).dequantize() for layer in layers])
 
@@ -119,8 +124,15 @@ def float_activations_session(artifact: ArtifactReader, target: Target) -> Any:
         layer = name.removesuffix(FED)
         return read(name) if LAYER_SEPARATOR in layer else artifact.rows(layer)
 
-    open_piece = in_tiles(rows, partial(memory_session, read=read, folder=artifact.folder, target=target.name))
+    # Optimized, codes of weights alone would be an integer product again, with activations quantized on the way.
+    settings = SessionSettings(optimized=not artifact.plan.is_static)
+    opened = partial(memory_session, read=read, folder=artifact.folder, target=target.name, settings=settings)
+    open_piece = in_tiles(rows, opened)
     return joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
+
+
+def _float_bias(graph: onnx_ir.Graph, shapes: Mapping[str, tuple[int, ...]], layer: str) -> onnx_ir.Value:
+    return parameter(graph, layer + FED_BIAS, shapes[f"{layer}.bias"])
 
 
 def _layer_names(last: onnx_ir.Node) -> list[str]:

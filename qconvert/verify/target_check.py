@@ -33,6 +33,7 @@ from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.narrow_parity import narrow_parity, overflow
 from qconvert.verify.parity import float_activations_session, worst_cluster
 from qconvert.verify.placement import Placement, measure_placement
+from qconvert.verify.static_parity import worst_codes
 
 # Of two sessions that alternate, so that neither's idle threads take cores from the other.
 SHARING = SessionSettings(spinning=False)
@@ -107,7 +108,8 @@ class TargetCheck:
         whole = compare.relative_error(self.job.model, session, dequantized), "outputs, with float activations,"
         pieces = piece_count(session)
         del session  # before another is opened
-        return judged(self.target.name, *max(whole, worst_cluster(self.artifact, self.target), *errors), pieces=pieces)
+        integers = worst_cluster(self.artifact, self.target), worst_codes(self.artifact, self.target)
+        return judged(self.target.name, *max(whole, *integers, *errors), pieces=pieces)
 
     def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:
         """(what the graphs give, what they should): torch's outputs, and their own at the last positions."""

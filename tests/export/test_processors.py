@@ -89,6 +89,7 @@ def operator_graph(name: str, pair: Pair) -> tuple[onnx.ModelProto, np.ndarray[A
         "DynamicQuantizeMatMul": (["x", "w", "one", "w0"], np.float32),
         "QLinearMatMul": (["x", "one", "x0", "w", "one", "w0", "step", "middle"], NUMPY[pair[0]]),
         "QLinearConv": (["x", "one", "x0", "w", "one", "w0", "step", "middle"], NUMPY[pair[0]]),
+        "QGemm": (["x", "one", "x0", "w", "one", "w0", "", "step", "middle"], NUMPY[pair[0]]),
     }[name]
     expected = product.astype(np.float64)
     if "step" in inputs:  # results over the range of their codes
@@ -97,7 +98,7 @@ def operator_graph(name: str, pair: Pair) -> tuple[onnx.ModelProto, np.ndarray[A
         expected = np.rint(product / constants["step"]).clip(-128, 127) + middle
     if name == "DynamicQuantizeMatMul":  # rows from 0 to 255 in steps of 1, which it finds again
         x = x.astype(np.float32)
-    domain = "com.microsoft" if name in ("MatMulIntegerToFloat", "DynamicQuantizeMatMul") else ""
+    domain = "com.microsoft" if name in ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm") else ""
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(output))
     graph = helper.make_graph(
         [helper.make_node(name, inputs, ["y"], domain=domain)],
@@ -113,7 +114,7 @@ def operator_graph(name: str, pair: Pair) -> tuple[onnx.ModelProto, np.ndarray[A
 def operator_error(name: str, found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
     """Largest difference by the largest value; a result that is rounded to codes may be off by one code."""
     off = np.abs(found.astype(np.float64) - expected)
-    if name.startswith("QLinear"):
+    if name.startswith(("QLinear", "QGemm")):
         off = np.maximum(off - 1, 0)
     return float(off.max() / np.abs(expected).max())
 
@@ -138,6 +139,11 @@ RECIPES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "smoothquant": (tiny_bert, {"quantizer": "smoothquant", "layout": "onnx"}),
     "source-to-target": (tiny_t5, {"scheme": "int8-channel-a8"}),
     "convolutions": (lambda folder: folder, {"scheme": "int8-channel-a8", "layout": "onnx"}),
+    "static-convolutions": (
+        lambda folder: folder,
+        {"scheme": "int8-channel-a8-static", "calibration": {"samples": 2}, "evaluation": {"samples": 2}},
+    ),
+    "static-encoder": (tiny_bert, {"scheme": "int8-channel-a8-static", "layout": "onnx"}),
 }
 
 
@@ -149,8 +155,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @cache
     def convert(name: str) -> Path:
         make, settings = RECIPES[name]
-        source = f"module:{image_module.__file__}:images" if name == "convolutions" else str(make(base / f"{name}-source"))
-        data = {} if name == "convolutions" else {"calibration": {"source": "builtin", "samples": 4, "length": 32}}
+        of_images = name.endswith("convolutions")
+        source = f"module:{image_module.__file__}:images" if of_images else str(make(base / f"{name}-source"))
+        data = {} if of_images else {"calibration": {"source": "builtin", "samples": 4, "length": 32}}
         recipe = {"model": source, "output": str(base / name), "evaluation": {"samples": 4, "length": 32}} | data | settings
         report = conversion.convert(Recipe.from_settings(recipe))
         assert (report.passed, report.processor) == (True, processor())
@@ -185,7 +192,7 @@ def kept_weights(path: Path, level: str = "ORT_ENABLE_ALL") -> list[int]:
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     left = {node.op_type for node in graph.node if node.op_type != "Transpose" or node.input[0] in kinds}
     assert not left & {"If", "MatMulInteger", "BitwiseXor", "Transpose"}
-    return [kinds[product.input[1]] for product in integer_products(graph)]
+    return [kinds[product.input[PRODUCTS[product.op_type].weights]] for product in integer_products(graph, PRODUCTS)]
 
 
 # --- the emulator ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,11 @@ def publish(  # noqa: PLR0913 - what tests choose
     return ArtifactReader(output, model, plan, read_index(output))
 
 
-def integer_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The MatMulIntegerToFloat of a graph and of the branches that it chooses from by processor."""
+def integer_products(graph: onnx.GraphProto, operators: Container[str] = ("MatMulIntegerToFloat",)) -> list[onnx.NodeProto]:
+    """The integer products of a graph and of the branches that it chooses from by processor."""
     branches = [attribute.g for node in graph.node for attribute in node.attribute if node.op_type == "If"]
-    own = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-    return own + [node for branch in branches for node in integer_products(branch)]
+    own = [node for node in graph.node if node.op_type in operators]
+    return own + [node for branch in branches for node in integer_products(branch, operators)]
 
 
 def parity(artifact: ArtifactReader) -> float:

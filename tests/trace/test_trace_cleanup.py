@@ -6,14 +6,15 @@ import onnx_ir
 import pytest
 
 from qconvert.errors import InputError
+from qconvert.graph.float_graph import replace
 from qconvert.ir.layer import Producer
+from qconvert.graph.float_graph import replace
 from qconvert.trace.cleanup import (
     drop_markers,
     drop_reshape_pairs,
     fuse_sums_into_rms_norms,
     keep_sums_before_norms,
     remove_unused,
-    replace,
 )
 from qconvert.trace.groups import input_groups
 from qconvert.trace.stamp import stamp

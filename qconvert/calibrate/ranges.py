@@ -1,0 +1,73 @@
+"""The ranges of static activations: what flows through the graph of the quantized weights, and what is chosen from that."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from qconvert.ir.activation_codes import ActivationCodes, GraphCodes
+from qconvert.ir.batch import Batch, row_count
+from qconvert.ir.distribution import Distribution
+from qconvert.ir.finite import all_finite, not_finite
+from qconvert.ir.model import Model
+from qconvert.ir.progress import Progress
+from qconvert.job import Job
+from qconvert.ort import compare
+from qconvert.ort.static_values import StaticValues
+from qconvert.plugin.host import contract
+from qconvert.storage.artifact_reader import ArtifactReader
+
+
+def static_codes(job: Job, artifact: ArtifactReader, progress: Progress) -> GraphCodes:
+    """Return the codes of every value that static activations quantize; {} where there are none.
+
+    The calibration samples are run on the weights as they were written, so that scales which were folded into them count, and
+    without padding. Each value's range is chosen by the job's range estimator.
+
+    Raises InputError QC-FLOAT-001 for a value that is not finite, PluginError for an estimator that breaks its contract.
+    """
+    plan, estimator = job.plan, job.range_estimator
+    if not plan.is_static or estimator is None:
+        return {}
+    how = next(layer.scheme.activations for layer in plan.layers.values() if layer.scheme.is_static)
+    assert how is not None
+    seen = _distributions(job, StaticValues(job.model, job.template, plan.is_static_layer, artifact.read), progress)
+    found: dict[str, dict[str, ActivationCodes]] = defaultdict(dict)
+    for (part, name), distribution in seen.items():
+        symmetric = how.symmetric and distribution.minimum < 0  # codes of numbers that do not occur would be for nothing
+        chosen = contract.choose_range(estimator, distribution, how.codes, symmetric, name)
+        found[part][name] = ActivationCodes.of(chosen.low, chosen.high, how)
+    return found
+
+
+def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[tuple[str, str], Distribution]:
+    """What was seen of each value by (part, name), a sample at a time: values between layers are large."""
+    samples = job.samples.calibration
+    progress.stage("ranges", sum(map(row_count, samples)))
+    seen: dict[tuple[str, str], Distribution] = {}
+    for row in _rows(job.model, samples):
+        for part, found in values.run(compare.feed(values.session, row)).items():
+            for name, value in found.items():
+                tensor = torch.from_numpy(value)
+                if not all_finite(tensor):
+                    raise not_finite(f"is what {name!r} becomes during calibration")
+                distribution = Distribution.of(tensor)
+                known = seen.get((part, name))
+                seen[part, name] = distribution if known is None else known.merged(distribution)
+        progress.advance()
+    return seen
+
+
+def _rows(model: Model, samples: Sequence[Batch]) -> Iterator[Batch]:
+    """The samples, each by itself and without padding."""
+    for batch in samples:
+        for number in range(row_count(batch)):
+            row = model.take_rows(batch, slice(number, number + 1))
+            mask = row.get("attention_mask")
+            if mask is None:
+                yield row
+            else:
+                length = int(mask.sum())
+                yield {name: value[:, :length] if value.shape == mask.shape else value for name, value in row.items()}

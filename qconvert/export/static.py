@@ -1,0 +1,154 @@
+"""Static activations: pairs of QuantizeLinear and DequantizeLinear, and layers over dequantized codes.
+
+This is the QDQ form (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html), which any runtime can run
+as it stands, in float, and which those with integer kernels fuse: Conv to QLinearConv, Gemm to QGemm, MatMul to
+MatMulIntegerToFloat. Weights are signed, activations unsigned; see export/processors.py for those that multiply these wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir
+import torch
+from onnx_ir import Graph, Node, Value
+
+from qconvert.export.context import ExportContext
+from qconvert.export.graph import GraphBuilder
+from qconvert.graph.quantized_values import QuantizedValue, quantized_values
+from qconvert.graph.static_codes import BIAS_CODES
+from qconvert.ir.activation_codes import ActivationCodes
+from qconvert.ir.plan import LayerPlan
+from qconvert.storage.reader import read_tensor
+
+# Bits of a code -> the type of its zero point.
+ZERO_POINTS = {8: np.uint8, 16: np.uint16}
+LARGEST_INT32 = np.iinfo(np.int32).max
+
+
+def insert_pairs(graph: Graph, builder: GraphBuilder, context: ExportContext) -> None:
+    """Put a pair behind every value of a template's graph that is quantized, in place."""
+    for found in quantized_values(graph, context.job.plan.is_static_layer):
+        assert found.root.name is not None
+        _insert_pair(graph, builder, found, context.codes[found.root.name])
+
+
+def _insert_pair(graph: Graph, builder: GraphBuilder, found: QuantizedValue, codes: ActivationCodes) -> None:
+    value, name = found.value, found.value.name
+    readers = [use for use in value.uses() if found.readers is None or use.node in found.readers]
+    scale = builder.constant(f"{found.root.name}/scale", np.array(codes.scale, np.float32))
+    zero_point = builder.constant(f"{found.root.name}/zero_point", np.array(codes.zero_point, ZERO_POINTS[codes.bits]))
+    quantized = builder.op("QuantizeLinear", [value, scale, zero_point], f"{name}/QuantizeLinear")
+    quantized.name, quantized.shape, quantized.type = f"{name}/codes", value.shape, zero_point.type
+    output = builder.op("DequantizeLinear", [quantized, scale, zero_point], f"{name}/DequantizeLinear")
+    output.name, output.shape, output.type = f"{name}/from_codes", value.shape, value.type
+    for use in readers:
+        use.node.replace_input_with(use.idx, output)
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], builder.take_nodes())
+    else:
+        graph.insert_after(producer, builder.take_nodes())
+    if found.readers is None and value.is_graph_output():
+        output.name, value.name = name, f"{name}/float"
+        graph.outputs[list(graph.outputs).index(value)] = output
+
+
+def keep_float_convolutions(graph: Graph) -> None:
+    """Let convolutions with float weights stay what they are where codes go in and come out, in place.
+
+    ONNX Runtime 1.31 quantizes their weights by itself when a session is created, with one scale for all (measured: off by
+    30 % of the largest). It does not look through the Sum of one value.
+    """
+    for conv in [node for node in graph if node.op_type == "Conv"]:
+        if [_is_from_codes(value) for value in conv.inputs[:2]] == [True, False]:
+            old = conv.outputs[0]
+            total = onnx_ir.node("Sum", [old], name=f"{conv.name}/InFloat")
+            output = total.outputs[0]
+            output.name, output.shape, output.type, old.name = old.name, old.shape, old.type, f"{old.name}/alone"
+            onnx_ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+            total.replace_input_with(0, old)
+            graph.insert_after(conv, total)
+
+
+def _is_from_codes(value: Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+class StaticLowering:
+    """Lowers layers whose input is quantized in a range that calibration has found.
+
+    weights: the nodes that dequantize weights for products of 8-bit codes.
+    """
+
+    def __init__(self, builder: GraphBuilder, context: ExportContext) -> None:
+        self.builder, self.context = builder, context
+        self.weights: list[Node] = []
+
+    def lower(self, plan: LayerPlan, node: Node, x: Value, bias: Value | None) -> Value:
+        """Return the value that the nodes for an opaque `node` give. x: from codes; bias: in float32."""
+        if node.op_type == "Conv":
+            kernel = node.attributes["kernel_shape"].as_ints()
+            shape = (plan.out_features, plan.in_features // math.prod(kernel), *kernel)
+            attributes = [value for key, value in node.attributes.items() if key != "module"]
+            return self._product("Conv", plan, [x, self._weight(plan, shape), bias], attributes)
+        if x.shape is not None and len(x.shape) == 2:
+            return self._product("Gemm", plan, [x, self._weight(plan), bias], [onnx_ir.AttrInt64("transB", 1)])
+        product = self.builder.op("MatMul", [x, self._weight(plan, transposed=True)], f"{plan.name}/MatMul")
+        return product if bias is None else self.builder.op("Add", [product, bias], f"{plan.name}/AddBias")
+
+    def _product(self, op_type: str, plan: LayerPlan, inputs: list[Value | None], attributes: list[onnx_ir.Attr]) -> Value:
+        """A Conv or Gemm of (x, weight, bias or None). The bias is written in int32 where these hold it."""
+        x, weight, bias = inputs
+        assert x is not None
+        codes = self._bias_codes(plan, x) if bias is not None else None
+        node = Node(
+            "", op_type, [x, weight] if codes is None else [x, weight, codes], attributes, name=f"{plan.name}/{op_type}"
+        )
+        self.builder.nodes.append(node)
+        if bias is None or codes is not None:
+            return node.outputs[0]
+        if op_type == "Conv":
+            shape = self.builder.constant(f"{plan.name}/bias_shape", np.array([plan.out_features, 1, 1], np.int64))
+            bias = self.builder.op("Reshape", [bias, shape], f"{plan.name}/Bias")
+        return self.builder.op("Add", [node.outputs[0], bias], f"{plan.name}/AddBias")
+
+    def _weight(self, plan: LayerPlan, shape: tuple[int, ...] | None = None, *, transposed: bool = False) -> Value:
+        """The dequantized weight: [out, in], in `shape`, or transposed, [in, out]."""
+        builder, name = self.builder, plan.name
+        weight = builder.external(f"{name}.weight", shape)
+        if transposed:
+            weight = builder.op("Transpose", [weight], f"{name}/Transpose", perm=[1, 0])
+        scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
+        axis = 1 if transposed else 0
+        inputs = [weight, scale, builder.repeated(np.int8(0), plan.out_features)]  # without, ONNX Runtime makes no QGemm
+        output = builder.op("DequantizeLinear", inputs, f"{name}/DequantizeWeight", axis=axis)
+        if plan.scheme.activations is not None and plan.scheme.activations.bits == 8:
+            self.weights.append(builder.nodes[-1])
+        return output
+
+    def _bias_codes(self, plan: LayerPlan, x: Value) -> Value | None:
+        """The bias, from int32 codes whose scales are those of the sums that it is added to; None where int32 is too short.
+
+        That is so where the weights of a channel are next to nothing beside its bias.
+        """
+        builder, name = self.builder, plan.name
+        producer = x.producer()
+        assert producer is not None
+        step = producer.inputs[1]
+        assert step is not None
+        assert step.const_value is not None
+        key = f"{name}{BIAS_CODES}{step.name}"  # a layer may be called twice, on values of different range
+        if key not in builder.stored:
+            folder, stored = self.context.stage.folder, self.context.stored
+            bias = read_tensor(folder, stored[f"{name}.bias"]).double()
+            scale = read_tensor(folder, stored[f"{name}.weight_scale"]).flatten().float() * float(step.const_value.numpy())
+            codes = torch.round(bias / scale.double())
+            if not codes.abs().max() <= LARGEST_INT32:
+                return None
+            stored[key] = self.context.stage.sidecar.append(key, codes.to(torch.int32))
+            stored[f"{key}/scale"] = self.context.stage.sidecar.append(f"{key}/scale", scale)
+        inputs = [builder.external(key), builder.external(f"{key}/scale")]
+        return builder.op("DequantizeLinear", inputs, f"{name}/DequantizeBias", axis=0)
