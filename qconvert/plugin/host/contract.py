@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import PluginError, QConvertError, in_one_line
-from qconvert.ir import affine
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
-from qconvert.ir.quantized import Outliers, QuantizedTensor
+from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES
 from qconvert.plugin.host.distribution import distribution_of
+from qconvert.plugin.host.tensor_problems import smoothing_scale_problem, tensor_problems, tuning_problems
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.plugin.tuner import BlockTuner, SampledBlock
@@ -58,7 +58,7 @@ def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme
     if not kept:
         raise _broken(quantizer, where, "prepare returned other layers or weights; it may only set smoothing_scale")
     if prepared.smoothing_scale is not None:
-        problem = _smoothing_scale_problem(prepared.smoothing_scale, group.layers[0].weight.shape[1])
+        problem = smoothing_scale_problem(prepared.smoothing_scale, group.layers[0].weight.shape[1])
         if problem:
             raise _broken(quantizer, where, problem)
     return prepared
@@ -96,7 +96,7 @@ def tune(
     if tuned.keys() != tensors.keys():
         raise _broken(tuner, block, f"tune returned tensors for {sorted(map(str, tuned))}, not for {sorted(tensors)}")
     for name, start in tensors.items():
-        for problem in _tuning_problems(tuned[name], start, layers[name].weight.shape):
+        for problem in tuning_problems(tuned[name], start, layers[name].weight.shape):
             raise _broken(tuner, block, f"{name!a}: {problem}")
     return {name: dataclasses.replace(tuned[name], scheme=start.scheme) for name, start in tensors.items()}
 
@@ -132,102 +132,9 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
 
     Raises PluginError QC-PLUGIN-008 with the first thing that is wrong.
     """
-    for problem in _problems(tensor, layer.weight.shape, scheme, may_have_outliers=quantizer.has_outliers):
+    for problem in tensor_problems(tensor, layer.weight.shape, scheme, may_have_outliers=quantizer.has_outliers):
         raise _broken(quantizer, layer.name, problem)
     return tensor
-
-
-def _problems(
-    tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, *, may_have_outliers: bool
-) -> Iterator[str]:
-    """What is wrong, in the order in which one check relies on those before it."""
-    if not isinstance(tensor, QuantizedTensor):
-        yield f"it returned {type(tensor).__name__}, not a QuantizedTensor"
-    if tensor.scheme != scheme:
-        yield f"asked for {scheme}, it quantized to {tensor.scheme}"
-    out_features, in_features = weight_shape
-    yield from _unlike("q", tensor.q, torch.int8, (out_features, in_features))
-    yield from _outside("q", tensor.q, *scheme.code_range)
-    yield from _scale_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
-    yield from _zero_point_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
-    if tensor.smoothing_scale is not None:
-        problem = _smoothing_scale_problem(tensor.smoothing_scale, in_features)
-        if problem:
-            yield problem
-    if tensor.outliers is not None:
-        if not may_have_outliers:
-            yield "it returned outliers, but does not declare has_outliers"
-        yield from _outlier_problems(tensor.outliers, out_features, in_features)
-
-
-def _tuning_problems(tensor: QuantizedTensor, start: QuantizedTensor, weight_shape: torch.Size) -> Iterator[str]:
-    """What is wrong with what a tuner made of `start`, in the order in which one check relies on those before it."""
-    yield from _problems(tensor, weight_shape, start.scheme, may_have_outliers=True)
-    if not _same(tensor.smoothing_scale, start.smoothing_scale):
-        yield "its smoothing_scale is another one, but what comes before the layer has been divided by that which it was given"
-    before, after = start.outliers, tensor.outliers
-    if before is None or after is None:
-        unchanged = before is after
-    else:
-        unchanged = _same(after.columns, before.columns) and _same(after.weight, before.weight)
-    if not unchanged:
-        yield "its outliers are not those that it was given"
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
-
-
-def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
-    yield from _unlike("scale", tensor.scale, torch.float32, shape)
-    unusable = ~torch.isfinite(tensor.scale) | (tensor.scale == 0)
-    if unusable.any():
-        row, group = unusable.nonzero()[0].tolist()
-        yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
-    if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
-        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
-
-
-def _zero_point_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
-    if scheme.symmetric:
-        if tensor.zero_point is not None:
-            yield f"{scheme} is symmetric, but it returned a zero_point"
-    elif tensor.zero_point is None:
-        yield f"{scheme} is asymmetric, but it returned no zero_point"
-    else:
-        yield from _unlike("zero_point", tensor.zero_point, torch.int8, shape)
-        yield from _outside("zero_point", tensor.zero_point, *scheme.code_range)
-
-
-def _outlier_problems(outliers: Outliers, out_features: int, in_features: int) -> Iterator[str]:
-    columns = outliers.columns
-    yield from _unlike("outliers.columns", columns, torch.int64, (len(columns),))
-    yield from _outside("outliers.columns", columns, 0, in_features - 1)
-    if not (columns[1:] > columns[:-1]).all():
-        yield f"outliers.columns are not sorted and unique: {columns.tolist()[:8]}"
-    yield from _unlike("outliers.weight", outliers.weight, torch.float32, (out_features, len(columns)))
-    if not torch.isfinite(outliers.weight).all():
-        yield "outliers.weight is not finite"
-
-
-def _unlike(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[str]:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        yield f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-
-
-def _outside(name: str, values: Tensor, low: int, high: int) -> Iterator[str]:
-    if values.numel():
-        smallest, largest = map(int, values.aminmax())
-        if smallest < low or largest > high:
-            yield f"{name} holds {smallest}..{largest}, outside {low}..{high}"
-
-
-def _smoothing_scale_problem(scale: Tensor, in_features: int) -> str | None:
-    for problem in _unlike("smoothing_scale", scale, torch.float32, (in_features,)):
-        return problem
-    if not (torch.isfinite(scale) & (scale > 0)).all():
-        return "smoothing_scale is not finite and positive"
-    return None
 
 
 def _inputs(layers: Sequence[Layer], shared: CalibrationStats | None = None) -> list[Tensor]:
