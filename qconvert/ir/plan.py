@@ -101,6 +101,12 @@ class Plan:
         """The most memory that any stage holds at once."""
         return max(self.peaks.values(), default=0)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the input of any layer is quantized with a scale from calibration, and not with one of run time."""
+        activations = (layer.scheme.activations for layer in self.layers.values())
+        return any(each is not None and not each.dynamic for each in activations)
+
     def layer_of(self, name: str) -> LayerPlan | None:
         """Return the planned layer that the module `name` computes with, None where it stays float."""
         return self.layers.get(self.shared.get(name, name))

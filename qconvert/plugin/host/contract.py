@@ -1,4 +1,4 @@
-"""Holds quantizers, their observers and tuners to their contract, before anything is written.
+"""Holds quantizers, their observers, tuners and range estimators to their contract, before anything is written.
 
 What a plugin raises, changes or returns wrongly becomes a PluginError that names plugin, version and layer.
 """
@@ -6,14 +6,17 @@ What a plugin raises, changes or returns wrongly becomes a PluginError that name
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from qconvert.errors import PluginError, QConvertError, in_one_line
+from qconvert.ir.distribution import Distribution, ValueRange
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
@@ -23,9 +26,12 @@ from qconvert.plugin.host.distribution import distribution_of
 from qconvert.plugin.host.tensor_problems import smoothing_scale_problem, tensor_problems, tuning_problems
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.range_estimator import RangeEstimator
 from qconvert.plugin.tuner import BlockTuner, SampledBlock
 
-Part = Quantizer | Observer | BlockTuner
+Part = Quantizer | Observer | BlockTuner | RangeEstimator
+
+RANGE_SLACK = 1e-6  # of the largest magnitude: how far a range may be beyond it, which is rounding in float32
 
 
 def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
@@ -101,6 +107,20 @@ def tune(
     return {name: dataclasses.replace(tuned[name], scheme=start.scheme) for name, start in tensors.items()}
 
 
+def choose_range(estimator: RangeEstimator, seen: Distribution, codes: int, symmetric: bool, name: str) -> ValueRange:
+    """`estimator.choose(seen, codes, symmetric=symmetric)` for the value `name`, checked, and widened to hold 0.
+
+    A value that was 0 throughout has the range from 0 to 0.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
+    """
+    with _guarded(estimator, "choose the range of", name, [seen.counts]):
+        chosen = estimator.choose(seen, codes, symmetric=symmetric)
+    for problem in _range_problems(chosen, seen, symmetric=symmetric):
+        raise _broken(estimator, name, problem)
+    return ValueRange(min(0.0, float(chosen.low)), max(0.0, float(chosen.high)))
+
+
 def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> None:
     """Call `observer.update(rows, importance)`, rows [n, in] being inputs of the layer `where`.
 
@@ -137,6 +157,26 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
     return tensor
 
 
+def _range_problems(chosen: ValueRange, seen: Distribution, *, symmetric: bool) -> Iterator[str]:
+    """What is wrong with a range, in the order in which one check relies on those before it."""
+    if not isinstance(chosen, ValueRange):
+        yield f"choose returned {type(chosen).__name__}, not a ValueRange"
+    for end, value in (("low", chosen.low), ("high", chosen.high)):
+        if not isinstance(value, Real):
+            yield f"{end} is {type(value).__name__}, not a number"
+        if not math.isfinite(value):
+            yield f"{end} is {value}"
+    text = f"the range from {chosen.low:g} to {chosen.high:g}"
+    if chosen.low > chosen.high:
+        yield f"{text} is reversed"
+    if symmetric and chosen.low != -chosen.high:
+        yield f"{text} is not symmetric, as was asked for"
+    low, high = (-seen.largest, seen.largest) if symmetric else (min(seen.minimum, 0.0), max(seen.maximum, 0.0))
+    slack = RANGE_SLACK * seen.largest
+    if chosen.low < low - slack or chosen.high > high + slack:
+        yield f"{text} reaches beyond what was seen, {low:g} to {high:g}"
+
+
 def _inputs(layers: Sequence[Layer], shared: CalibrationStats | None = None) -> list[Tensor]:
     """Every tensor of some layers, and of the statistics that they share."""
     statistics = {id(stats): stats for stats in (shared, *(layer.stats for layer in layers)) if stats is not None}
@@ -152,7 +192,7 @@ def _parts(tensor: QuantizedTensor) -> list[Tensor]:
 
 
 @contextmanager
-def _guarded(part: Quantizer | BlockTuner, method: str, where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+def _guarded(part: Part, method: str, where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
     """Turns what the plugin raises into a PluginError, and sees whether it wrote to its inputs."""
     before = [_checksum(tensor) for tensor in inputs]
     with _blamed(part, method, where):
@@ -191,10 +231,24 @@ def _broken(part: Part, where: str, problem: str) -> PluginError:
 
 
 def _title(part: Part) -> str:
-    word = "quantizer" if isinstance(part, Quantizer) else "tuner" if isinstance(part, BlockTuner) else "observer"
+    match part:
+        case Quantizer():
+            word = "quantizer"
+        case BlockTuner():
+            word = "tuner"
+        case RangeEstimator():
+            word = "range estimator"
+        case Observer():
+            word = "observer"
     return f"{word} '{part.name}' of {distribution_of(part)}"
 
 
 def _hint(part: Part) -> str:
-    way_out = "leave out tuning" if isinstance(part, BlockTuner) else "keep the layer in float: --rule 'NAME=float'"
+    match part:
+        case BlockTuner():
+            way_out = "leave out tuning"
+        case RangeEstimator():
+            way_out = "take another one: --ranges min-max"
+        case _:
+            way_out = "keep the layer in float: --rule 'NAME=float'"
     return f"report it to the plugin's author, or {way_out}"
