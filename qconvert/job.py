@@ -11,6 +11,7 @@ from qconvert.ir.samples import Samples
 from qconvert.ir.template import Template
 from qconvert.plugin.host.distribution import Code
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.range_estimator import RangeEstimator
 from qconvert.plugin.tuner import BlockTuner
 from qconvert.recipe import Recipe
 
@@ -23,6 +24,7 @@ class Job:
     digests: name -> sha256 of the files of the model and of the data; {} where nothing is to be written.
     code: what the tensors are made by, for the manifest.
     tuner: what changes the tensors of each block once they are quantized; None where nothing does.
+    range_estimator: what chooses the ranges of activations with scales from calibration; None where no layer has such.
     """
 
     asked: Recipe
@@ -35,6 +37,7 @@ class Job:
     digests: Mapping[str, str] = field(default_factory=dict)
     code: Sequence[Code] = ()
     tuner: BlockTuner | None = None
+    range_estimator: RangeEstimator | None = None
 
     @property
     def keeps_unfolded(self) -> bool:

@@ -30,3 +30,6 @@ CAST_SCHEME: HalfType = "float16"
 
 # The tuner of blocks that a recipe means without naming one; its options are written beside its name.
 TUNER = "signround"
+
+# The estimator that chooses the ranges of activations where a recipe names none.
+RANGES = "mse"

@@ -28,7 +28,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON docu
 
 @click.group()
 def plugins() -> None:
-    """Quantizers, tuners, loaders and finishers that are installed.
+    """Quantizers, tuners, range estimators, loaders and finishers that are installed.
 
     A plugin that can't be used is listed with the reason; QCONVERT_PLUGINS=a,b uses those distributions' plugins only, and
     QCONVERT_PLUGINS= none.
@@ -63,7 +63,7 @@ def list_plugins(files: tuple[Path, ...], as_json: bool) -> None:
 def show(name: str, files: tuple[Path, ...], as_json: bool) -> None:
     """Show one of them: its options with types, defaults and what they do, its schemes, where it comes from.
 
-    NAME is a quantizer, a tuner, a distribution or a module. stdout: a page, or with --json a document.
+    NAME is a quantizer, a tuner, a range estimator, a distribution or a module. stdout: a page, or with --json a document.
     """
     with _quiet():
         from qconvert.plugin.host.catalogue import entries
@@ -84,7 +84,7 @@ def show(name: str, files: tuple[Path, ...], as_json: bool) -> None:
 @plugins.command()
 @FILES
 def schema(files: tuple[Path, ...]) -> None:
-    """Print the JSON schema of a recipe, with all options of quantizers and tuners, for editors that check YAML."""
+    """Print the JSON schema of a recipe, with the options of all quantizers, tuners and estimators, for editors of YAML."""
     with _quiet():
         from qconvert.plugin.host.catalogue import recipe_schema
         from qconvert.plugin.host.manager import plugin_manager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from qconvert.errors import UsageError
-from qconvert.vocabulary import PLUGIN_SECONDS, Layout, Preset, TargetName
+from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, Layout, Preset, TargetName
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
@@ -73,6 +73,11 @@ _REST = (
     click.option("--evaluation", metavar="SRC", help="The same, for the comparison with the float model."),
     click.option("--target", "targets", type=TARGETS, multiple=True, help="Where the artifact is to run; may be repeated."),
     click.option("--layout", type=click.Choice(get_args(Layout)), help="Who must be able to read the weights."),
+    click.option(
+        "--ranges",
+        metavar="NAME",
+        help="What chooses the ranges of static activations: min-max, moving-average, percentile, mse, kl or a plugin's.",
+    ),
     click.option("--device", metavar="DEV", help="Where blocks run during calibration: cpu or cuda."),
     click.option(
         "--gate", "gates", metavar="'kl<=0.2'", multiple=True, help="Limit that the artifact must keep; may be repeated."
@@ -114,7 +119,7 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Merge flags, as click hands them over (None, () or False where one is unset), into what the recipe file holds.
 
     Rules go before the file's (the first match wins), a gate replaces the file's for the same metric, options are merged
-    by name, a data source keeps the file's sample counts; all else is replaced.
+    by name, a data source keeps the file's sample counts, a range estimator the file's options for it; all else is replaced.
 
     Raises UsageError QC-USAGE-002 for a K=V that isn't, QC-USAGE-003 without model or output, and what Rule, Gate and
     `read_recipe` raise.
@@ -142,6 +147,10 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
         settings["gates"] = _gates(part_of(settings, "gates", list), [Gate.parse(text) for text in flags["gates"]])
     for key in (key for key in ("calibration", "evaluation") if flags[key]):
         settings[key] = part_of(settings, key, dict) | {"source": flags[key]}
+    if flags["ranges"]:
+        kept = part_of(settings, "ranges", dict)
+        is_same = kept.get("estimator", RANGES) == flags["ranges"]
+        settings["ranges"] = {**(kept if is_same else {}), "estimator": flags["ranges"]}
     _require_places(settings)
     return settings
 

@@ -21,7 +21,7 @@ REPORT = "report.json"
 CARD = "README.md"
 CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 # What stands before the colon in the names of the manifest's inputs that are no files of the model.
-INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "tuner", "code")
+INPUT_KINDS = ("calibration", "evaluation", "samples", "graph", "option", "tuner", "ranges", "code")
 
 
 def weight_file_names(count: int) -> tuple[str, ...]:

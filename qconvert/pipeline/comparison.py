@@ -187,8 +187,13 @@ def _jobs(attempts: Sequence[Attempt], model: Model, plugins: PluginManager, pro
             require_room(plan.peaks, model)
             each.is_planned = True
             own = samples if plan.calibrated else replace(samples, calibration=())
-            code = plugins.code_of(each.quantizer, None)  # who tunes blocks is calibrated alone
-            job = Job(each.recipe, each.recipe, each.quantizer, model, template, plan, own, digests, code)
+            estimator = plugins.range_estimator(each.recipe.ranges)
+            used = estimator if plan.is_static else None
+            code = plugins.code_of(each.quantizer, None, used)  # who tunes blocks is calibrated alone
+            job = Job(
+                *(each.recipe, each.recipe, each.quantizer, model, template, plan, own, digests, code),
+                range_estimator=used,
+            )
             if not each.calibrates_alone:
                 jobs.append((each, job))
     return jobs

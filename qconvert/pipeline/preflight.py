@@ -94,7 +94,7 @@ def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> No
     inputs = [*recipe.plugins, *(Path(name) for name in data), *([source] if source else [])]
     replaces = recipe.force or not writes
     check_output(recipe.output, force=replaces, inputs=[path for path in inputs if path.exists()])
-    plugins.require(recipe.worker, recipe.tuning)
+    plugins.require(recipe.worker, recipe.tuning, recipe.ranges)
     if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
         raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")
     if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir()):

@@ -45,6 +45,7 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     """
     checked_device(recipe.device)
     quantizer, tuner = plugins.quantizer(recipe.worker, recipe.options), plugins.tuner(recipe.tuning)
+    range_estimator = plugins.range_estimator(recipe.ranges)
     model = load_model(recipe, plugins, progress)
     require_room({"trace": trace_peak(model)}, model)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
@@ -53,8 +54,9 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     model, template = ready_for_ranges(recipe, quantizer, model, template)
     plan = outline(recipe, quantizer, model, template)
     require_room(plan.peaks, model)
-    code = plugins.code_of(quantizer, tuner)
-    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, code, tuner)
+    used = range_estimator if plan.is_static else None
+    code = plugins.code_of(quantizer, tuner, used)
+    job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, code, tuner, used)
     return decided(job, progress)
 
 

@@ -16,6 +16,7 @@ from pluggy import HookimplMarker
 if TYPE_CHECKING:
     from qconvert.errors import InputError, PluginError, QConvertError, ResourceError, UsageError, in_one_line
     from qconvert.ir import affine
+    from qconvert.ir.distribution import Distribution, ValueRange
     from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup, Producer
     from qconvert.ir.model import Model, TensorInfo, TensorSource
     from qconvert.ir.quantized import Outliers, QuantizedTensor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qconvert.load.tokenizer import text_encoder
     from qconvert.plugin.observer import AbsMax, Gram, Observer, SampledRows
     from qconvert.plugin.quantizer import Quantizer, round_to_nearest
+    from qconvert.plugin.range_estimator import RangeEstimator
     from qconvert.plugin.tuner import BlockTuner, SampledBlock
     from qconvert.recipe import Recipe
 
@@ -38,6 +40,7 @@ __all__ = [
     "Activations",
     "BlockTuner",
     "CalibrationStats",
+    "Distribution",
     "Fidelity",
     "GateResult",
     "Gram",
@@ -59,6 +62,7 @@ __all__ = [
     "QuantScheme",
     "QuantizedTensor",
     "Quantizer",
+    "RangeEstimator",
     "Recipe",
     "Report",
     "ResourceError",
@@ -70,6 +74,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "UsageError",
+    "ValueRange",
     "affine",
     "build_skeleton",
     "hookimpl",
@@ -85,6 +90,7 @@ __all__ = [
 _HOMES = {
     "qconvert.errors": ("InputError", "PluginError", "QConvertError", "ResourceError", "UsageError", "in_one_line"),
     "qconvert.ir": ("affine",),
+    "qconvert.ir.distribution": ("Distribution", "ValueRange"),
     "qconvert.ir.layer": ("CalibrationStats", "Layer", "LinearGroup", "Producer"),
     "qconvert.ir.model": ("Model", "TensorInfo", "TensorSource"),
     "qconvert.ir.quantized": ("Outliers", "QuantizedTensor"),
@@ -96,6 +102,7 @@ _HOMES = {
     "qconvert.load.tokenizer": ("text_encoder",),
     "qconvert.plugin.observer": ("AbsMax", "Gram", "Observer", "SampledRows"),
     "qconvert.plugin.quantizer": ("Quantizer", "round_to_nearest"),
+    "qconvert.plugin.range_estimator": ("RangeEstimator",),
     "qconvert.plugin.tuner": ("BlockTuner", "SampledBlock"),
     "qconvert.recipe": ("Recipe",),
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qconvert.ir.model import Model
     from qconvert.ir.report import Report
     from qconvert.plugin.quantizer import Quantizer
+    from qconvert.plugin.range_estimator import RangeEstimator
     from qconvert.plugin.tuner import BlockTuner
     from qconvert.recipe import Recipe
 
@@ -33,6 +34,12 @@ def register_quantizers() -> list[type[Quantizer]]:  # type: ignore[empty-body]
 def register_tuners() -> list[type[BlockTuner]]:  # type: ignore[empty-body]
     """Called once, when a command first needs a quantizer or a tuner of a plugin. Returns the BlockTuner classes that the
     plugin brings."""
+
+
+@hookspec
+def register_range_estimators() -> list[type[RangeEstimator]]:  # type: ignore[empty-body]
+    """Called once, when a command first needs a quantizer, a tuner or a range estimator of a plugin. Returns the
+    RangeEstimator classes that the plugin brings."""
 
 
 @hookspec(firstresult=True)

@@ -1,4 +1,4 @@
-"""Options: the fields of a quantizer or a tuner as the user sees them, with types, defaults and the words of its docstring."""
+"""Options: the fields of what a plugin brings as the user sees them, with types, defaults and the words of its docstring."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options_of(kind: type[Any]) -> tuple[Option, ...]:
 
 
 def options_schema(kind: type[Any]) -> dict[str, Any]:
-    """The JSON schema of a recipe's `options` for this quantizer or tuner."""
+    """The JSON schema of the `options` that a recipe gives this quantizer, tuner or range estimator."""
     from pydantic import TypeAdapter
 
     schema = TypeAdapter(kind).json_schema() | {"additionalProperties": False}

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from qconvert.errors import UsageError
 from qconvert.ir.report import Size
 from qconvert.ir.scheme import Cast, QuantScheme
-from qconvert.recipe.fields import BudgetField, DataSpec, Part, Rule, SchemeField, Tuning, without_repeats
+from qconvert.recipe.fields import BudgetField, DataSpec, Part, Ranges, Rule, SchemeField, Tuning, without_repeats
 from qconvert.recipe.gates import Gate
 from qconvert.vocabulary import (
     AUTO,
@@ -76,6 +76,11 @@ class Recipe(Part):
     )
     tuning: Tuning | None = Field(
         None, description="move scales and roundings of each block until its output is closest to the float one; unset: don't"
+    )
+    ranges: Ranges | None = Field(
+        None,
+        exclude_if=lambda ranges: ranges is None,  # written where it is set: recipes of before mean what they meant
+        description="how the ranges of activations are chosen, for schemes with -static; unset: the least squared error",
     )
     device: str = Field("cpu", description="where blocks run during calibration: cpu or cuda")
     gates: tuple[Gate, ...] = Field((), description="limits that the artifact must keep; a missed one is exit code 1")

@@ -21,7 +21,7 @@ from pydantic import (
 from qconvert.errors import QConvertError, UsageError
 from qconvert.ir.budget import Budget
 from qconvert.ir.scheme import Cast, QuantScheme, parse_scheme
-from qconvert.vocabulary import TUNER
+from qconvert.vocabulary import RANGES, TUNER
 
 
 def _parse_scheme(value: object, parse: Callable[[str], object] = parse_scheme) -> object:
@@ -134,3 +134,12 @@ class Tuning(Part):
         fields = ("steps", "seconds") if self.tuner == TUNER else ("tuner", "options")
         written: dict[str, Any] = handler(self)
         return {name: written[name] for name in fields}
+
+
+class Ranges(Part):
+    """How the ranges of activations are chosen from what calibration saw of them."""
+
+    estimator: str = Field(
+        RANGES, description="algorithm: min-max, moving-average, percentile, mse, kl, or the estimator of a plugin"
+    )
+    options: dict[str, Any] = Field({}, description="options of the estimator, by name")

@@ -265,6 +265,8 @@ def _command(recipe: Recipe, model_name: str) -> str:
     words += [word for target in recipe.targets for word in ("--target", target)]
     if recipe.layout != "transformers":
         words += ["--layout", recipe.layout]
+    if recipe.ranges is not None:
+        words += ["--ranges", recipe.ranges.estimator]
     for gate in recipe.gates:
         words += ["--gate", str(gate)]
     return printable(shlex.join(words))  # one line, so that nothing in it can end the code block
@@ -280,6 +282,8 @@ def _without_flags(recipe: Recipe) -> str:
         for name in ("seed", "cuda_dtype", "logits", "sequential", "tuning")
         if getattr(recipe, name) != getattr(plain, name)
     ]
+    if recipe.ranges is not None and recipe.ranges.options:
+        found.append(f"`ranges: {settings['ranges']}`")
     return f" A recipe file also gave {', '.join(found)}." if found else ""
 
 

@@ -15,7 +15,7 @@ TITLES = ("name", "kind", "distribution", "version", "API", "data", "schemes")
 
 
 def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> RenderableType:
-    """One row per quantizer, tuner, loader, finder of data and finisher; below, what is broken and why."""
+    """One row per quantizer, tuner, range estimator, loader, finder of data and finisher; below, what is broken and why."""
     rows = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in TITLES:
         rows.add_column(title, overflow="fold", no_wrap=title != "schemes")
@@ -27,7 +27,7 @@ def table(entries: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> Renderabl
 
 
 def page(entry: Entry) -> RenderableType:
-    """Return a page with all that is known of one quantizer, loader, finder of data or finisher."""
+    """Return a page with all that is known of one of them."""
     lines = [Text(entry.name, "bold"), Text(entry.doc)] if entry.doc else [Text(entry.name, "bold")]
     facts = [f"{entry.kind} of {entry.distribution} {entry.version} ({entry.value}), plugin API {entry.api}"]
     if entry.default_scheme is not None:
@@ -36,7 +36,7 @@ def page(entry: Entry) -> RenderableType:
     parts: list[RenderableType] = [*lines, Text(), *map(Text, facts)]
     if entry.options:
         parts += [Text(), _options(entry)]
-    elif entry.kind in ("quantizer", "tuner"):
+    elif entry.kind in ("quantizer", "tuner", "range estimator"):
         parts += [Text(), Text("It has no options.")]
     if entry.expected_failures:
         parts += [Text(), Text("Checks of the conformance suite that it is known to fail:", "bold")]

@@ -22,6 +22,7 @@ from qconvert.ir.template import Template
 from qconvert.job import Job
 from qconvert.plugin.host.distribution import Code, requirements
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.range_estimator import RangeEstimator
 from qconvert.plugin.tuner import BlockTuner
 from qconvert.storage.digest import sha256, tensor_bytes
 
@@ -63,6 +64,7 @@ def origin_of(job: Job) -> Origin:
         **graph_digests(job.model, job.template),
         **option_digests(job.quantizer, "option"),
         **({} if job.tuner is None else option_digests(job.tuner, "tuner")),
+        **({} if job.range_estimator is None else option_digests(job.range_estimator, "ranges")),
         **{f"code:{code.distribution.name}": code.digest for code in job.code},
     }
     return Origin(inputs, versions(job.code), machine(job.recipe.device))
@@ -118,8 +120,8 @@ def _bare(traced: onnx_ir.Model, model: Model) -> bytes:
     return content
 
 
-def option_digests(part: Quantizer | BlockTuner, kind: str) -> dict[str, str]:
-    """Of the files that the options of a quantizer or a tuner name: those of type Path."""
+def option_digests(part: Quantizer | BlockTuner | RangeEstimator, kind: str) -> dict[str, str]:
+    """Of the files that the options of a quantizer, a tuner or a range estimator name: those of type Path."""
     fields = dataclasses.fields(part)  # type: ignore[arg-type]
     options = {field.name: getattr(part, field.name) for field in fields}
     files = {f"{kind}:{name}": value for name, value in options.items() if isinstance(value, Path) and value.is_file()}

@@ -20,6 +20,7 @@ from qconvert.cli import COMMANDS, main
 from qconvert.ir.report import GateResult, Report, SampleCounts, Size
 from qconvert.pipeline import preflight
 from qconvert.recipe import Recipe
+from qconvert.recipe.fields import Ranges
 
 REPORT = Report(
     passed=True,
@@ -92,7 +93,7 @@ def test_every_command_exists_and_says_what_it_does() -> None:
 def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
     flags = "--quantizer awq --scheme int4-g32 --option grid=20 --option fast=true --option name=x "
     flags += "--rule lm_head=float --rule *.0.*=int8 "
-    flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --device cuda "
+    flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --ranges kl --device cuda "
     flags += "--gate ratio<=0.3 --no-verify --allow-unverified --force"
     assert run(*flags.split()).exit_code == 0
     assert pipeline.given == Recipe.model_validate(
@@ -107,6 +108,7 @@ def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
             "evaluation": {"source": "builtin"},
             "targets": ["cpu", "cuda"],
             "layout": "onnx",
+            "ranges": {"estimator": "kl"},
             "device": "cuda",
             "gates": [{"metric": "ratio", "comparison": "<=", "limit": 0.3}],
             "verify": False,
@@ -159,6 +161,24 @@ def test_flags_override_the_file_and_leave_the_rest(pipeline: FakePipeline, reci
     assert [rule.pattern for rule in recipe.rules] == ["*", "lm_head"]  # the first match wins
     assert (recipe.calibration.source, recipe.calibration.samples, recipe.calibration.length) == ("mine.txt", 7, 64)
     assert {gate.metric: gate.limit for gate in recipe.gates} == {"kl": 0.1, "ratio": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("written", "flag", "expected"),
+    [
+        ("{options: {percentile: 99}, estimator: percentile}", "percentile", {"percentile": 99}),
+        ("{options: {percentile: 99}, estimator: percentile}", "kl", {}),
+        ("null", "mse", {}),
+    ],
+    ids=["the-same", "another", "none"],
+)
+def test_ranges_keep_the_options_of_the_file_for_the_same_estimator(
+    pipeline: FakePipeline, tmp_path: Path, written: str, flag: str, expected: dict[str, object]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{FILE}ranges: {written}\n")
+    qconvert_cli("run", str(path), "--ranges", flag)
+    assert pipeline.given.ranges == Ranges(estimator=flag, options=expected)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ def test_every_built_in_is_listed_with_what_it_takes() -> None:
     assert (document["schema"], document["api"]) == (1, 1)
     ours = {entry["name"]: entry for entry in document["plugins"] if entry["distribution"] == "qconvert"}
     assert ours.pop("signround")["kind"] == "tuner"
+    for name in ("min-max", "moving-average", "percentile", "mse", "kl"):
+        entry = ours.pop(name)
+        assert entry["kind"] == "range estimator"
+        assert entry["doc"]
+        assert "Source:" in entry["source"]
     assert len(ours) == len(BUILTINS)
     assert ours["llm-int8"]["schemes"] == ["int8-tensor-a8", "int8-channel-a8"]
     assert ours["hqq"]["schemes"] == [

@@ -11,14 +11,23 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_llama
 
+from qconvert.ir.distribution import Distribution
 from qconvert.plugin import hookspecs
+from qconvert.plugin.host.contract import choose_range
+from qconvert.plugin.host.manager import plugin_manager
 from qconvert.recipe import Recipe
+from qconvert.recipe.fields import Ranges
 
 ROOT = Path(__file__).parents[2]
 GUIDE, REFERENCE = ROOT / "docs" / "plugins.md", ROOT / "docs" / "hooks.md"
-BUILTIN_USERS = {"register_quantizers": ["the built-in quantizers"], "register_tuners": ["the built-in tuner"]}
+BUILTIN_USERS = {
+    "register_quantizers": ["the built-in quantizers"],
+    "register_tuners": ["the built-in tuner"],
+    "register_range_estimators": ["the built-in range estimators"],
+}
 HOOKS = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
 
 
@@ -53,13 +62,13 @@ def test_every_hook_has_a_document_a_test_and_a_user(hook: str) -> None:
     )
     users = [
         *ROOT.glob("plugins/*/qconvert_*.py"),
-        *(path for room in ("quantizers", "tuners") for path in ROOT.glob(f"qconvert/{room}/*.py")),
+        *(path for room in ("quantizers", "tuners", "range_estimators") for path in ROOT.glob(f"qconvert/{room}/*.py")),
     ]
     assert any(f"def {hook}(" in path.read_text(encoding="utf-8") for path in users)
 
 
 def test_the_first_quantizer_of_the_guide_is_short_and_works(tmp_path: Path) -> None:
-    code, suite, _ = blocks("python")
+    code, suite, *_ = blocks("python")
     body = code.partition("@dataclass")[2].splitlines()
     assert len(body) <= 30
     (tmp_path / "power_of_two.py").write_text(code)
@@ -86,7 +95,7 @@ def test_the_first_quantizer_of_the_guide_is_short_and_works(tmp_path: Path) -> 
 
 
 def test_the_tuner_of_the_guide_works(tmp_path: Path) -> None:
-    *_, code = blocks("python")
+    *_, code, _ = blocks("python")
     (tmp_path / "best_clip.py").write_text(code)
     tiny_llama(tmp_path / "llama")
     (tmp_path / "text.txt").write_text("".join(f"Sentence {n} has {n * n} words.\n" for n in range(60)))
@@ -103,6 +112,22 @@ def test_the_tuner_of_the_guide_works(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "qconvert.json").read_text())
     assert manifest["recipe"]["tuning"] == recipe["tuning"]
     assert {"code:best_clip.py", "code:qconvert"} <= manifest["inputs"].keys()
+
+
+def test_the_range_estimator_of_the_guide_works(tmp_path: Path) -> None:
+    *_, code = blocks("python")
+    (tmp_path / "deviations.py").write_text(code)
+    page = qconvert("qconvert plugins show deviations --plugin deviations.py", tmp_path)
+    assert "range estimator of deviations.py" in page.stdout
+    assert "how many." in page.stdout
+    ranges = Ranges(estimator="deviations", options={"deviations": 3})
+    estimator = plugin_manager([tmp_path / "deviations.py"]).range_estimator(ranges)
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    seen = Distribution.of(torch.cat([values, torch.tensor([30.0])]))
+    for symmetric in (True, False):
+        chosen = choose_range(estimator, seen, 256, symmetric, "input")
+        assert chosen.low == pytest.approx(-3.1, abs=0.2)
+        assert chosen.high == pytest.approx(3.1, abs=0.2)
 
 
 def test_the_project_file_of_the_guide_names_what_the_guide_made() -> None:

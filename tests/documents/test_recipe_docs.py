@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from qconvert.recipe import Recipe
-from qconvert.recipe.fields import DataSpec, Rule, Tuning
+from qconvert.recipe.fields import DataSpec, Ranges, Rule, Tuning
 from qconvert.recipe.gates import Gate
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipe.md"
 
 
-def table(part: type[Recipe | DataSpec | Gate | Rule | Tuning]) -> str:
+def table(part: type[Recipe | DataSpec | Gate | Ranges | Rule | Tuning]) -> str:
     """The Markdown table of a part's fields."""
     schema = part.model_json_schema()
     lines = ["| field | kind | default | meaning |", "|---|---|---|---|"]
@@ -47,8 +47,8 @@ def kind(schema: dict[str, Any]) -> str:
     raise AssertionError(schema)
 
 
-@pytest.mark.parametrize("part", [Recipe, DataSpec, Rule, Gate, Tuning], ids=lambda part: part.__name__)
-def test_the_document_has_the_table_of_every_part(part: type[Recipe | DataSpec | Gate | Rule | Tuning]) -> None:
+@pytest.mark.parametrize("part", [Recipe, DataSpec, Rule, Gate, Tuning, Ranges], ids=lambda part: part.__name__)
+def test_the_document_has_the_table_of_every_part(part: type[Recipe | DataSpec | Gate | Ranges | Rule | Tuning]) -> None:
     expected = table(part)
     assert expected in DOCS.read_text(encoding="utf-8"), f"docs/recipe.md lacks:\n{expected}"
 

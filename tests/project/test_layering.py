@@ -120,7 +120,7 @@ def test_the_contracts_give_each_library_its_rooms() -> None:
 
 def test_the_contract_names_every_stage_and_keeps_the_stages_apart() -> None:
     (stages,) = (layer for layer in contracts()[0]["layers"] if "calibrate" in layer)
-    assert set(stages.split(" | ")) == {*STAGES, "quantizers", "tuners", "report"}
+    assert set(stages.split(" | ")) == {*STAGES, "quantizers", "tuners", "range_estimators", "report"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

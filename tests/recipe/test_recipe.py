@@ -59,6 +59,17 @@ def test_what_is_set_beside_a_preset_goes_before_it() -> None:
     assert Recipe.from_settings(MINIMAL | {"preset": "best", "tuning": None}).tuning is None
 
 
+def test_ranges_are_written_only_where_they_are_set() -> None:
+    assert "ranges" not in Recipe.from_settings(MINIMAL).model_dump(mode="json")
+    for ranges in ({}, {"estimator": "kl"}, {"estimator": "percentile", "options": {"percentile": 99}}):
+        made = Recipe.from_settings(MINIMAL | {"ranges": ranges})
+        assert made.model_dump(mode="json")["ranges"] == {"estimator": "mse", "options": {}, **ranges}
+        assert Recipe.from_settings(made.model_dump(mode="json")) == made
+        assert Recipe.model_validate_json(made.model_dump_json()) == made
+    with pytest.raises(UsageError, match=r"ranges\.percentile: Extra inputs are not permitted"):
+        Recipe.from_settings(MINIMAL | {"ranges": {"percentile": 99}})
+
+
 def test_a_preset_and_another_quantizer_contradict_each_other() -> None:
     with pytest.raises(UsageError, match="preset best uses the quantizer gptq, not awq") as raised:
         Recipe.from_settings(MINIMAL | {"preset": "best", "quantizer": "awq"})

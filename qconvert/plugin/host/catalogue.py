@@ -12,7 +12,7 @@ from qconvert.errors import QConvertError
 from qconvert.plugin import hookspecs
 from qconvert.plugin.host import contract
 from qconvert.plugin.host.discovery import BrokenPlugin, Plugin, hook_functions
-from qconvert.plugin.host.families import Registered
+from qconvert.plugin.host.families import RANGE_ESTIMATORS, TUNERS, Family, Registered
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.options import Option, first_paragraph, options_of, options_schema, summary
 from qconvert.recipe import Recipe
@@ -20,21 +20,20 @@ from qconvert.vocabulary import TUNER
 
 if TYPE_CHECKING:
     from qconvert.plugin.quantizer import Quantizer
-    from qconvert.plugin.tuner import BlockTuner
 
 KINDS = {"load_model": "loader", "find_data": "data", "conversion_finished": "finisher"}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One quantizer, tuner, loader of models, finder of data, or finisher.
+    """One quantizer, tuner, range estimator, loader of models, finder of data, or finisher.
 
-    name: of a quantizer or a tuner, else the plugin's module.
+    name: of a quantizer, tuner or range estimator, else the plugin's module.
     value: the entry point, the module of a built-in, or the file.
     api: the version of the plugin API that it is written for.
     doc, source: what it says of itself in a line; its module's whole docstring, where the source is cited.
     default_scheme, schemes, calibrated: of a quantizer; schemes names those that it takes, "gN" for any group size.
-    options: of a quantizer or a tuner.
+    options: of a quantizer, tuner or range estimator.
     expected_failures: check of the conformance suite -> why it is known to fail.
     """
 
@@ -58,16 +57,21 @@ class Entry:
 
 
 def entries(plugins: PluginManager) -> tuple[Entry, ...]:
-    """Quantizers by name, tuners by name, then the others. What is broken is in `plugins.broken` afterwards."""
+    """Quantizers, tuners and range estimators by name, then the others. What is broken is in `plugins.broken` afterwards."""
     quantizers = [_quantizer(kind, plugin) for _, found in sorted(plugins.quantizers.items()) for kind, plugin in found]
-    tuners = [_tuner(kind, plugin) for _, found in sorted(plugins.tuners.items()) for kind, plugin in found]
+    parts = [
+        _part(family, kind, plugin)
+        for family, registered in ((TUNERS, plugins.tuners), (RANGE_ESTIMATORS, plugins.range_estimators))
+        for _, found in sorted(registered.items())
+        for kind, plugin in found
+    ]
     others = [
         Entry(plugin.value, word, *plugin.distribution, plugin.value, _api(plugin), *_docs(plugin.implementation))
         for plugin in plugins.plugins
         for hook, word in KINDS.items()
         if hook in hook_functions(plugin.implementation)
     ]
-    return (*quantizers, *tuners, *others)
+    return (*quantizers, *parts, *others)
 
 
 def document(found: Sequence[Entry], broken: Sequence[BrokenPlugin]) -> dict[str, Any]:
@@ -91,11 +95,12 @@ def _broken_document(broken: BrokenPlugin) -> dict[str, str]:
 
 
 def recipe_schema(plugins: PluginManager) -> dict[str, Any]:
-    """The JSON schema of a recipe, with the options of every quantizer and of every plugin's tuner that is there."""
+    """The JSON schema of a recipe, with the options of every quantizer, plugin's tuner and range estimator that is there."""
     schema = Recipe.model_json_schema()
     schema["allOf"] = _options_by_name("quantizer", plugins.quantizers)
     tuners = {name: found for name, found in plugins.tuners.items() if name != TUNER}
     schema["$defs"]["Tuning"]["allOf"] = _options_by_name("tuner", tuners)
+    schema["$defs"]["Ranges"]["allOf"] = _options_by_name("estimator", plugins.range_estimators)
     return schema
 
 
@@ -110,9 +115,10 @@ def _options_by_name(field: str, registered: Registered) -> list[dict[str, Any]]
     ]
 
 
-def _tuner(kind: type[BlockTuner], plugin: Plugin) -> Entry:
+def _part(family: Family, kind: type[Any], plugin: Plugin) -> Entry:
+    """The entry of a tuner or a range estimator."""
     facts = (*plugin.distribution, plugin.value, _api(plugin), summary(kind), _module_doc(kind))
-    return Entry(kind.name, "tuner", *facts, options=options_of(kind))
+    return Entry(kind.name, family.word, *facts, options=options_of(kind))
 
 
 def _module_doc(kind: type[Any]) -> str:

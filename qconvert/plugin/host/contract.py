@@ -1,4 +1,4 @@
-"""Holds quantizers, their observers and tuners to their contract, before anything is written.
+"""Holds quantizers, their observers, tuners and range estimators to their contract, before anything is written.
 
 What a plugin raises, changes or returns wrongly becomes a PluginError that names plugin, version and layer.
 """
@@ -6,26 +6,32 @@ What a plugin raises, changes or returns wrongly becomes a PluginError that name
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from qconvert.errors import PluginError, QConvertError, in_one_line
-from qconvert.ir import affine
+from qconvert.ir.distribution import Distribution, ValueRange
 from qconvert.ir.layer import CalibrationStats, Layer, LinearGroup
-from qconvert.ir.quantized import Outliers, QuantizedTensor
+from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES
 from qconvert.plugin.host.distribution import distribution_of
+from qconvert.plugin.host.tensor_problems import smoothing_scale_problem, tensor_problems, tuning_problems
 from qconvert.plugin.observer import Observer
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.plugin.range_estimator import RangeEstimator
 from qconvert.plugin.tuner import BlockTuner, SampledBlock
 
-Part = Quantizer | Observer | BlockTuner
+Part = Quantizer | Observer | BlockTuner | RangeEstimator
+
+RANGE_SLACK = 1e-6  # of the largest magnitude: how far a range may be beyond it, which is rounding in float32
 
 
 def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
@@ -58,7 +64,7 @@ def prepare(quantizer: Quantizer, group: LinearGroup, schemes: tuple[QuantScheme
     if not kept:
         raise _broken(quantizer, where, "prepare returned other layers or weights; it may only set smoothing_scale")
     if prepared.smoothing_scale is not None:
-        problem = _smoothing_scale_problem(prepared.smoothing_scale, group.layers[0].weight.shape[1])
+        problem = smoothing_scale_problem(prepared.smoothing_scale, group.layers[0].weight.shape[1])
         if problem:
             raise _broken(quantizer, where, problem)
     return prepared
@@ -96,9 +102,23 @@ def tune(
     if tuned.keys() != tensors.keys():
         raise _broken(tuner, block, f"tune returned tensors for {sorted(map(str, tuned))}, not for {sorted(tensors)}")
     for name, start in tensors.items():
-        for problem in _tuning_problems(tuned[name], start, layers[name].weight.shape):
+        for problem in tuning_problems(tuned[name], start, layers[name].weight.shape):
             raise _broken(tuner, block, f"{name!a}: {problem}")
     return {name: dataclasses.replace(tuned[name], scheme=start.scheme) for name, start in tensors.items()}
+
+
+def choose_range(estimator: RangeEstimator, seen: Distribution, codes: int, symmetric: bool, name: str) -> ValueRange:
+    """`estimator.choose(seen, codes, symmetric=symmetric)` for the value `name`, checked, and widened to hold 0.
+
+    A value that was 0 throughout has the range from 0 to 0.
+
+    Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it breaks the contract.
+    """
+    with _guarded(estimator, "choose the range of", name, [seen.counts]):
+        chosen = estimator.choose(seen, codes, symmetric=symmetric)
+    for problem in _range_problems(chosen, seen, symmetric=symmetric):
+        raise _broken(estimator, name, problem)
+    return ValueRange(min(0.0, float(chosen.low)), max(0.0, float(chosen.high)))
 
 
 def update(observer: Observer, rows: Tensor, importance: Tensor, where: str) -> None:
@@ -132,102 +152,29 @@ def checked(tensor: QuantizedTensor, layer: Layer, scheme: QuantScheme, quantize
 
     Raises PluginError QC-PLUGIN-008 with the first thing that is wrong.
     """
-    for problem in _problems(tensor, layer.weight.shape, scheme, may_have_outliers=quantizer.has_outliers):
+    for problem in tensor_problems(tensor, layer.weight.shape, scheme, may_have_outliers=quantizer.has_outliers):
         raise _broken(quantizer, layer.name, problem)
     return tensor
 
 
-def _problems(
-    tensor: QuantizedTensor, weight_shape: torch.Size, scheme: QuantScheme, *, may_have_outliers: bool
-) -> Iterator[str]:
-    """What is wrong, in the order in which one check relies on those before it."""
-    if not isinstance(tensor, QuantizedTensor):
-        yield f"it returned {type(tensor).__name__}, not a QuantizedTensor"
-    if tensor.scheme != scheme:
-        yield f"asked for {scheme}, it quantized to {tensor.scheme}"
-    out_features, in_features = weight_shape
-    yield from _unlike("q", tensor.q, torch.int8, (out_features, in_features))
-    yield from _outside("q", tensor.q, *scheme.code_range)
-    yield from _scale_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
-    yield from _zero_point_problems(tensor, scheme.scale_shape(out_features, in_features), scheme)
-    if tensor.smoothing_scale is not None:
-        problem = _smoothing_scale_problem(tensor.smoothing_scale, in_features)
-        if problem:
-            yield problem
-    if tensor.outliers is not None:
-        if not may_have_outliers:
-            yield "it returned outliers, but does not declare has_outliers"
-        yield from _outlier_problems(tensor.outliers, out_features, in_features)
-
-
-def _tuning_problems(tensor: QuantizedTensor, start: QuantizedTensor, weight_shape: torch.Size) -> Iterator[str]:
-    """What is wrong with what a tuner made of `start`, in the order in which one check relies on those before it."""
-    yield from _problems(tensor, weight_shape, start.scheme, may_have_outliers=True)
-    if not _same(tensor.smoothing_scale, start.smoothing_scale):
-        yield "its smoothing_scale is another one, but what comes before the layer has been divided by that which it was given"
-    before, after = start.outliers, tensor.outliers
-    if before is None or after is None:
-        unchanged = before is after
-    else:
-        unchanged = _same(after.columns, before.columns) and _same(after.weight, before.weight)
-    if not unchanged:
-        yield "its outliers are not those that it was given"
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
-
-
-def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
-    yield from _unlike("scale", tensor.scale, torch.float32, shape)
-    unusable = ~torch.isfinite(tensor.scale) | (tensor.scale == 0)
-    if unusable.any():
-        row, group = unusable.nonzero()[0].tolist()
-        yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
-    if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
-        yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
-
-
-def _zero_point_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
-    if scheme.symmetric:
-        if tensor.zero_point is not None:
-            yield f"{scheme} is symmetric, but it returned a zero_point"
-    elif tensor.zero_point is None:
-        yield f"{scheme} is asymmetric, but it returned no zero_point"
-    else:
-        yield from _unlike("zero_point", tensor.zero_point, torch.int8, shape)
-        yield from _outside("zero_point", tensor.zero_point, *scheme.code_range)
-
-
-def _outlier_problems(outliers: Outliers, out_features: int, in_features: int) -> Iterator[str]:
-    columns = outliers.columns
-    yield from _unlike("outliers.columns", columns, torch.int64, (len(columns),))
-    yield from _outside("outliers.columns", columns, 0, in_features - 1)
-    if not (columns[1:] > columns[:-1]).all():
-        yield f"outliers.columns are not sorted and unique: {columns.tolist()[:8]}"
-    yield from _unlike("outliers.weight", outliers.weight, torch.float32, (out_features, len(columns)))
-    if not torch.isfinite(outliers.weight).all():
-        yield "outliers.weight is not finite"
-
-
-def _unlike(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[str]:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        yield f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-
-
-def _outside(name: str, values: Tensor, low: int, high: int) -> Iterator[str]:
-    if values.numel():
-        smallest, largest = map(int, values.aminmax())
-        if smallest < low or largest > high:
-            yield f"{name} holds {smallest}..{largest}, outside {low}..{high}"
-
-
-def _smoothing_scale_problem(scale: Tensor, in_features: int) -> str | None:
-    for problem in _unlike("smoothing_scale", scale, torch.float32, (in_features,)):
-        return problem
-    if not (torch.isfinite(scale) & (scale > 0)).all():
-        return "smoothing_scale is not finite and positive"
-    return None
+def _range_problems(chosen: ValueRange, seen: Distribution, *, symmetric: bool) -> Iterator[str]:
+    """What is wrong with a range, in the order in which one check relies on those before it."""
+    if not isinstance(chosen, ValueRange):
+        yield f"choose returned {type(chosen).__name__}, not a ValueRange"
+    for end, value in (("low", chosen.low), ("high", chosen.high)):
+        if not isinstance(value, Real):
+            yield f"{end} is {type(value).__name__}, not a number"
+        if not math.isfinite(value):
+            yield f"{end} is {value}"
+    text = f"the range from {chosen.low:g} to {chosen.high:g}"
+    if chosen.low > chosen.high:
+        yield f"{text} is reversed"
+    if symmetric and chosen.low != -chosen.high:
+        yield f"{text} is not symmetric, as was asked for"
+    low, high = (-seen.largest, seen.largest) if symmetric else (min(seen.minimum, 0.0), max(seen.maximum, 0.0))
+    slack = RANGE_SLACK * seen.largest
+    if chosen.low < low - slack or chosen.high > high + slack:
+        yield f"{text} reaches beyond what was seen, {low:g} to {high:g}"
 
 
 def _inputs(layers: Sequence[Layer], shared: CalibrationStats | None = None) -> list[Tensor]:
@@ -245,7 +192,7 @@ def _parts(tensor: QuantizedTensor) -> list[Tensor]:
 
 
 @contextmanager
-def _guarded(part: Quantizer | BlockTuner, method: str, where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+def _guarded(part: Part, method: str, where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
     """Turns what the plugin raises into a PluginError, and sees whether it wrote to its inputs."""
     before = [_checksum(tensor) for tensor in inputs]
     with _blamed(part, method, where):
@@ -284,10 +231,24 @@ def _broken(part: Part, where: str, problem: str) -> PluginError:
 
 
 def _title(part: Part) -> str:
-    word = "quantizer" if isinstance(part, Quantizer) else "tuner" if isinstance(part, BlockTuner) else "observer"
+    match part:
+        case Quantizer():
+            word = "quantizer"
+        case BlockTuner():
+            word = "tuner"
+        case RangeEstimator():
+            word = "range estimator"
+        case Observer():
+            word = "observer"
     return f"{word} '{part.name}' of {distribution_of(part)}"
 
 
 def _hint(part: Part) -> str:
-    way_out = "leave out tuning" if isinstance(part, BlockTuner) else "keep the layer in float: --rule 'NAME=float'"
+    match part:
+        case BlockTuner():
+            way_out = "leave out tuning"
+        case RangeEstimator():
+            way_out = "take another one: --ranges min-max"
+        case _:
+            way_out = "keep the layer in float: --rule 'NAME=float'"
     return f"report it to the plugin's author, or {way_out}"

@@ -6,6 +6,7 @@ say whose it is.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -22,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from qconvert.errors import UsageError, in_one_line
+from qconvert.plugin import hookspecs
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.distribution import FILES, GROUP, Distribution, of_entry_point, of_file
 from qconvert.supervision.messages import SET_ASIDE
@@ -99,6 +101,23 @@ def hook_functions(implementation: object) -> dict[str, Callable[..., Any]]:
     """Return the functions of a plugin that @hookimpl marks, by name."""
     found = ((name, getattr(implementation, name, None)) for name in dir(implementation))
     return {name: function for name, function in found if getattr(function, f"{GROUP}_impl", None) and callable(function)}
+
+
+def check_hooks(implementation: object) -> None:
+    """Raise LookupError for an unknown hook, for none at all, and for another version of the plugin API."""
+    version = getattr(implementation, "QCONVERT_API", hookspecs.API_VERSION)
+    if version != hookspecs.API_VERSION:
+        raise LookupError(
+            f"it is written for version {version!r} of the plugin API, and this is version {hookspecs.API_VERSION}: "
+            f"install a {'newer' if isinstance(version, int) and version > hookspecs.API_VERSION else 'matching'} qconvert"
+        )
+    functions = hook_functions(implementation)
+    if not functions:
+        raise LookupError("it implements no hook: decorate its functions with @qconvert.plugin.hookimpl")
+    known = [name for name in dir(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
+    for name in functions.keys() - set(known):  # a misspelt hook would otherwise never be called, in silence
+        close = difflib.get_close_matches(name, known, n=1)
+        raise LookupError(f"unknown hook '{name}'; {f'did you mean {close[0]!r}?' if close else f'known are {known}'}")
 
 
 def _imported(distribution: Distribution, value: str, load: Callable[[], object]) -> Plugin | BrokenPlugin:

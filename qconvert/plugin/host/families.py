@@ -1,4 +1,4 @@
-"""Families: what plugins bring as classes under names, quantizers and tuners, and how one of them is made by name."""
+"""Families: what plugins bring as classes under names, and how one of them is made by name."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Family:
     contract: name of the class that they derive from.
     check: raises TypeError for what is no usable class of the family.
     reserved: names that stand for something else.
+    builtins: modules of qconvert's own parts, but for quantizers, which the manager is told of.
     """
 
     word: str
@@ -33,6 +34,7 @@ class Family:
     contract: str
     check: Callable[[object], None]
     reserved: frozenset[str] = frozenset()
+    builtins: tuple[str, ...] = ()
 
     def classes(self, result: object) -> Iterator[type[Any]]:
         """The classes that the hook returned. Raises TypeError for what isn't usable."""
@@ -124,7 +126,17 @@ def _check_quantizer(kind: object) -> None:
 def _check_tuner(kind: object) -> None:
     from qconvert.plugin.tuner import BlockTuner
 
-    _check_class(kind, BlockTuner, "register_tuners")
+    _check_named(kind, BlockTuner, "register_tuners")
+
+
+def _check_range_estimator(kind: object) -> None:
+    from qconvert.plugin.range_estimator import RangeEstimator
+
+    _check_named(kind, RangeEstimator, "register_range_estimators")
+
+
+def _check_named(kind: object, contract: type[Any], hook: str) -> None:
+    _check_class(kind, contract, hook)
     if not isinstance(getattr(kind, "name", None), str):
         raise TypeError(f"{kind.__name__} lacks a name (str)")  # type: ignore[attr-defined]
 
@@ -141,5 +153,18 @@ def _type_name(annotation: object) -> str:
 
 
 QUANTIZERS = Family("quantizer", "register_quantizers", "Quantizer", _check_quantizer, frozenset({AUTO, CAST}))
-TUNERS = Family("tuner", "register_tuners", "BlockTuner", _check_tuner)
-FAMILIES = (QUANTIZERS, TUNERS)
+TUNERS = Family("tuner", "register_tuners", "BlockTuner", _check_tuner, builtins=("qconvert.tuners.signround",))
+RANGE_ESTIMATORS = Family(
+    "range estimator",
+    "register_range_estimators",
+    "RangeEstimator",
+    _check_range_estimator,
+    builtins=(
+        "qconvert.range_estimators.min_max",
+        "qconvert.range_estimators.moving_average",
+        "qconvert.range_estimators.percentile",
+        "qconvert.range_estimators.mse",
+        "qconvert.range_estimators.kl",
+    ),
+)
+FAMILIES = (QUANTIZERS, TUNERS, RANGE_ESTIMATORS)

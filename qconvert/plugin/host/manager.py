@@ -7,7 +7,6 @@ plugin by plugin, so that what one of them raises has a name and stops no other.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,18 +19,28 @@ import pluggy
 from qconvert.errors import PluginError, QConvertError
 from qconvert.plugin import hookspecs
 from qconvert.plugin.host import calls
-from qconvert.plugin.host.discovery import FAILURES, BrokenPlugin, Plugin, broken, discovered, hook_functions, reason
+from qconvert.plugin.host.discovery import (
+    FAILURES,
+    BrokenPlugin,
+    Plugin,
+    broken,
+    check_hooks,
+    discovered,
+    hook_functions,
+    reason,
+)
 from qconvert.plugin.host.distribution import Code, Distribution, builtin, code_digest, distribution_of
-from qconvert.plugin.host.families import FAMILIES, QUANTIZERS, TUNERS, Family, Registered
-from qconvert.vocabulary import CAST, TUNER
+from qconvert.plugin.host.families import FAMILIES, QUANTIZERS, RANGE_ESTIMATORS, TUNERS, Family, Registered
+from qconvert.vocabulary import CAST, RANGES, TUNER
 
 if TYPE_CHECKING:
     from qconvert.ir.model import Model
     from qconvert.ir.report import Report
     from qconvert.plugin.quantizer import Quantizer
+    from qconvert.plugin.range_estimator import RangeEstimator
     from qconvert.plugin.tuner import BlockTuner
     from qconvert.recipe import Recipe
-    from qconvert.recipe.fields import Tuning
+    from qconvert.recipe.fields import Ranges, Tuning
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +54,6 @@ BUILTINS = (
     "qconvert.quantizers.llm_int8",
     "qconvert.quantizers.smoothquant",
 )
-BUILTIN_TUNERS = ("qconvert.tuners.signround",)
 # Of the quantizers, those that need calibration data: told here, so that nobody has to import torch to know.
 CALIBRATED = ("awq", "gptq", "llm-int8", "smoothquant")
 
@@ -68,7 +76,7 @@ class PluginManager:
         self._loader: Plugin | None = None
         self._hooks = pluggy.PluginManager("qconvert")
         self._hooks.add_hookspecs(hookspecs)
-        self._builtins = {QUANTIZERS: tuple(builtins), TUNERS: BUILTIN_TUNERS}
+        self._builtins = {family: family.builtins for family in FAMILIES} | {QUANTIZERS: tuple(builtins)}
         # All are imported before anything is said: where one crashes the process, this begins again without it.
         for found in tuple(discovered(files)):
             if isinstance(found, BrokenPlugin):
@@ -89,19 +97,21 @@ class PluginManager:
             from qconvert.plugin.host.casting import Casting
 
             return Casting()
-        if name not in self.quantizers:
-            raise self.unknown(name)
-        quantizer: Quantizer = QUANTIZERS.build(self.quantizers[name], options)
+        quantizer: Quantizer = self._built(QUANTIZERS, self.quantizers, name, options)
         return quantizer
 
     def tuner(self, tuning: Tuning | None) -> BlockTuner | None:
         """The tuner that a recipe asks for, None for a recipe that asks for none. Raises what `quantizer` raises."""
         if tuning is None:
             return None
-        if tuning.tuner not in self.tuners:
-            raise self.unknown(tuning.tuner, TUNERS)
-        tuner: BlockTuner = TUNERS.build(self.tuners[tuning.tuner], tuning.settings)
+        tuner: BlockTuner = self._built(TUNERS, self.tuners, tuning.tuner, tuning.settings)
         return tuner
+
+    def range_estimator(self, ranges: Ranges | None) -> RangeEstimator:
+        """The range estimator that a recipe asks for, or the default one. Raises what `quantizer` raises."""
+        name, options = (ranges.estimator, ranges.options) if ranges else (RANGES, {})
+        estimator: RangeEstimator = self._built(RANGE_ESTIMATORS, self.range_estimators, name, options)
+        return estimator
 
     @property
     def load_models(self) -> bool:
@@ -152,9 +162,11 @@ class PluginManager:
         """Return name and version of the distribution that a quantizer came from."""
         return distribution_of(quantizer)
 
-    def code_of(self, quantizer: Quantizer, tuner: BlockTuner | None) -> tuple[Code, ...]:
-        """The code that the bytes of an artifact come from: of its quantizer, its tuner and the loader of the model."""
-        parts = (quantizer,) if tuner is None else (quantizer, tuner)
+    def code_of(
+        self, quantizer: Quantizer, tuner: BlockTuner | None, range_estimator: RangeEstimator | None
+    ) -> tuple[Code, ...]:
+        """The code that the bytes of an artifact come from: of those of these parts that it uses, and of the model's loader."""
+        parts = [part for part in (quantizer, tuner, range_estimator) if part is not None]
         found = [Code(distribution_of(part), code_digest(type(part).__module__)) for part in parts]
         if self._loader is not None:
             implementation = self._loader.implementation
@@ -162,10 +174,12 @@ class PluginManager:
             found.append(Code(self._loader.distribution, code_digest(module)))
         return tuple(dict.fromkeys(found))
 
-    def require(self, name: str, tuning: Tuning | None = None) -> None:
-        """Raises what `quantizer` and `tuner` raise for a name that nobody brings; qconvert's own need not be imported for
-        that."""
-        for family, wanted in ((QUANTIZERS, name), (TUNERS, tuning.tuner if tuning else TUNER)):
+    def require(self, name: str, tuning: Tuning | None = None, ranges: Ranges | None = None) -> None:
+        """Raises what `quantizer`, `tuner` and `range_estimator` raise for a name that nobody brings; qconvert's own are not
+        imported for that."""
+        named = {QUANTIZERS: name, TUNERS: tuning.tuner if tuning else TUNER}
+        named[RANGE_ESTIMATORS] = ranges.estimator if ranges else RANGES
+        for family, wanted in named.items():
             if wanted not in self._own_names(family) | family.reserved and wanted not in self._brought[family]:
                 raise self.unknown(wanted, family)
 
@@ -184,6 +198,16 @@ class PluginManager:
     def tuners(self) -> Registered:
         """Every tuner by name, and who registered it."""
         return self._all(TUNERS)
+
+    @cached_property
+    def range_estimators(self) -> Registered:
+        """Every range estimator by name, and who registered it."""
+        return self._all(RANGE_ESTIMATORS)
+
+    def _built(self, family: Family, registered: Registered, name: str, options: Mapping[str, object]) -> Any:
+        if name not in registered:
+            raise self.unknown(name, family)
+        return family.build(registered[name], options)
 
     def _all(self, family: Family) -> Registered:
         own = [Plugin(import_module(name), builtin(), name) for name in self._builtins[family]]
@@ -255,22 +279,9 @@ class PluginManager:
             return self._hooks.subset_hook_caller(hook, others)(**arguments)
 
     def _register(self, plugin: Plugin) -> None:
-        """Register all hooks of a plugin or none. Raises what pluggy does (wrong arguments), LookupError for unknown hooks,
-        none at all, and an unknown API version."""
+        """Register all hooks of a plugin or none. Raises what pluggy does (wrong arguments), and what `check_hooks` does."""
         implementation = plugin.implementation
-        version = getattr(implementation, "QCONVERT_API", hookspecs.API_VERSION)
-        if version != hookspecs.API_VERSION:
-            raise LookupError(
-                f"it is written for version {version!r} of the plugin API, and this is version {hookspecs.API_VERSION}: "
-                f"install a {'newer' if isinstance(version, int) and version > hookspecs.API_VERSION else 'matching'} qconvert"
-            )
-        functions = hook_functions(implementation)
-        if not functions:
-            raise LookupError("it implements no hook: decorate its functions with @qconvert.plugin.hookimpl")
-        known = [name for name in dir(hookspecs) if hasattr(getattr(hookspecs, name), "qconvert_spec")]
-        for name in functions.keys() - set(known):  # a misspelt hook would otherwise never be called, in silence
-            close = difflib.get_close_matches(name, known, n=1)
-            raise LookupError(f"unknown hook '{name}'; {f'did you mean {close[0]!r}?' if close else f'known are {known}'}")
+        check_hooks(implementation)
         try:
             self._hooks.register(implementation, f"{plugin.distribution.name}:{plugin.value}")
         except FAILURES:
