@@ -12,7 +12,7 @@ it then counts as holding one number. The bin at 0 counts as many as the one aft
 nearly that, is what activation functions put out most.
 
 With 16 bits there are more codes than bins, and KL says nothing: the range is that of min-max. The same holds, with 8 bits, for
-`quantize_static(calibrate_method=CalibrationMethod.Entropy)` of ONNX Runtime: its histogram has as many bins as codes, and it
+`quantize_static(calibrate_method=CalibrationMethod.Entropy)` of ONNX Runtime: its histogram has as many bins as levels, and it
 never clips.
 
 Source: S. Migacz, "8-bit Inference with TensorRT", GTC 2017; the bin at 0 and the levels of values with one sign are treated as
