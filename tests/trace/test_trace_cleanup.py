@@ -8,7 +8,6 @@ import pytest
 from qconvert.errors import InputError
 from qconvert.graph.float_graph import replace
 from qconvert.ir.layer import Producer
-from qconvert.graph.float_graph import replace
 from qconvert.trace.cleanup import (
     drop_markers,
     drop_reshape_pairs,
