@@ -19,6 +19,7 @@ from tiny_models import tiny_bert, tiny_llama
 
 from qconvert.cli import main
 from qconvert.errors import ParityError, QConvertError
+from qconvert.export import export
 from qconvert.ir.artifact import GRAPH, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.ort.session import session_options
@@ -150,7 +151,7 @@ def test_a_bias_beyond_int32_is_added_in_float(tmp_path: Path) -> None:
 
 def test_an_artifact_whose_weights_are_read_wrongly_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scales of one layer, where another one's belong: what parity is for."""
-    exported = conversion.export
+    exported = export
 
     def wrongly(job: Any, written: Any, stage: Any, codes: Any) -> None:
         exported(job, written, stage, codes)

@@ -70,7 +70,7 @@ def trained_digits() -> nn.Module:
         for _ in range(150):
             loss = nn.functional.cross_entropy(network(pixels[:1200]), labels[:1200])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     return network.eval()
 
