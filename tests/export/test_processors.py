@@ -39,6 +39,7 @@ from qconvert.pipeline import conversion
 from qconvert.recipe import Recipe
 from qconvert.targets.cpu import CPU
 
+PYTHON = sys.executable  # itself: within a test it is a stand-in, which no emulator can run
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
 # AVX2 without VNNI, no AVX, ARM64 without and with dot product.
@@ -222,7 +223,7 @@ def emulated(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Callable
     script = ROOT / "examples" / "as_processor.sh"
 
     def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHON": sys.executable}
+        environment = {**os.environ, "PYTHON": PYTHON}
         return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
 
     @cache
@@ -293,7 +294,7 @@ def test_artifacts_compute_the_same_there(processor: str, name: str, cases: Case
     found, limit = emulated(processor), ROUNDING if processor == SATURATES else OTHER_VECTORS
     assert largest_difference(found[name], here) < limit
     assert largest_difference(found[f"{name}-unsigned"], here) < limit
-    if "MatMulIntegerToFloat" in str(onnx.load(path, load_external_data=False)):
+    if name == "static-encoder" or "MatMulIntegerToFloat" in str(onnx.load(path, load_external_data=False)):
         signed = largest_difference(found[f"{name}-signed"], here)
         assert signed > limit if processor == SATURATES else signed < limit  # what the question is for
 
