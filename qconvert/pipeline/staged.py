@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from qconvert.errors import is_out_of_memory, told
 from qconvert.ir.progress import Progress
+from qconvert.supervision.memory import give_back
 
 
 @contextmanager
@@ -32,7 +33,8 @@ class _Noting:
         self.name: str | None = None
 
     def stage(self, name: str, total: int | None) -> None:
-        """Begin a stage."""
+        """Begin a stage, with what the one before has freed."""
+        give_back()
         self.name = name
         self.progress.stage(name, total)
 

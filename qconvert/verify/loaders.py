@@ -24,6 +24,7 @@ from qconvert.graph import pieces
 from qconvert.ir.model import Model
 from qconvert.ort import compare
 from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.supervision.memory import give_back
 from qconvert.verify.parity import torch_outputs
 
 
@@ -77,6 +78,7 @@ def _weights_difference(artifact: ArtifactReader, units: Collection[str]) -> flo
             error = max(error, _largest_difference(_weight_of(loaded, name), artifact.open(name, with_outliers=False)))
     del loaded
     gc.collect()  # its modules and hooks refer to each other, and would be in memory until a collection comes
+    give_back()
     return error
 
 
