@@ -226,3 +226,28 @@ def test_a_value_that_overflows_during_calibration_is_named(tmp_path: Path) -> N
     with pytest.raises(QConvertError, match="becomes during calibration") as failure:
         run(f"module:{tmp_path / 'net.py'}:make", tmp_path / "out", calibration=data)
     assert failure.value.code == "QC-FLOAT-001"
+
+
+@pytest.mark.parametrize(("model", "most"), [(RESIDUAL, 4), (DIGITS, 1)], ids=["residual", "digits"])
+def test_openvino_reads_the_graph_and_gives_the_codes(model: str, most: int, tmp_path: Path) -> None:
+    """But for where it rounds to the other of two neighbours, and what follows from that."""
+    openvino = pytest.importorskip("openvino")
+    run(model, tmp_path / "out", verify=False)
+    path = tmp_path / "out" / GRAPH
+    graph = onnx.load(path, load_external_data=False)
+    scales = constants(tmp_path / "out")
+    shown = {node.output[0]: scales[node.input[1]] for node in graph.graph.node if node.output[0].endswith("/from_codes")}
+    for name in shown:
+        graph.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    onnx.save(graph, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    inputs = {"image": static_modules.residual()[1]["image"], "input": static_modules.digits()[0][:200]}
+    feed = {value.name: inputs[value.name].numpy() for value in session.get_inputs()}
+    found = dict(zip([value.name for value in session.get_outputs()], session.run(None, feed), strict=True))
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    others = {name: value for port, value in compiled(list(feed.values())).items() for name in port.get_names()}
+    for name, scale in shown.items():
+        off = np.abs(np.rint((found[name] - others[name]) / scale))
+        assert off.max() <= most, name
+        assert (off > 0).mean() < 0.1, name
