@@ -51,9 +51,9 @@ LOGITS = 8
 class _Weights:
     """Sizes in float32.
 
-    block: of the largest block. traced: of one block of each stack. outside: of what lies outside the blocks, where torch runs
-        it (execution/wide_rows.py). multiplied: of that which graphs multiply with: embeddings are looked up as they are
-        stored.
+    block: of the largest block. traced: of one block of each stack, whose large matrices are read some rows at a time.
+        outside: of what lies outside the blocks, where torch runs it (execution/wide_rows.py). multiplied: of that which graphs
+        multiply with: embeddings are looked up as they are stored.
     largest: of one tensor that graphs multiply with. total: of all of them.
     """
 
@@ -201,6 +201,7 @@ def _head_bytes(model: Model, layers: Mapping[str, LayerPlan]) -> int:
 def _weights(model: Model, *, widened: bool = False) -> _Weights:
     """widened: whether only those count that are stored in another type; a model in float32 is mapped."""
     units: dict[str, int] = defaultdict(int)
+    whole: dict[str, int] = defaultdict(int)  # of a unit, what is no large matrix
     outside, largest = 0, 0
     uses = Counter(map(model.stored_name, model.parameter_shapes))
     for name, shape in model.parameter_shapes.items():
@@ -208,12 +209,14 @@ def _weights(model: Model, *, widened: bool = False) -> _Weights:
         if name in model.tied or (widened and model.source.tensors[name].dtype == torch.float32):
             continue
         outside += 0 if unit else TILE_BYTES if is_large(shape) else size
+        whole[unit] += 0 if is_large(shape) else size
         looked_up = uses[name] == 1 and isinstance(model.module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
         if not looked_up:
             units[unit] += size
             largest = max(largest, size)
-    blocks = [max(units[block] for block in stack) for stack in model.stacks]
-    return _Weights(max(blocks, default=0), sum(blocks), outside, units[""], largest, sum(units.values()))
+    largest_block = max((units[block] for block in model.blocks), default=0)
+    traced = sum(max(min(units[block], whole[block] + TILE_BYTES) for block in stack) for stack in model.stacks)
+    return _Weights(largest_block, traced, outside, units[""], largest, sum(units.values()))
 
 
 def _in_memory(nbytes: int) -> int:
