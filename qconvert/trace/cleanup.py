@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -114,18 +115,22 @@ def pad_in_convolutions(graph: onnx_ir.Graph) -> None:
 def _zeros_around(pad: onnx_ir.Node) -> list[int] | None:
     """How many zeros a Pad puts before height and width, and behind them; None for any other node."""
     mode = pad.attributes.get("mode")
-    if pad.op_type != "Pad" or (mode is not None and mode.as_string() != "constant") or (len(pad.inputs) > 3 and pad.inputs[3]):
+    if pad.op_type != "Pad" or (mode is not None and mode.as_string() != "constant"):
         return None
-    counts, value = (onnx_ir.convenience.get_const_tensor(each) if each else None for each in (*pad.inputs[1:3], None)[:2])
-    if (
-        counts is None
-        or (value is not None and value.numpy().any())
-        or (value is None and len(pad.inputs) > 2 and pad.inputs[2])
-    ):
+    _, counts, filling, axes = (*pad.inputs, None, None)[:4]
+    counted = _constant(counts)
+    filled = [0] if filling is None else _constant(filling)
+    if counted is None or filled is None or any(filled) or axes is not None:
         return None
-    found = counts.numpy().tolist()
-    around_rows = len(found) != 8 or any(found[:2] + found[4:6]) or min(found) < 0
-    return None if around_rows else found[2:4] + found[6:]
+    before, after = counted[:4], counted[4:]
+    images = len(counted) == 8 and not any(before[:2] + after[:2])
+    return before[2:] + after[2:] if images and min(counted) >= 0 else None
+
+
+def _constant(value: onnx_ir.Value | None) -> list[Any] | None:
+    """The numbers of a constant; None for what is none."""
+    tensor = None if value is None else onnx_ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy().ravel().tolist()
 
 
 def drop_markers(graph: onnx_ir.Graph) -> None:

@@ -13,6 +13,7 @@ from qconvert.trace.cleanup import (
     drop_reshape_pairs,
     fuse_sums_into_rms_norms,
     keep_sums_before_norms,
+    pad_in_convolutions,
     remove_unused,
 )
 from qconvert.trace.groups import input_groups
@@ -282,3 +283,37 @@ def test_grouped_attention_repeats_the_heads_of_v() -> None:
     )
     producer = next(group.producer for group in input_groups([model.graph], lambda name: "") if "fc" in group.layers)
     assert producer == Producer("linear", "v", (0, 1, 0, 1, 2, 3, 2, 3))
+
+
+def padded(pads: str, inputs: str = "x, pads", mode: str = "constant") -> onnx_ir.Model:
+    """A Pad before a convolution that pads one pixel on all sides by itself."""
+    return parse(f"""(float[n,3,8,8] x) => (float[n,4,a,b] y)
+        <int64[8] pads = {{{pads}}}, float zero = {{0}}, float one = {{1}}, int64[4] axes = {{0, 1, 2, 3}}> {{
+        p = Pad<mode = "{mode}">({inputs})
+        y = qconvert.Conv<module = "conv", pads = [1, 1, 1, 1], strides = [1, 1]>(p)
+    }}""")
+
+
+@pytest.mark.parametrize("inputs", ["x, pads", "x, pads, zero"])
+def test_zeros_around_images_become_the_convolution_s(inputs: str) -> None:
+    model = padded("0, 0, 2, 3, 0, 0, 4, 5", inputs)
+    pad_in_convolutions(model.graph)
+    (conv,) = (node for node in model.graph if node.op_type == "Conv")
+    assert list(conv.attributes["pads"].as_ints()) == [3, 4, 5, 6]
+    assert conv.inputs[0] is model.graph.inputs[0]
+
+
+@pytest.mark.parametrize(
+    ("pads", "inputs", "mode"),
+    [
+        ("0, 0, 2, 3, 0, 0, 4, 5", "x, pads, one", "constant"),
+        ("0, 0, 2, 3, 0, 0, 4, 5", "x, pads", "reflect"),
+        ("0, 0, -2, 3, 0, 0, 4, 5", "x, pads", "constant"),
+        ("0, 1, 2, 3, 0, 0, 4, 5", "x, pads", "constant"),
+        ("0, 0, 2, 3, 0, 0, 4, 5", "x, pads, zero, axes", "constant"),
+    ],
+)
+def test_any_other_padding_is_left_alone(pads: str, inputs: str, mode: str) -> None:
+    model = padded(pads, inputs, mode)
+    pad_in_convolutions(model.graph)
+    assert [node.op_type for node in model.graph] == ["Pad", "Conv"]
