@@ -26,8 +26,8 @@ CPU = Target(
     variant="",
     half_precision=False,
     takes_zero_points=True,
-    takes_static=True,
     block_size=_block_size,
     describe=None,
     provider_options=(),
+    takes_static=True,
 )

@@ -42,7 +42,6 @@ CUDA = Target(
     variant="cuda",
     half_precision=True,
     takes_zero_points=False,
-    takes_static=False,
     block_size=_block_size,
     describe=_describe,
     provider_options=({"cuda": {}},),

@@ -20,10 +20,11 @@ class Target:
     package: the distribution of ONNX Runtime that has it, from the oldest version that runs the graphs.
     variant: what tells its graphs' names from those of others: "model.VARIANT.onnx"; "" for "model.onnx".
     half_precision: whether activations and caches are float16 or bfloat16, as the recipe says; else they are float32.
-    takes_zero_points: whether its kernels for packed weights do. takes_static: whether there is a graph for static activations.
+    takes_zero_points: whether its kernels for packed weights do.
     block_size: of a packed layer, the block in which its kernel takes scales.
     describe: what a layer becomes there, in a few words; None where that goes without saying.
     provider_options: of onnxruntime-genai.
+    takes_static: whether there is a graph for static activations.
     """
 
     name: TargetName
@@ -33,10 +34,10 @@ class Target:
     variant: str
     half_precision: bool
     takes_zero_points: bool
-    takes_static: bool
     block_size: Callable[[LayerPlan], int]
     describe: Callable[[LayerPlan], str] | None
     provider_options: tuple[dict[str, Any], ...]
+    takes_static: bool = False
 
     def graph_file(self, part: str) -> str:
         """Return the file of the graph of a part of a model (see Task.parts)."""
