@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from qconvert.ir.activation_codes import ActivationCodes, GraphCodes
+from qconvert.ir.activation_codes import ActivationCodes
+from qconvert.ir.activation_ranges import ActivationRange, ActivationRanges
 from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.distribution import Distribution
 from qconvert.ir.finite import all_finite, not_finite
@@ -20,8 +20,8 @@ from qconvert.plugin.host import contract
 from qconvert.storage.artifact_reader import ArtifactReader
 
 
-def static_codes(job: Job, artifact: ArtifactReader, progress: Progress) -> GraphCodes:
-    """Return the codes of every value that static activations quantize; {} where there are none.
+def static_ranges(job: Job, artifact: ArtifactReader, progress: Progress) -> ActivationRanges | None:
+    """Return the range of every value that static activations quantize, with its codes; None where there are none.
 
     The calibration samples are run on the weights as they were written, so that scales which were folded into them count, and
     without padding. Each value's range is chosen by the job's range estimator.
@@ -30,16 +30,33 @@ def static_codes(job: Job, artifact: ArtifactReader, progress: Progress) -> Grap
     """
     plan, estimator = job.plan, job.range_estimator
     if not plan.is_static or estimator is None:
-        return {}
+        return None
     how = next(layer.scheme.activations for layer in plan.layers.values() if layer.scheme.is_static)
     assert how is not None
-    seen = _distributions(job, StaticValues(job.model, job.template, plan.is_static_layer, artifact.read), progress)
-    found: dict[str, dict[str, ActivationCodes]] = defaultdict(dict)
-    for (part, name), distribution in seen.items():
-        symmetric = how.symmetric and distribution.minimum < 0  # codes of numbers that do not occur would be for nothing
-        chosen = contract.choose_range(estimator, distribution, how.codes, symmetric, name)
-        found[part][name] = ActivationCodes.of(chosen.low, chosen.high, how)
-    return found
+    values = StaticValues(job.model, job.template, plan.is_static_layer, artifact.read)
+    found = []
+    for (part, name), seen in _distributions(job, values, progress).items():
+        symmetric = how.symmetric and seen.minimum < 0  # codes of numbers that do not occur would be for nothing
+        chosen = contract.choose_range(estimator, seen, how.codes, symmetric, name)
+        codes = ActivationCodes.of(chosen.low, chosen.high, how)
+        found.append(
+            ActivationRange(
+                part=part,
+                name=name,
+                layers=values.readers[part][name],
+                count=seen.count,
+                minimum=seen.minimum,
+                maximum=seen.maximum,
+                low=chosen.low,
+                high=chosen.high,
+                clipped=seen.share_beyond(chosen.low, chosen.high),
+                scale=codes.scale,
+                zero_point=codes.zero_point,
+                bits=codes.bits,
+                histogram=seen.histogram,
+            )
+        )
+    return ActivationRanges(estimator.name, tuple(found)).bounded
 
 
 def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[tuple[str, str], Distribution]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -12,6 +11,7 @@ from rich.console import Console
 from qconvert.cli.exits import verdict
 from qconvert.cli.stdout import emit
 from qconvert.report.table import table
+from qconvert.storage.json_text import format_json
 
 if TYPE_CHECKING:
     from qconvert.ir.report import Report
@@ -20,5 +20,5 @@ if TYPE_CHECKING:
 def show(report: Report, folder: Path, console: Console, *, as_json: bool) -> NoReturn:
     """Print the table on stderr and the folder (or the JSON document) on stdout, and exit with the verdict's code."""
     console.print(table(report))
-    emit(json.dumps(report.document(), indent=2) if as_json else str(folder))
+    emit(format_json(report.document()).rstrip() if as_json else str(folder))
     sys.exit(verdict(report))

@@ -39,11 +39,13 @@ class QuantizedValue:
 
     root: the value whose range it has, which is itself unless it was only moved.
     readers: the nodes that read its codes; None where everything does.
+    layers: names of the static layers that read them.
     """
 
     value: Value
     root: Value
     readers: tuple[Node, ...] | None
+    layers: tuple[str, ...]
 
 
 def quantized_values(graph: Graph, is_static: IsStatic) -> list[QuantizedValue]:
@@ -57,7 +59,7 @@ def quantized_values(graph: Graph, is_static: IsStatic) -> list[QuantizedValue]:
 class _Flow:
     def __init__(self, graph: Graph, is_static: IsStatic) -> None:
         self.graph = graph
-        self.layers = {node for node in graph if _is_layer(node) and is_static(node.attributes["module"].as_string())}
+        self.layers = {node for node in graph if _is_layer(node) and is_static(_module(node))}
         self.required = self._leading_to_layers(MOVES)
         self.wanted = self._leading_to_layers(PASSES | FLOWS | CUTS)
         self.roots: dict[Value, Value] = {}
@@ -70,7 +72,7 @@ class _Flow:
             if root is not None:
                 self.roots[value] = root
                 found.append(value)
-        return [QuantizedValue(value, self.roots[value], self._readers(value)) for value in found]
+        return [QuantizedValue(value, self.roots[value], self._readers(value), self._layers(value)) for value in found]
 
     def _leading_to_layers(self, through: frozenset[str]) -> set[Value]:
         """Values that static layers read, or operators of `through` on the way there."""
@@ -115,6 +117,10 @@ class _Flow:
             return None
         return tuple(dict.fromkeys(use.node for use in value.uses() if self._reads_codes(use.node)))
 
+    def _layers(self, value: Value) -> tuple[str, ...]:
+        nodes = dict.fromkeys(use.node for use in value.uses())
+        return tuple(_module(node) for node in nodes if node in self.layers and node.inputs[0] is value)
+
     def _reads_codes(self, node: Node) -> bool:
         outputs_codes = node.outputs[0] in self.roots
         return node in self.layers or (outputs_codes and _is_one_of(node, PASSES | FLOWS))
@@ -122,6 +128,10 @@ class _Flow:
 
 def _is_layer(node: Node) -> bool:
     return node.domain == DOMAIN and node.op_type in ("Conv", "Linear")
+
+
+def _module(layer: Node) -> str:
+    return layer.attributes["module"].as_string()
 
 
 def _is_one_of(node: Node, operators: frozenset[str]) -> bool:

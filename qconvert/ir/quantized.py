@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qconvert.ir import affine
+from qconvert.ir.histogram import WeightHistogram
 from qconvert.ir.scheme import PerTensor, QuantScheme
 
 
@@ -90,11 +91,14 @@ def _room(part: Tensor, rows: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedLayer:
-    """A quantized tensor with the name it is for, and ||W - dequantize(q)|| / ||W|| (Frobenius)."""
+    """A quantized tensor with the name it is for, ||W - dequantize(q)|| / ||W|| (Frobenius), and the weights W and
+    dequantize(q) as histograms.
+    """
 
     name: str
     tensor: QuantizedTensor
     relative_error: float
+    histogram: WeightHistogram
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from qconvert.ir.activation_ranges import ActivationRanges
 from qconvert.ir.decision import Assignment, KeptFloat
+from qconvert.ir.histogram import WeightHistogram
 from qconvert.ir.task import TaskName
 
 Status = Literal["passed", "failed", "not-run"]
@@ -182,6 +184,8 @@ class LayerReport(_Part):
 
     outlier_share: of the layer's input columns, those kept in float beside the codes; None where there are none.
     reason: why the scheme is not the one that was asked for; None where it is.
+    histogram: of the weights before and after; None for a tensor that was cast, and where too many layers have lost more
+        (qconvert/ir/histogram.py).
     zeroed, largest_zeroed: of a tensor that was cast, how many values are too small for its type, so that they became 0, and
         the largest magnitude among them; None where there are none.
     """
@@ -194,16 +198,19 @@ class LayerReport(_Part):
     reason: str | None = None
     zeroed: int | None = None
     largest_zeroed: float | None = None
+    histogram: WeightHistogram | None = None
 
 
 class Report(_Part):
     """The report of a conversion or a verification, which report.json holds.
 
     passed: False where a check failed or a gate was missed, else True, or None where nothing was run.
-    assignment: None where the recipe named the schemes. processor: None where nothing was run.
+    assignment: None where the recipe named the schemes. processor: None where nothing was run. activations: None where no
+        layer has static ones.
     context_length: tokens that a decoder has positions for, prompt and answer together; None for other tasks, and where the
         model's config does not say.
     transformers_class: the class that loads the whole folder in transformers; None where nothing does.
+    histograms: which layers and values have one, where not all do; else None.
     """
 
     passed: bool | None
@@ -222,6 +229,8 @@ class Report(_Part):
     layers: tuple[LayerReport, ...] = ()
     kept_float: tuple[KeptFloat, ...] = ()
     assignment: Assignment | None = None
+    activations: ActivationRanges | None = None
+    histograms: str | None = None
 
     @property
     def was_run(self) -> bool:
@@ -241,11 +250,12 @@ class Report(_Part):
                 {key: value for key, value in entry.items() if value is not None or key in always}
                 for entry in document[section]
             ]
-        for name in ("context_length", "transformers_class"):
+        for name in ("context_length", "transformers_class", "histograms"):
             if document[name] is None:
                 del document[name]
         parts = {
             "assignment": self.assignment and self.assignment.document(),
+            "activations": self.activations and self.activations.document(),
             "processor": self.processor and self.processor.model_dump(mode="json", exclude_none=True),
         }
         found = {name: part for name, part in parts.items() if part is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,29 +21,33 @@ from qconvert.ort.session import Values, joined, memory_session, run_named
 class StaticValues:
     """The float graphs of a model, which show the values whose ranges are to be found.
 
-    names: part (see targets.graph_files) -> names of these values in its graph.
+    readers: part (see targets.graph_files) -> name of such a value in its graph -> the static layers that read its codes.
     """
 
     def __init__(self, model: Model, template: Template, is_static: IsStatic, read: Callable[[str], Tensor]) -> None:
         """read: gives a parameter, in float32 or narrower."""
-        self.names = {part: _roots(graph.graph, is_static) for part, graph in template.graphs.items()}
+        self.readers = {part: _roots(graph.graph, is_static) for part, graph in template.graphs.items()}
         floats = {part: float_graph(graph, model.parameter_shapes) for part, graph in template.graphs.items()}
         for part, graph in floats.items():
-            _show(graph.graph, self.names[part])
+            _show(graph.graph, self.readers[part])
         open_piece = partial(memory_session, read=read)
         self.session = joined({part: sized_session(graph, open_piece) for part, graph in floats.items()})
 
     def run(self, inputs: Values) -> Mapping[str, Mapping[str, np.ndarray[Any, Any]]]:
         """Run the graphs: part -> value -> what it was."""
-        values = self.session.values(inputs) if len(self.names) > 1 else {"model": run_named(self.session, inputs)}
-        return {part: {name: values[part][name] for name in names} for part, names in self.names.items()}
+        values = self.session.values(inputs) if len(self.readers) > 1 else {"model": run_named(self.session, inputs)}
+        return {part: {name: values[part][name] for name in names} for part, names in self.readers.items()}
 
 
-def _roots(graph: onnx_ir.Graph, is_static: IsStatic) -> list[str]:
-    return list(dict.fromkeys(str(found.root.name) for found in quantized_values(graph, is_static)))
+def _roots(graph: onnx_ir.Graph, is_static: IsStatic) -> dict[str, tuple[str, ...]]:
+    roots: dict[str, tuple[str, ...]] = {}
+    for found in quantized_values(graph, is_static):
+        name = str(found.root.name)
+        roots[name] = (*roots.get(name, ()), *found.layers)
+    return roots
 
 
-def _show(graph: onnx_ir.Graph, names: list[str]) -> None:
+def _show(graph: onnx_ir.Graph, names: Iterable[str]) -> None:
     """Make values outputs of the graph, where they are neither that nor inputs."""
     shown = {value.name for value in (*graph.inputs, *graph.outputs)}
     made = {value.name: value for node in graph for value in node.outputs}

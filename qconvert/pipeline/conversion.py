@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 
-from qconvert.calibrate import Participant, calibrate, static_codes
+from qconvert.calibrate import Participant, calibrate, static_ranges
 from qconvert.execution.materialize import ReadParameter
 from qconvert.export import export
+from qconvert.ir.activation_codes import NO_CODES
 from qconvert.ir.layer import Block
 from qconvert.ir.progress import Progress, silent
 from qconvert.ir.report import Report
@@ -68,9 +70,10 @@ class Conversion:
         """Make of the written weights what can be published. Raises ParityError, and then the stage is gone."""
         job, stage = self.job, self.stage
         written = self.writer.finish()
-        codes = static_codes(job, ArtifactReader(stage.folder, job.model, job.plan, dict(written.tensors)), progress)
+        ranges = static_ranges(job, ArtifactReader(stage.folder, job.model, job.plan, dict(written.tensors)), progress)
+        written = replace(written, activations=ranges)
         progress.stage("export", None)
-        export(job, written, stage, codes)
+        export(job, written, stage, ranges.codes if ranges else NO_CODES)
         write_manifest(stage, job.recipe, self.origin, written)
         if job.recipe.verify:
             report = verify_in_fresh_process(job.recipe, stage.folder, stage.scratch, progress)

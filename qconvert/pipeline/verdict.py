@@ -11,6 +11,7 @@ from qconvert.execution.auto_class import auto_class
 from qconvert.execution.probes import position_limit
 from qconvert.ir.artifact import MANIFEST
 from qconvert.ir.batch import row_count
+from qconvert.ir.histogram import which_have_one
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
@@ -55,7 +56,18 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
         layers=written.layers,
         kept_float=plan.kept_float,
         assignment=written.assignment,
+        activations=written.activations,
+        histograms=_histograms(written),
     )
+
+
+def _histograms(written: WriteResult) -> str | None:
+    values = written.activations.values if written.activations else ()
+    said = (
+        which_have_one([layer.histogram for layer in written.layers], "layers", "relative_error"),
+        which_have_one([value.histogram for value in values], "values", "clipped"),
+    )
+    return "; ".join(filter(None, said)) or None
 
 
 def _size(model: Model, plan: Plan, written: WriteResult, folder: Path) -> Size:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-
-from torch import Tensor
+from collections.abc import Mapping
 
 from qconvert.execution.unit import DifferentiableBlock
 from qconvert.execution.wide_rows import is_large, tiles
-from qconvert.ir import affine
 from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor, stacked
@@ -20,6 +17,7 @@ from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.plugin.tuner import BlockTuner
 from qconvert.quantize.fold import fold
 from qconvert.quantize.folded import ALL, Folded, FoldedLayer
+from qconvert.quantize.measured import Measured
 
 
 def quantize(block: Block, job: Job) -> QuantizedBlock:
@@ -48,19 +46,19 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
 
 def _quantized(layer: FoldedLayer, scheme: QuantScheme, quantizer: Quantizer, *, outside: bool) -> QuantizedLayer:
     """Quantize one layer; a large one outside the blocks some rows at a time, if each row is quantized by itself."""
-    shape, squares = layer.stored.weight.shape, list[tuple[float, float]]()
+    shape, measured = layer.stored.weight.shape, Measured(layer.stored.weight.shape)
     nearest = layer.stored.kind == "embedding" and bool(quantizer.observers)  # it has no input to weigh its errors by
 
     def quantized(rows: slice) -> QuantizedTensor:
         part = layer.in_float(rows)
         tensor = round_to_nearest(part.weight, scheme) if nearest else contract.quantize(quantizer, part, scheme)
-        squares.extend(_squares(part, tensor))
+        measured.add(part, tensor)
         return tensor
 
     by_rows = (nearest or quantizer.by_rows) and not isinstance(scheme.granularity, PerTensor)
     in_tiles = outside and by_rows and is_large(shape)
     tensor = stacked(map(quantized, tiles(shape)), shape[0]) if in_tiles else quantized(ALL)
-    return QuantizedLayer(layer.stored.name, tensor, _relative_error(squares))
+    return measured.layer(layer.stored.name, tensor)
 
 
 def _tuned(
@@ -72,28 +70,10 @@ def _tuned(
         return {}
     start = {name: quantized[name].tensor for name in layers}
     tuned = contract.tune(tuner, folded.block.name, layers, start, samples, folded.tensors)
-    return {
-        name: QuantizedLayer(name, tuned[name], _relative_error(_squares(layer, tuned[name]))) for name, layer in layers.items()
-    }
+    return {name: _measured(layer, tuned[name]) for name, layer in layers.items()}
 
 
-def _relative_error(squares: Iterable[tuple[float, float]]) -> float:
-    """||W - dequantize(q)|| / ||W|| of the `_squares` of a layer; 0 for an all-zero weight."""
-    difference = total = 0.0
-    for lost, square in squares:
-        difference += lost
-        total += square
-    return (difference / total) ** 0.5 if total else 0.0
-
-
-def _squares(layer: Layer, tensor: QuantizedTensor) -> Iterator[tuple[float, float]]:
-    """(||W - dequantize(q)||^2, ||W||^2) of a few rows after the other, in the scaled space that q lives in."""
-    scaled = dataclasses.replace(tensor, smoothing_scale=None)
-    for rows in affine.row_blocks(*layer.weight.shape):
-        weight = layer.weight[rows]
-        yield _square_norm(scaled.rows(rows).dequantize() - weight), _square_norm(weight)
-
-
-def _square_norm(values: Tensor) -> float:
-    """Return the squared norm in float64: squares of what float32 holds over- and underflow it."""
-    return float(values.double().square_().sum())
+def _measured(layer: Layer, tensor: QuantizedTensor) -> QuantizedLayer:
+    measured = Measured(layer.weight.shape)
+    measured.add(layer, tensor)
+    return measured.layer(layer.name, tensor)

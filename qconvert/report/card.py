@@ -201,6 +201,8 @@ def _evidence(report: Report) -> str:
     ]
     if outliers := wording.outliers(report.layers):
         rows.append(("outlier columns", "", "", outliers))
+    if report.activations is not None:
+        rows.append(("static activations", "", report.activations.estimator, wording.activations(report.activations)))
     rows += [("too small, and now 0", "", "", line) for line in wording.zeroed(report.layers)]
     rows += [
         ("another scheme than asked for", "", str(len(names)), f"{scheme}: {wording.some(names)}")

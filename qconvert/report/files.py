@@ -12,6 +12,7 @@ from qconvert.ir.report import Report
 from qconvert.recipe import Recipe
 from qconvert.report.card import card
 from qconvert.storage.disk import replace_file
+from qconvert.storage.json_text import format_json
 
 logger = logging.getLogger("qconvert")
 
@@ -21,7 +22,7 @@ def write_report(report: Report, recipe: Recipe, model_name: str, folder: Path) 
 
     Raises ResourceError QC-DISK-002 on a full disk, QC-DISK-003 where the folder can't be written.
     """
-    replace_file(folder / REPORT, (json.dumps(report.document(), indent=2) + "\n").encode())
+    replace_file(folder / REPORT, format_json(report.document()).encode())
     replace_file(folder / CARD, card(report, recipe, model_name).encode())
 
 

@@ -55,6 +55,7 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
         "too small": _lines(Text(line) for line in wording.zeroed(report.layers)),
         "budget": _text(wording.assignment(report.assignment, report.fidelity) if report.assignment else None),
         "outliers": _text(wording.outliers(report.layers)),
+        "activations": _text(wording.activations(report.activations) if report.activations else None),
         "worst": _worst(wording.worst(report.layers)) if report.layers else None,
         "float": _lines(
             Text(f"{len(names)} kept, {printable(reason)}: {wording.some(names)}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qconvert.errors import printable
+from qconvert.ir.activation_ranges import ActivationRanges
 from qconvert.ir.decision import Assignment, KeptFloat
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
 from qconvert.vocabulary import CAST
@@ -203,6 +204,16 @@ def outliers(layers: Iterable[LayerReport]) -> str:
         f"{sum(shares) / len(shares):.2%} of a layer's input columns kept in float beside the codes, on average; "
         f"{some_have} of {len(shares)} layers have some"
     )
+
+
+def activations(part: ActivationRanges) -> str:
+    """Word how many values have a static range, what chose them, and how much is clipped of the one that loses most."""
+    count = len(part.values)
+    worst = max(part.values, key=lambda value: value.clipped, default=None)
+    words = f"{count} {'value' if count == 1 else 'values'} in {part.estimator} ranges"
+    if worst is None or not worst.clipped:
+        return f"{words}, none clipped"
+    return f"{words}, at most {100 * worst.clipped:.2g} % of one clipped: {printable(worst.name)}"
 
 
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:

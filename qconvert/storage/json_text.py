@@ -1,9 +1,19 @@
-"""JSON of files that others have written: strict where json is lenient."""
+"""JSON as text: strict where json is lenient, of files that others have written; short where json is long, of our own."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+# What json.dumps makes of a list of numbers. No text holds it: the line ends of one are escaped.
+_NUMBERS = re.compile(r"\[\n\s+(-?[0-9][^\[\]{}\":]*)\n\s+\]")
+
+
+def format_json(document: Any, *, sort_keys: bool = False) -> str:
+    """Return a document as people read it, ending in a line end: indented, but each list of numbers on one line."""
+    text = json.dumps(document, indent=2, sort_keys=sort_keys) + "\n"
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

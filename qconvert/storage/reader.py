@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qconvert.errors import InputError
+from qconvert.ir.activation_ranges import ActivationRanges
 from qconvert.ir.artifact import MANIFEST, SIDECAR, WEIGHTS, WEIGHTS_INDEX, StoredTensor, weight_file_names
 from qconvert.ir.decision import Assignment
 from qconvert.ir.plan import LayerPlan
@@ -96,7 +97,8 @@ def read_written(folder: Path) -> WriteResult:
     manifest = read_manifest(folder)
     layers = tuple(LayerReport.model_validate(layer) for layer in manifest["layers"])
     assignment = Assignment(**manifest["assignment"]) if "assignment" in manifest else None
-    return WriteResult(read_index(folder), layers, assignment)
+    activations = ActivationRanges.from_document(manifest["activations"]) if "activations" in manifest else None
+    return WriteResult(read_index(folder), layers, assignment, activations)
 
 
 def read_tensor(folder: Path, tensor: StoredTensor) -> Tensor:

@@ -12,6 +12,7 @@ from qconvert.errors import PluginError, QConvertError
 from qconvert.ir.artifact import StoredTensor
 from qconvert.ir.contents import Unit, shards, units
 from qconvert.ir.finite import require_finite
+from qconvert.ir.histogram import with_histogram
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
@@ -117,6 +118,7 @@ def _write_unit(unit: Unit, block: QuantizedBlock, model: Model, plan: Plan, sta
             + sum(tensor.nbytes for _, tensor in extra[name]),
             outlier_share=_outlier_share(layer.tensor),
             reason=unit.layers[name].reason,
+            histogram=layer.histogram,
         )
         for name, layer in layers.items()
     ]
@@ -190,8 +192,12 @@ def _check_smoothing_scales(block: QuantizedBlock) -> None:
 
 def _layer_reports(plan: Plan, stage: Stage) -> tuple[LayerReport, ...]:
     """The journalled reports in the plan's order."""
-    reports = {entry["name"]: entry for record in stage.journal.records() for entry in record.get("layers", ())}
-    return tuple(LayerReport(**reports[name]) for name in (*plan.layers, *plan.cast))
+    entries = {entry["name"]: entry for record in stage.journal.records() for entry in record.get("layers", ())}
+    reports = [LayerReport.model_validate(entries[name]) for name in (*plan.layers, *plan.cast)]
+    kept = with_histogram([report.relative_error for report in reports])
+    return tuple(
+        report if keeps else report.model_copy(update={"histogram": None}) for report, keeps in zip(reports, kept, strict=True)
+    )
 
 
 def _internal(message: str) -> QConvertError:

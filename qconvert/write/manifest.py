@@ -12,6 +12,7 @@ from qconvert.ir.artifact import CARD, MANIFEST, REPORT
 from qconvert.ir.write_result import WriteResult
 from qconvert.recipe import Recipe
 from qconvert.storage.disk import disk_errors
+from qconvert.storage.json_text import format_json
 from qconvert.storage.published import portable_recipe
 from qconvert.storage.reader import tensor_record
 from qconvert.storage.stage import Stage
@@ -40,12 +41,14 @@ def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: WriteR
     }
     if written.assignment is not None:
         manifest["assignment"] = written.assignment.document()
+    if written.activations is not None:
+        manifest["activations"] = written.activations.document()
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch:
         manifest["created"] = datetime.fromtimestamp(int(epoch), UTC).isoformat()
     path = stage.folder / MANIFEST
     with disk_errors(path):
-        path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(format_json(manifest, sort_keys=True), encoding="utf-8")
 
 
 def run_digest(recipe: Recipe, origin: Origin) -> str:

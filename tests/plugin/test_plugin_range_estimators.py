@@ -247,13 +247,11 @@ def test_a_flag_asks_for_the_estimator_of_a_file(tmp_path: Path) -> None:
     assert "--ranges trial" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_manifest_of_a_static_plan_holds_its_code_and_the_files_of_its_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Plan, "is_static", True)
+def test_the_manifest_of_a_static_plan_holds_its_code_and_the_files_of_its_options(tmp_path: Path) -> None:
     (tmp_path / "table.txt").write_text("1")
     (tmp_path / "net.py").write_text(NETWORK)
     settings = {"model": f"module:{tmp_path / 'net.py'}:factory", "output": tmp_path / "out", "layout": "onnx", "verify": False}
+    settings["scheme"] = "int8-channel-a8-static"
     ranges = {"estimator": "trial", "options": {"table": str(tmp_path / "table.txt")}}
     qconvert.convert(Recipe.from_settings({**settings, "plugins": [plugin(tmp_path)], "ranges": ranges}))
     made = manifest(tmp_path)

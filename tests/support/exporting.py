@@ -11,7 +11,7 @@ import onnx
 import torch
 from calibrate_models import job_of
 from torch import Tensor
-from writing import DIGEST
+from writing import DIGEST, HISTOGRAM
 
 from qconvert.export import export
 from qconvert.ir import activations, affine
@@ -76,7 +76,11 @@ def publish(  # noqa: PLR0913 - what tests choose
     blocks = [
         QuantizedBlock(
             block,
-            tuple(QuantizedLayer(name, tensor, 0.0) for name, tensor in tensors.items() if model.block_of(name) == block),
+            tuple(
+                QuantizedLayer(name, tensor, 0.0, HISTOGRAM)
+                for name, tensor in tensors.items()
+                if model.block_of(name) == block
+            ),
         )
         for block in (*model.blocks, "")
     ]

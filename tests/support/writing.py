@@ -12,6 +12,7 @@ from calibrate_models import job_of
 from torch import Tensor, nn
 
 from qconvert.ir import affine
+from qconvert.ir.histogram import WeightHistogram
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor
@@ -21,6 +22,7 @@ from qconvert.storage.stage import Stage, open_stage
 from qconvert.write import write
 
 DIGEST = "0123456789abcdef"
+HISTOGRAM = WeightHistogram(-0.5, 0.5, (1, 2), (2, 1), 1, -0.3, 0.4)
 SchemeOf = Callable[[str], str | None]
 
 
@@ -89,7 +91,7 @@ def quantized_blocks(model: Model, plan: Plan, skip: tuple[str, ...] = ()) -> It
         if name not in skip:
             planned = [layer for layer in plan.layers.values() if model.block_of(layer.name) == name]
             yield QuantizedBlock(
-                name, tuple(QuantizedLayer(layer.name, quantize_layer(model, layer), 0.25) for layer in planned)
+                name, tuple(QuantizedLayer(layer.name, quantize_layer(model, layer), 0.25, HISTOGRAM) for layer in planned)
             )
 
 
