@@ -24,7 +24,6 @@ from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
 from qconvert.ir.large_tensors import LARGE
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
-from qconvert.ir.scheme import PerTensor
 from qconvert.ir.template import InputGroup
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer
@@ -113,7 +112,7 @@ def _in_float(model: Model, layer: LayerPlan, quantizer: Quantizer) -> int:
     else:
         by_rows = quantizer.by_rows and type(quantizer).prepare is Quantizer.prepare
     outside = is_large(shape) and not model.block_of(layer.name)
-    in_tiles = outside and by_rows and not isinstance(layer.scheme.granularity, PerTensor)
+    in_tiles = outside and by_rows and not layer.scheme.joins_rows
     return TILE_BYTES if in_tiles else FLOAT * prod(shape)
 
 

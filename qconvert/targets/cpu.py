@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qconvert.ir.scheme import GROUP_SIZES, PerGroup
+from qconvert.ir.number_format import GROUP_SIZES
+from qconvert.ir.scheme import PerGroup
 from qconvert.targets.target import Target
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ CPU = Target(
     half_precision=False,
     takes_zero_points=True,
     takes_static=True,
+    takes_codebooks=True,
     block_size=_block_size,
     describe=None,
     provider_options=(),

@@ -43,6 +43,7 @@ CUDA = Target(
     half_precision=True,
     takes_zero_points=False,
     takes_static=False,
+    takes_codebooks=False,
     block_size=_block_size,
     describe=_describe,
     provider_options=({"cuda": {}},),

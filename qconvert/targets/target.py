@@ -21,6 +21,7 @@ class Target:
     variant: what tells its graphs' names from those of others: "model.VARIANT.onnx"; "" for "model.onnx".
     half_precision: whether activations and caches are float16 or bfloat16, as the recipe says; else they are float32.
     takes_zero_points: whether its kernels for packed weights do. takes_static: whether there is a graph for static activations.
+    takes_codebooks: whether there is one for codes that are places in a codebook.
     block_size: of a packed layer, the block in which its kernel takes scales.
     describe: what a layer becomes there, in a few words; None where that goes without saying.
     provider_options: of onnxruntime-genai.
@@ -34,6 +35,7 @@ class Target:
     half_precision: bool
     takes_zero_points: bool
     takes_static: bool
+    takes_codebooks: bool
     block_size: Callable[[LayerPlan], int]
     describe: Callable[[LayerPlan], str] | None
     provider_options: tuple[dict[str, Any], ...]
