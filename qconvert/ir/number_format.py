@@ -84,9 +84,9 @@ class NumberFormat:
 
 
 FLOAT16_BITS = 11
-INT4 = NumberFormat("int4", 4, signed_maximum=True, scale_bits=8, asymmetric_scale_bits=7)
-INT8 = NumberFormat("int8", 8, signed_maximum=False, scale_bits=11, asymmetric_scale_bits=11)
 # bitsandbytes holds scales in float32, whatever the dtype of the model.
 NF4 = NumberFormat("nf4", 4, signed_maximum=False, scale_bits=24, asymmetric_scale_bits=24, codebook=NORMAL_FLOAT)
 FP4 = NumberFormat("fp4", 4, signed_maximum=False, scale_bits=24, asymmetric_scale_bits=24, codebook=FLOAT)
+INT4 = NumberFormat("int4", 4, signed_maximum=True, scale_bits=8, asymmetric_scale_bits=7)
+INT8 = NumberFormat("int8", 8, signed_maximum=False, scale_bits=11, asymmetric_scale_bits=11)
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType({each.name: each for each in (INT4, INT8, NF4, FP4)})

@@ -139,10 +139,12 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     if (name := report.transformers_class) is None:
         yield "Not possible: it was made with `--layout onnx`, whose weights only the ONNX graphs can read."
         return
-    packages = "" if report.quantizer == CAST else " compressed-tensors"
-    if wording.has_codebook(report.layers):
-        packages = " accelerate bitsandbytes"
-    yield f"In this folder, with `pip install 'transformers>=5.23'{packages}`:"
+    install = "`pip install 'transformers>=5.23' compressed-tensors`"
+    if report.quantizer == CAST:
+        install = "`pip install 'transformers>=5.23'`"
+    elif wording.has_codebook(report.layers):
+        install = "`pip install 'transformers>=5.23' accelerate bitsandbytes`"
+    yield f"In this folder, with {install}:"
     yield f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(".")\n```'
     yield _dequantized(report)
 

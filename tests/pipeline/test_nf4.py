@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from qconvert import verify
 from qconvert.errors import TargetError, UsageError
-from qconvert.ir.artifact import GRAPH, SIDECAR, WEIGHTS
+from qconvert.ir.artifact import CARD, GRAPH, SIDECAR, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.pipeline.conversion import convert
 from qconvert.recipe import Recipe
@@ -71,6 +71,10 @@ def test_a_checkpoint_becomes_a_folder_that_transformers_and_onnx_runtime_agree_
     config = config_of(tmp_path / "out")
     assert (config["quant_method"], config["load_in_4bit"]) == ("bitsandbytes", True)
     assert config["bnb_4bit_use_double_quant"] == scheme.endswith("-dq")
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "`pip install 'transformers>=5.23' accelerate bitsandbytes`" in card
+    assert "MatMulBnb4, which dequantizes the whole weight" in card
+    assert "MatMulNBits" not in card
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def quantized(weight: Tensor, text: str = "nf4-g64") -> QuantizedTensor:
 
 def packed(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """What a file holds of it, by suffix."""
-    return layout.encode(LayerPlan("layer", "linear", *tensor.q.shape, tensor.scheme), tensor)
+    out, width = tensor.q.shape
+    return layout.encode(LayerPlan("layer", "linear", out, width, tensor.scheme), tensor)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
