@@ -18,7 +18,7 @@ from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.recipe import Recipe
-from qconvert.storage import compressed_tensors
+from qconvert.storage import layout
 from qconvert.targets import targets_of
 from qconvert.targets.cpu_sidecar import sidecar_tensors
 
@@ -85,7 +85,7 @@ def _check_layout(plan: Plan, found: Sequence[Choice]) -> None:
     for index, choice in enumerate(found):
         scheme = choice.schemes[index % len(choice.schemes)]
         mixed |= {name: dataclasses.replace(mixed[name], scheme=scheme) for name in choice.layers}
-    reason = compressed_tensors.transformers_refuses(mixed.values())
+    reason = layout.transformers_refuses(mixed.values())
     if reason is not None:
         raise UsageError(
             "QC-BUDGET-005",

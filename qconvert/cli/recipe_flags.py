@@ -45,14 +45,14 @@ _ALGORITHM = (
     click.option(
         "--quantizer",
         metavar="NAME",
-        help="Algorithm: absmax, zero-point, per-channel, hqq, awq, gptq, smoothquant, llm-int8, a plugin's, auto, "
+        help="Algorithm: absmax, zero-point, per-channel, hqq, nf4, awq, gptq, smoothquant, llm-int8, a plugin's, auto, "
         "with --budget, or cast.",
     ),
     click.option(
         "--scheme",
         metavar="S",
         help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8: int4-g32-asym. Or W4A16, W8A8 and the like; "
-        "float16 or bfloat16 for cast.",
+        "nf4 or fp4, with -gN, then -dq, for nf4; float16 or bfloat16 for cast.",
     ),
     click.option(
         "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."

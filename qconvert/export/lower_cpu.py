@@ -1,6 +1,7 @@
 """Opaque nodes to the fastest faithful ops of ONNX Runtime's CPU provider, one function per form.
 
 weights only      MatMulNBits on the packed bytes; accuracy level 4 (it quantizes activations inside, per block)
+codebook          MatMulBnb4 on bitsandbytes' bytes; it dequantizes the whole weight whenever it runs, and computes in float32
 int8 activations  dynamic per-token int8 (W8A8): every row is quantized with a scale of its own (activations.RowCodes), once
                   for all linears that read it; then MatMulIntegerToFloat on the codes, times the scale
 outliers          the same on what is left when the outlier columns are masked out, plus their float product
@@ -23,9 +24,13 @@ from qconvert.export.static import StaticLowering
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.layer_form import LayerForm
+from qconvert.ir.number_format import FP4, NF4
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.template import made_by
 from qconvert.targets.cpu import CPU
+
+# MatMulBnb4's numbers for its codebooks.
+BNB4_TYPES = {FP4: 0, NF4: 1}
 
 
 class CpuLowering(Lowering):
@@ -57,6 +62,8 @@ class CpuLowering(Lowering):
                 return self._gathered_codes(plan, x)
             case LayerForm.INT8_ROWS:
                 return self._row_form(plan, module, x, bias)
+            case LayerForm.CODEBOOK_WEIGHTS:
+                return self._matmul_bnb4(plan, self._scaled_input(plan, x), bias)
             case LayerForm.INT8_STATIC:
                 return self.static.lower(plan, node, x, bias)
             case _:
@@ -86,6 +93,16 @@ class CpuLowering(Lowering):
             block_size=size,
             accuracy_level=4,
         )
+
+    def _matmul_bnb4(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
+        builder, name, out, width = self.builder, plan.name, plan.out_features, plan.in_features
+        size, bits = plan.scheme.group_size(width), plan.scheme.bits
+        scale = f"{name}.kernel_scale" if plan.scheme.double_quant else f"{name}.weight.absmax"
+        weight = builder.external(f"{name}.weight", (out * width * bits // 8,))
+        inputs = [x, weight, builder.external(scale, (out * width // size,))]
+        attributes = {"K": width, "N": out, "block_size": size, "quant_type": BNB4_TYPES[plan.scheme.format]}
+        output = builder.op("MatMulBnb4", inputs, f"{name}/MatMulBnb4", MICROSOFT, **attributes)
+        return output if bias is None else builder.op("Add", [output, bias], f"{name}/AddBias")
 
     def _block_qparams(self, plan: LayerPlan) -> tuple[Value, Value | None]:
         """Scale and zero point per block, as MatMulNBits and GatherBlockQuantized both take them; made once per tensor."""

@@ -15,6 +15,9 @@ from onnx_ir import Node, Value
 from qconvert.export.graph import GraphBuilder
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
 
+# Products whose weights have the output channels as their first axis.
+CHANNELS_FIRST = ("MatMulNBits", "MatMulBnb4")
+
 # Ops on one weight; a second input, as BitwiseXor has, is the same for all of them.
 FOLDED = ("BitwiseXor", "Cast", "Transpose")
 
@@ -66,7 +69,7 @@ def _joined(values: list[Value], builder: GraphBuilder) -> Value | None:
         return None
     made = [node for node in nodes if node is not None]
     inputs: list[Value | None] | None = None
-    if first.op_type in ("MatMulNBits", "MatMulIntegerToFloat", "MatMul"):
+    if first.op_type in (*CHANNELS_FIRST, "MatMulIntegerToFloat", "MatMul"):
         inputs = _product_inputs(made, builder)
     elif first.op_type == "Mul" and len({node.inputs[1] for node in made}) == 1:
         inputs = _with(_operand(made, 0, builder), made[0].inputs[1])
@@ -89,7 +92,7 @@ def _with(left: Value | None, right: Value | None) -> list[Value | None] | None:
 
 def _product_inputs(nodes: Sequence[Node], builder: GraphBuilder) -> list[Value | None] | None:
     """Inputs that are the same stay, the others are joined along the output channels; None where one can't be."""
-    channels_last = nodes[0].op_type != "MatMulNBits"
+    channels_last = nodes[0].op_type not in CHANNELS_FIRST
     joined: list[Value | None] = []
     for index, value in enumerate(nodes[0].inputs):
         others = [node.inputs[index] for node in nodes]

@@ -1,4 +1,5 @@
-"""All quantization arithmetic: weight [out, in] ~ (q - zero_point) * scale.
+"""All quantization arithmetic: weight [out, in] ~ (q - zero_point) * scale, or values[q] * scale where codes are places in a
+codebook (ir/nearest_value.py).
 
 Scales and zero points are always [out, groups] (per tensor [1, 1]): one code path for every granularity.
 """
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qconvert.ir import affine
+from qconvert.ir import affine, nearest_value
 from qconvert.ir.scheme import PerTensor, QuantScheme
 
 FLOAT16_TINY = 2.0**-14  # smallest normal float16: a smaller scale would lose bits to subnormals
@@ -49,7 +50,7 @@ def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1
 
     Returns (scale [out, groups] float32, zero_point [out, groups] int8 or None). Symmetric int4 follows the
     signed maximum, `scale = w[argmax |w|] / -8`, so the scale may be negative and a constant group is exact.
-    An all-zero group gets scale 1 and survives as zeros.
+    An all-zero group gets scale 1 and survives as zeros; with a codebook it keeps a scale of 0, as in bitsandbytes.
     """
     return qparams_of(extremes(weight, scheme), scheme, clip)
 
@@ -83,6 +84,8 @@ def _signed_maximum(groups: Tensor) -> Tensor:
 
 def qparams_of(found: tuple[Tensor, ...], scheme: QuantScheme, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Compute what `choose_qparams` gives from the `extremes` of a weight."""
+    if scheme.codebook is not None:
+        return found[0] * clip, None
     low, high = scheme.code_range
     if scheme.symmetric:
         scale = found[0] / (low if scheme.format.signed_maximum else high)
@@ -103,8 +106,10 @@ def round_scale(scale: Tensor, scheme: QuantScheme) -> Tensor:
     7, so that (q - zero_point) * scale, 3 bits and a sign by 8 or 4 bits by 7, is exact even in float16 arithmetic; the range
     then moves by at most 0.4 or 0.8 %.
     Zero scales, and those that even float32 cannot divide by, become 1: their groups hold nothing but zeros to that
-    precision.
+    precision. The scales of codebooks are stored as they are.
     """
+    if scheme.codebook is not None:
+        return scale
     scale = torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     bits = scheme.scale_bits
     if scheme.scale_dtype == torch.float16 and fits_float16(scale):
@@ -122,6 +127,8 @@ def fits_float16(scale: Tensor) -> bool:
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
     """Return the codes of `weight` [out, in] as int8, rounded to nearest and clamped to the scheme's range."""
     groups = grouped(weight, scheme)
+    if scheme.codebook is not None:
+        return nearest_value.codes_of(groups, scale, scheme.codebook).reshape(weight.shape)
     codes = torch.round(groups / scale.unsqueeze(-1))
     if zero_point is not None:
         codes += zero_point.unsqueeze(-1)
@@ -135,6 +142,8 @@ def rounded(weight: Tensor, scheme: QuantScheme, qparams: tuple[Tensor, Tensor |
     qparams: scale and zero point; unset, `choose_qparams`.
     """
     scale, zero_point = choose_qparams(weight, scheme) if qparams is None else qparams
+    if scheme.codebook is not None:
+        return dequantize(quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme)
     groups, step = grouped(weight, scheme), scale.unsqueeze(-1)
     codes = torch.div(groups, step).round_()
     low, high = scheme.code_range
@@ -148,7 +157,8 @@ def rounded(weight: Tensor, scheme: QuantScheme, qparams: tuple[Tensor, Tensor |
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
     """Return float32 [out, in] from codes [out, in]."""
-    groups = grouped(q, scheme).float()
+    groups = grouped(q, scheme)
+    groups = groups.float() if scheme.codebook is None else nearest_value.values_of(groups, scheme.codebook)
     if zero_point is not None:
         groups = groups - zero_point.unsqueeze(-1)
     return (groups * scale.unsqueeze(-1)).reshape(q.shape)

@@ -95,5 +95,6 @@ def largest(model: Model, plan: Plan, unit: Unit) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name, layer in unit.layers.items():
         tensors |= {f"{name}.{suffix}": info for suffix, info in layer.disk_tensors.items()}
-        tensors[f"{name}.weight_scale"] = TensorInfo(torch.float32, layer.disk_tensors["weight_scale"].shape)
+        if "weight_scale" in layer.disk_tensors:
+            tensors[f"{name}.weight_scale"] = TensorInfo(torch.float32, layer.disk_tensors["weight_scale"].shape)
     return tensors | {output: float_info(model, plan.cast, source) for output, source in unit.floats.items()}

@@ -14,6 +14,7 @@ class LayerForm(Enum):
     """The closed set of forms. Who writes, exports, plans or verifies a layer matches on these.
 
     PACKED_WEIGHTS: packed codes, float activations (MatMulNBits).
+    CODEBOOK_WEIGHTS: packed places in a codebook, float activations (MatMulBnb4), in the layout of bitsandbytes.
     INT8_ROWS: signed bytes; every row of the input is quantized with a step of its own.
     INT8_STATIC: signed bytes; the input is quantized in a range that calibration has found. Linears and convolutions.
     PACKED_EMBEDDING, INT8_EMBEDDING: the same bytes, whose rows are gathered.
@@ -22,6 +23,7 @@ class LayerForm(Enum):
     """
 
     PACKED_WEIGHTS = "packed weights"
+    CODEBOOK_WEIGHTS = "codebook weights"
     INT8_ROWS = "int8 rows"
     INT8_STATIC = "int8 static"
     PACKED_EMBEDDING = "packed embedding"
@@ -40,11 +42,13 @@ class LayerForm(Enum):
             case "embedding":
                 return LayerForm.INT8_EMBEDDING if scheme.activations else LayerForm.PACKED_EMBEDDING
             case "linear" | "conv1d":
+                if scheme.codebook is not None:
+                    return LayerForm.CODEBOOK_WEIGHTS
                 return LayerForm.INT8_ROWS if scheme.activations else LayerForm.PACKED_WEIGHTS
 
     @property
     def is_packed(self) -> bool:
-        """Whether codes are packed into words (pack-quantized); else they are signed bytes (int-quantized)."""
+        """Whether codes are packed into words (pack-quantized), as neither signed bytes (int-quantized) nor codebooks are."""
         return self in (LayerForm.PACKED_WEIGHTS, LayerForm.PACKED_EMBEDDING, LayerForm.CONVOLUTION)
 
     @property

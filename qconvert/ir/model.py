@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.task import TASKS, Task
 
+# Significant bits of a float, where they are less than those of float32.
+NARROW_BITS = {torch.bfloat16: 8, torch.float16: 11}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -115,8 +118,13 @@ class Model:
     @property
     def scale_bits(self) -> int:
         """The significant bits that loaders keep of a scale: transformers and vLLM cast it to the dtype in config.json."""
+        return NARROW_BITS.get(self.loaded_dtype, 24)
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """The dtype in config.json, to which loaders cast weights; float32 where there is none."""
         dtype = None if self.config is None else getattr(getattr(self.module, "config", None), "dtype", None)
-        return 8 if dtype == torch.bfloat16 else 11 if dtype == torch.float16 else 24
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     @property
     def shared_inputs(self) -> frozenset[str]:

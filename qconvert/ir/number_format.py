@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from qconvert.ir.codebook import FLOAT, NORMAL_FLOAT, Codebook
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+# The block sizes that ONNX Runtime's MatMulNBits has kernels for.
+GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
 class NumberFormat:
-    """Signed integers of a number of bits, with a scale and perhaps a zero point.
+    """Signed integers of a number of bits, with a scale and perhaps a zero point; or places in a codebook, with a scale.
 
     name: as schemes have it. layout_type: as compressed-tensors has it, beside the bits.
     signed_maximum: whether symmetric scales follow the signed maximum, so that the lowest code is used; else codes are
         balanced, and the lowest one is left out.
     scale_bits, asymmetric_scale_bits: significant bits of a scale in float16. With those of int4, (q - zero_point) * scale, 3
         bits and a sign by 8 or 4 bits by 7, is exact even in float16 arithmetic; 8-bit codes leave no room for that.
+    codebook: the numbers that codes stand for; None where a code is itself the number.
     """
 
     name: str
@@ -28,9 +34,27 @@ class NumberFormat:
     scale_bits: int
     asymmetric_scale_bits: int
     layout_type: str = "int"
+    codebook: Codebook | None = None
+
+    @property
+    def family(self) -> str:
+        """The name without the bits, "int" of int4: what a code is."""
+        return self.name.removesuffix(str(self.bits))
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """The numbers of inputs that may share a scale, but for a whole row of them."""
+        return GROUP_SIZES if self.codebook is None else self.codebook.group_sizes
+
+    @property
+    def largest_step(self) -> float:
+        """The largest distance of two neighbouring numbers, in scales."""
+        return 1.0 if self.codebook is None else self.codebook.largest_step
 
     def code_range(self, *, symmetric: bool) -> tuple[int, int]:
         """Return the smallest and the largest code."""
+        if self.codebook is not None:
+            return 0, len(self.codebook.values) - 1
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return (-high, high) if symmetric and not self.signed_maximum else (low, high)
 
@@ -60,6 +84,9 @@ class NumberFormat:
 
 
 FLOAT16_BITS = 11
+# bitsandbytes holds scales in float32, whatever the dtype of the model.
+NF4 = NumberFormat("nf4", 4, signed_maximum=False, scale_bits=24, asymmetric_scale_bits=24, codebook=NORMAL_FLOAT)
+FP4 = NumberFormat("fp4", 4, signed_maximum=False, scale_bits=24, asymmetric_scale_bits=24, codebook=FLOAT)
 INT4 = NumberFormat("int4", 4, signed_maximum=True, scale_bits=8, asymmetric_scale_bits=7)
 INT8 = NumberFormat("int8", 8, signed_maximum=False, scale_bits=11, asymmetric_scale_bits=11)
-FORMATS: Mapping[int, NumberFormat] = MappingProxyType({each.bits: each for each in (INT4, INT8)})
+FORMATS: Mapping[str, NumberFormat] = MappingProxyType({each.name: each for each in (INT4, INT8, NF4, FP4)})

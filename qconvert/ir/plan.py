@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
 from qconvert.ir.artifact import WEIGHTS
 from qconvert.ir.decision import Assignment, KeptFloat
+from qconvert.ir.double_quant import BLOCK, NUMBERS
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
+from qconvert.ir.quant_state import quant_state, state_suffix
 from qconvert.ir.scheme import Cast, QuantScheme
 
 
@@ -22,6 +25,7 @@ class LayerPlan:
     out_features, in_features: of the weight after transposing (Conv1D) or flattening (Conv2d).
     weight_read: whether the model's own code looks at the weight, beside calling the layer.
     reason: why it has not the scheme that was asked for; None where it has.
+    dtype: what loaders of bitsandbytes' layout dequantize the weight to.
     """
 
     name: str
@@ -31,6 +35,7 @@ class LayerPlan:
     scheme: QuantScheme
     weight_read: bool = False
     reason: str | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def form(self) -> LayerForm:
@@ -39,7 +44,11 @@ class LayerPlan:
 
     @property
     def disk_tensors(self) -> dict[str, TensorInfo]:
-        """The tensors that the files of weights hold for the layer, in compressed-tensors' layout, by their suffix."""
+        """The tensors that the files of weights hold for the layer, in compressed-tensors' layout or, of codebooks, that of
+        bitsandbytes, by their suffix.
+        """
+        if self.form is LayerForm.CODEBOOK_WEIGHTS:
+            return self._codebook_tensors()
         scheme, out, width = self.scheme, self.out_features, self.in_features
         groups = width // scheme.group_size(width)
         scale = TensorInfo(scheme.scale_dtype, (out, groups))
@@ -56,6 +65,21 @@ class LayerPlan:
         if not scheme.symmetric:
             tensors["weight_zero_point"] = TensorInfo(torch.int32, (-(-out * scheme.bits // 32), groups))
         return tensors
+
+    def _codebook_tensors(self) -> dict[str, TensorInfo]:
+        scheme, shape = self.scheme, (self.out_features, self.in_features)
+        count = prod(shape)
+        scales = count // scheme.group_size(self.in_features)
+        tensors = {
+            "weight": TensorInfo(torch.uint8, (count * scheme.bits // 8, 1)),
+            "weight.absmax": TensorInfo(torch.uint8 if scheme.double_quant else torch.float32, (scales,)),
+            "weight.quant_map": TensorInfo(torch.float32, (2**scheme.bits,)),
+        }
+        if scheme.double_quant:
+            tensors["weight.nested_absmax"] = TensorInfo(torch.float32, (-(-scales // BLOCK),))
+            tensors["weight.nested_quant_map"] = TensorInfo(torch.float32, (NUMBERS,))
+        state = TensorInfo(torch.uint8, (len(quant_state(scheme, shape, self.dtype)),))
+        return tensors | {state_suffix(scheme.format): state}
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qconvert.ir import affine
+from qconvert.ir.double_quant import NestedScale
 from qconvert.ir.histogram import WeightHistogram
 from qconvert.ir.scheme import PerTensor, QuantScheme
 
@@ -27,7 +28,7 @@ class Outliers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedTensor:
-    """weight [out, in] ~ (q - zero_point) * scale.
+    """weight [out, in] ~ (q - zero_point) * scale; of a scheme with a codebook values[q] * scale.
 
     q: [out, in] int8, signed and unpacked; *all* columns, outliers included, so that any loader can use it.
     scale: [out, groups] float32 (per tensor [1, 1]), already rounded to what is stored; may be negative.
@@ -35,6 +36,7 @@ class QuantizedTensor:
     smoothing_scale: [in] float32 or None: q holds `weight * smoothing_scale`, the consumer computes
         `(x / smoothing_scale) @ dequantize(q)^T`. Only what could not be folded has one.
     outliers: columns that consumers which know of them take from `outliers.weight` instead of q.
+    nested_scale: what is stored in the place of scale where the scheme has double quantization, and gives it; else None.
     """
 
     q: Tensor
@@ -43,9 +45,10 @@ class QuantizedTensor:
     scheme: QuantScheme
     smoothing_scale: Tensor | None = None
     outliers: Outliers | None = None
+    nested_scale: NestedScale | None = None
 
     def rows(self, rows: slice) -> QuantizedTensor:
-        """Return the quantized tensor of some output channels."""
+        """Return the quantized tensor of some output channels, to compute with: a nested scale is of all rows, and left out."""
 
         def part(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or isinstance(self.scheme.granularity, PerTensor) else tensor[rows]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from qconvert.errors import UsageError
-from qconvert.ir.number_format import FORMATS, INT8, NumberFormat
+from qconvert.ir.number_format import FORMATS, GROUP_SIZES, INT8, NumberFormat
 from qconvert.vocabulary import HalfType
 
 if TYPE_CHECKING:
     import torch
+
+    from qconvert.ir.codebook import Codebook
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,6 @@ class PerGroup:
 
 
 Granularity = PerTensor | PerChannel | PerGroup
-
-# The block sizes that ONNX Runtime's MatMulNBits has kernels for.
-GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +71,28 @@ ALIASES = {
     "W8A8": "int8-channel-a8",
 }
 
-_SCHEME = re.compile(
-    rf"int(?P<bits>{'|'.join(map(str, FORMATS))})"
+INTEGERS = tuple(each for each in FORMATS.values() if each.codebook is None)
+CODEBOOKS = tuple(each for each in FORMATS.values() if each.codebook is not None)
+
+_INTEGERS = re.compile(
+    rf"(?P<format>{'|'.join(each.name for each in INTEGERS)})"
     r"(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?"
     r"(?:-a(?P<static>8|16)-static(?P<sym>-sym)?|(?P<a8>-a8))?"
 )
+_CODEBOOKS = re.compile(rf"(?P<format>{'|'.join(each.name for each in CODEBOOKS)})(?:-g(?P<group>[0-9]+))?(?P<double>-dq)?")
 
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
     """The number format of one quantized weight.
 
-    bits: of the weight; they name its number format (ir/number_format.py).
+    bits: of the weight; with `family` they name its number format (ir/number_format.py).
     symmetric: no zero point.
     activations: how a layer's input is quantized, None for float activations.
     scale_bits: significant bits of a scale at most: loaders hold scales in the dtype of the model (Model.scale_bits). No
         part of the text, because the plan sets it, and not compared.
+    family: what its codes are: "int" for integers, "nf" and "fp" for places in the codebooks of bitsandbytes.
+    double_quant: whether the scales of a codebook are quantized in their turn (ir/double_quant.py).
     """
 
     bits: int
@@ -95,23 +100,21 @@ class QuantScheme:
     granularity: Granularity
     activations: Activations | None = None
     scale_bits: int = field(default=24, compare=False)
+    family: str = "int"
+    double_quant: bool = False
 
     @staticmethod
     def parse(text: str) -> QuantScheme:
-        """Parse what `str` gives; without a granularity, per channel is meant.
+        """Parse what `str` gives; without a granularity, per channel is meant, and of codebooks groups of their default size.
 
         Raises UsageError QC-SCHEME-001 for a text that is no scheme.
         """
-        match = _SCHEME.fullmatch(ALIASES.get(text.upper(), text))
-        if match is None or (match["group"] and int(match["group"]) not in GROUP_SIZES):
-            raise UsageError(
-                "QC-SCHEME-001",
-                f"'{text}' is not a scheme",
-                hint=f"write {' or '.join(each.name for each in FORMATS.values())}, then -tensor, -channel or -gN "
-                f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8, -a8-static or -a16-static, the last two "
-                "also with -sym: for example int4-g32-asym, int8-channel-a8; W4A16 and W8A8 are understood, too; float16 and "
-                "bfloat16 are for the quantizer cast",
-            )
+        plain = ALIASES.get(text.upper(), text)
+        match = _INTEGERS.fullmatch(plain) or _CODEBOOKS.fullmatch(plain)
+        if match is None or (match["group"] and int(match["group"]) not in FORMATS[match["format"]].group_sizes):
+            raise _no_scheme(text)
+        if match.re is _CODEBOOKS:
+            return _with_codebook(FORMATS[match["format"]], match["group"], double_quant=bool(match["double"]))
         granularity: Granularity = PerChannel()
         if match["granularity"] == "tensor":
             granularity = PerTensor()
@@ -120,7 +123,7 @@ class QuantScheme:
         activations = DYNAMIC_INT8 if match["a8"] else None
         if match["static"]:
             activations = Activations(int(match["static"]), dynamic=False, granularity="tensor", symmetric=bool(match["sym"]))
-        return QuantScheme(int(match["bits"]), not match["asym"], granularity, activations)
+        return QuantScheme(FORMATS[match["format"]].bits, not match["asym"], granularity, activations)
 
     def __str__(self) -> str:
         match self.granularity:
@@ -131,12 +134,23 @@ class QuantScheme:
             case PerGroup(group_size):
                 granularity = f"g{group_size}"
         asym = "" if self.symmetric else "-asym"
-        return f"int{self.bits}-{granularity}{asym}{f'-{self.activations}' if self.activations else ''}"
+        double = "-dq" if self.double_quant else ""
+        return f"{self.family}{self.bits}-{granularity}{asym}{f'-{self.activations}' if self.activations else ''}{double}"
 
     @property
     def format(self) -> NumberFormat:
         """The number format, which says how codes are made and packed."""
-        return FORMATS[self.bits]
+        return FORMATS[f"{self.family}{self.bits}"]
+
+    @property
+    def codebook(self) -> Codebook | None:
+        """The numbers that its codes stand for; None where a code is itself the number."""
+        return self.format.codebook
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether what is made of a row depends on the other rows: by one scale for all, or one offset of all scales."""
+        return isinstance(self.granularity, PerTensor) or self.double_quant
 
     @property
     def has_kernel(self) -> bool:
@@ -167,10 +181,12 @@ class QuantScheme:
 
         transformers multiplies (q - zero_point) * scale in the scale's own dtype where it has to dequantize (asymmetric
         schemes, outliers). int4 scales are rounded so that the product is exact in float16 (affine.round_scale); 8-bit
-        codes leave no room for that. One scale per channel is so few that float32 costs nothing.
+        codes leave no room for that. One scale per channel is so few that float32 costs nothing. bitsandbytes holds float32.
         """
         import torch  # here: recipes and --help need no torch
 
+        if self.codebook is not None:
+            return torch.float32
         grouped = isinstance(self.granularity, PerGroup)
         return torch.float16 if self.format.exact_in_float16 or (grouped and self.symmetric) else torch.float32
 
@@ -183,6 +199,26 @@ class QuantScheme:
         if isinstance(self.granularity, PerTensor):
             return 1, 1
         return out_features, in_features // self.group_size(in_features)
+
+
+def _with_codebook(number_format: NumberFormat, group: str | None, *, double_quant: bool) -> QuantScheme:
+    codebook = number_format.codebook
+    assert codebook is not None
+    granularity = PerGroup(int(group) if group else codebook.default_group)
+    return QuantScheme(number_format.bits, True, granularity, family=number_format.family, double_quant=double_quant)
+
+
+def _no_scheme(text: str) -> UsageError:
+    sizes = ", ".join(map(str, CODEBOOKS[0].group_sizes))
+    return UsageError(
+        "QC-SCHEME-001",
+        f"'{text}' is not a scheme",
+        hint=f"write {' or '.join(each.name for each in INTEGERS)}, then -tensor, -channel or -gN "
+        f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8, -a8-static or -a16-static, the last two "
+        "also with -sym: for example int4-g32-asym, int8-channel-a8; W4A16 and W8A8 are understood, too; "
+        f"{' and '.join(each.name for each in CODEBOOKS)} are for the quantizer nf4, then -gN (N one of {sizes}), then -dq; "
+        "float16 and bfloat16 are for the quantizer cast",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +254,15 @@ def no_kernel(scheme: QuantScheme) -> UsageError:
         f"{scheme}: quantized activations have fast kernels only with int8 weights per tensor or channel"
         + (", static ones only with weights without zero points" if scheme.is_static else ""),
         hint=f"take int8-channel-{scheme.activations}, or leave out -{scheme.activations}",
+    )
+
+
+def no_codebooks(scheme: QuantScheme, where: str, target: str) -> UsageError:
+    """Return the error QC-PLAN-015, for a scheme with a codebook on a target that has no graph for it."""
+    return UsageError(
+        "QC-PLAN-015",
+        f"{where} ({scheme}): there is no graph with codebooks for {target}",
+        hint=f"leave out --target {target}, or take a scheme of integers, such as int4-g32",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from qconvert.errors import InputError, UsageError
 from qconvert.ir.comparison import FILE
 from qconvert.ir.data_source import BUILTIN, data_file
-from qconvert.ir.scheme import no_kernel, no_zero_points
+from qconvert.ir.scheme import no_codebooks, no_kernel, no_zero_points
 from qconvert.ir.task import CAUSAL_LM, MODULE, Task
 from qconvert.load import package
 from qconvert.load.folder import CONFIG, no_folder
@@ -33,8 +33,8 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
 
     writes: whether an output folder that is there is in its way.
 
-    Raises UsageError QC-OUTPUT-001 to 005, QC-PLUGIN-002 and 009, QC-DATA-002, QC-GATE-002, QC-PLAN-001 and 007, InputError
-    QC-INPUT-001, 020 and 021 and QC-DATA-001, ResourceError QC-LOCK-001, and what plugins raise.
+    Raises UsageError QC-OUTPUT-001 to 005, QC-PLUGIN-002 and 009, QC-DATA-002, QC-GATE-002, QC-PLAN-001, 007 and 015,
+    InputError QC-INPUT-001, 020 and 021 and QC-DATA-001, ResourceError QC-LOCK-001, and what plugins raise.
     """
     plugins = plugins_of(recipe)
     _check(recipe, plugins, writes=writes)
@@ -42,8 +42,12 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
     if scheme is not None and not recipe.rules:  # else no layer may have it in the end
         if not scheme.has_kernel:
             raise no_kernel(scheme)
-        if not scheme.symmetric and not all(target.takes_zero_points for target in targets_of(recipe.targets)):
+        targets = targets_of(recipe.targets)
+        if not scheme.symmetric and not all(target.takes_zero_points for target in targets):
             raise no_zero_points(scheme, "the recipe's scheme")
+        without = next((target.name for target in targets if not target.takes_codebooks), None)
+        if scheme.codebook is not None and without:
+            raise no_codebooks(scheme, "the recipe's scheme", without)
     refuse_gates(recipe.gates, _task(recipe.model))
     return plugins
 

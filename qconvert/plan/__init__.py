@@ -33,7 +33,7 @@ from qconvert.recipe.gates import refuse_gates
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-011 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-016 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
     has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
@@ -56,6 +56,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
             hint="check the rules, and that the model has linear or Conv2d layers",
         )
     _check_layout(fitting.layout_refuses(layers.values()))
+    _check_tuning(layers.values(), recipe)
     check_targets(model, template, layers, recipe)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     floats = {name: info for name, info in model.source.tensors.items() if name not in replaced}
@@ -139,7 +140,9 @@ def _sort_modules(
         # A convolution has no kernel that quantizes each row: it is small on disk, and computes in float.
         activations = None if kind == "conv2d" and not scheme.is_static else scheme.activations
         own = dataclasses.replace(scheme, activations=activations, scale_bits=model.scale_bits)
-        layers[name] = LayerPlan(name, kind, *matrix_shape(module, kind), own, name in template.weights_read)
+        layers[name] = LayerPlan(
+            name, kind, *matrix_shape(module, kind), own, name in template.weights_read, dtype=model.loaded_dtype
+        )
     return layers, kept, shared
 
 
@@ -162,7 +165,7 @@ def _head_needs_a_rule(name: str, named: Rule | None, default: QuantScheme) -> s
 
 def _taken_name(model: Model, layer: str) -> str | None:
     """Return whether a tensor of the model has a name which the quantized layer needs for one of its own."""
-    own = re.compile(re.escape(layer) + r"\.((weight|kernel|outlier|cuda)_\w+|input_factor)")
+    own = re.compile(re.escape(layer) + r"\.((weight|kernel|outlier|cuda)_\w+|input_factor|weight\..+)")
     taken = next((name for name in (*model.source.tensors, *model.tied) if own.fullmatch(name)), None)
     return taken and f"the model itself has {taken}, as a tensor of the quantized layer would be called"
 
@@ -210,6 +213,17 @@ def _check_rules(recipe: Recipe, names: list[str]) -> None:
                 f"the rule '{rule.pattern}' matches no layer",
                 hint=f"patterns are fnmatch on full module names, such as {names[0]}",
             )
+
+
+def _check_tuning(layers: Iterable[LayerPlan], recipe: Recipe) -> None:
+    """Tuners move scales and roundings, which of codebooks are bitsandbytes' own."""
+    found = next((layer for layer in layers if layer.scheme.codebook is not None), None)
+    if found is not None and recipe.tuning is not None:
+        raise UsageError(
+            "QC-PLAN-016",
+            f"{found.name} ({found.scheme}) can't be tuned: its codes are places in a codebook",
+            hint="leave out tuning, or take a scheme of integers, such as int4-g32",
+        )
 
 
 def _check_layout(reason: str | None) -> None:

@@ -12,11 +12,11 @@ from qconvert.ir.decision import KeptFloat
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
-from qconvert.ir.scheme import GROUP_SIZES, Granularity, PerChannel, PerGroup
+from qconvert.ir.scheme import Granularity, PerChannel, PerGroup
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
-from qconvert.storage import compressed_tensors
+from qconvert.storage import layout
 from qconvert.targets import targets_of
 from qconvert.targets.cpu import CPU
 
@@ -25,7 +25,7 @@ Layers = dict[str, LayerPlan]
 
 @dataclass(frozen=True)
 class _Misfit:
-    """A reason why the width of a layer does not fit. hint: what to do where a rule names the layer."""
+    """A reason why the scheme of a layer does not fit it. hint: what to do where a rule names the layer."""
 
     code: str
     reason: str
@@ -49,7 +49,7 @@ class Fitting:
         2. Where transformers could not load the folder then, because some scheme bears no other beside it, all layers take
            the smaller group, or those that rule 1 has changed stay in float: whatever makes fewer bytes.
 
-        Raises UsageError QC-PLAN-004, -009 or -010 where a rule asks for what does not fit by the very name of a layer.
+        Raises UsageError QC-PLAN-004, -009, -010 or -014 where a rule asks for what does not fit by the very name of a layer.
         """
         misfits = {name: found for name, layer in layers.items() if (found := self._misfit(layer))}
         _refuse({name: misfit for name, misfit in misfits.items() if self._is_named(name)})
@@ -69,12 +69,16 @@ class Fitting:
         """Return why transformers can't load these layers from one folder, as half a sentence; None if it can, or need not."""
         if self.recipe.layout == "onnx" or self.model.config is None:
             return None
-        return compressed_tensors.transformers_refuses(layers, outliers=self.quantizer.has_outliers)
+        return layout.transformers_refuses(layers, outliers=self.quantizer.has_outliers)
 
     def _misfit(self, layer: LayerPlan) -> _Misfit | None:
-        """The first of what the layer's width has to be a multiple of, and is not."""
+        """Why there is no kernel, or the first of what the layer's width has to be a multiple of, and is not."""
         width, scheme, form = layer.in_features, layer.scheme, layer.form
-        wanted = [("QC-PLAN-004", scheme.group_size(width), f"the group of {scheme}", "take a smaller group or -channel, or ")]
+        if scheme.codebook is not None and form is not LayerForm.CODEBOOK_WEIGHTS:
+            reason = f"there is no kernel for a layer of kind {layer.kind} in {scheme.format.name}"
+            return _Misfit("QC-PLAN-014", reason, f"take int4-g32, or keep it in float: --rule '{layer.name}=float'")
+        channel = " or -channel" if scheme.codebook is None else ""
+        wanted = [("QC-PLAN-004", scheme.group_size(width), f"the group of {scheme}", f"take a smaller group{channel}, or ")]
         if form is LayerForm.PACKED_EMBEDDING:
             wanted.append(("QC-PLAN-009", CPU.block_size(layer), "the block of the kernel for quantized embeddings", ""))
         others = [target for target in targets_of(self.recipe.targets) if target is not CPU]
@@ -135,11 +139,13 @@ def _group(layer: LayerPlan) -> int | None:
 
 
 def _finer(layer: LayerPlan) -> Iterator[LayerPlan]:
-    """A grouped layer with smaller groups, the largest first, and then with one scale per channel."""
+    """A grouped layer with smaller groups, the largest first, and then with one scale per channel, if its format has that."""
     asked = _group(layer)
     if asked:
-        smaller: list[Granularity] = [PerGroup(size) for size in reversed(GROUP_SIZES) if size < asked]
-        for granularity in (*smaller, PerChannel()):
+        finer: list[Granularity] = [PerGroup(size) for size in reversed(layer.scheme.format.group_sizes) if size < asked]
+        if layer.scheme.codebook is None:
+            finer.append(PerChannel())
+        for granularity in finer:
             yield dataclasses.replace(layer, scheme=dataclasses.replace(layer.scheme, granularity=granularity))
 
 

@@ -22,9 +22,9 @@ from qconvert.graph.float_graph import LARGE_BYTES
 from qconvert.graph.pieces import PIECE_BYTES, WHOLE_BYTES
 from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
 from qconvert.ir.large_tensors import LARGE
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
-from qconvert.ir.scheme import PerTensor
 from qconvert.ir.template import InputGroup
 from qconvert.plugin.observer import Gram
 from qconvert.plugin.quantizer import Quantizer
@@ -113,7 +113,7 @@ def _in_float(model: Model, layer: LayerPlan, quantizer: Quantizer) -> int:
     else:
         by_rows = quantizer.by_rows and type(quantizer).prepare is Quantizer.prepare
     outside = is_large(shape) and not model.block_of(layer.name)
-    in_tiles = outside and by_rows and not isinstance(layer.scheme.granularity, PerTensor)
+    in_tiles = outside and by_rows and not layer.scheme.joins_rows
     return TILE_BYTES if in_tiles else FLOAT * prod(shape)
 
 
@@ -161,7 +161,11 @@ def _verify_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) 
     copies = SESSION if _weights(model, widened=True).total else MAPPED_SESSION
     # A graph has a weight under each of its names, and looks up embeddings, too.
     whole = FLOAT * sum(map(prod, model.parameter_shapes.values())) <= WHOLE_BYTES
-    artifact = int(LOADED * sum(layer.nbytes for layer in layers.values())) + _copied(_head_bytes(model, layers), copies)
+    packed = sum(layer.nbytes for layer in layers.values())
+    coded = [layer for layer in layers.values() if layer.form is LayerForm.CODEBOOK_WEIGHTS]
+    # MatMulBnb4 holds the weight of the layer that runs in float32.
+    unpacked = max((FLOAT * layer.out_features * layer.in_features for layer in coded), default=0)
+    artifact = int(LOADED * packed) + _copied(_head_bytes(model, layers), copies) + unpacked
     hidden, _ = _samples(model, layers, recipe.evaluation)
     logits = LOGITS * FLOAT * recipe.evaluation.length * _vocabulary(model) if model.task.generates else 0
     fidelity = artifact + hidden + int(copies * (weights.total if whole else PIECE_BYTES)) + logits
@@ -176,7 +180,9 @@ def _loaded_outside(model: Model, layers: Mapping[str, LayerPlan], recipe: Recip
     infos = {model.stored_name(name): model.source.tensors[model.stored_name(name)] for name in model.parameter_shapes}
     outside = sum(info.nbytes for name, info in infos.items() if not model.block_of(name))
     codes = (layer.out_features * layer.in_features for name, layer in layers.items() if not model.block_of(name))
-    return outside + max(codes, default=0)
+    # bitsandbytes holds all codes, where compressed-tensors is shown a group of blocks at a time.
+    coded = sum(layer.nbytes for layer in layers.values() if layer.form is LayerForm.CODEBOOK_WEIGHTS)
+    return outside + max(codes, default=0) + coded
 
 
 def _copied(weight: int, copies: float) -> int:

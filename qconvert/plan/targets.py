@@ -15,7 +15,7 @@ from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.plan import LayerPlan
-from qconvert.ir.scheme import no_zero_points
+from qconvert.ir.scheme import no_codebooks, no_zero_points
 from qconvert.ir.template import Template
 from qconvert.recipe import Recipe
 from qconvert.targets import targets_of
@@ -27,15 +27,18 @@ def check_targets(model: Model, template: Template, layers: Mapping[str, LayerPl
     """Check that the kernels of the recipe's targets can run what is planned.
 
     Raises UsageError QC-PLAN-007 for zero points that a target does not take, QC-PLAN-012 for static activations that it does
-    not, QC-PLAN-013 where these are not all alike; QC-CUDA-001 if something between the layers has
-    no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant of the model that the
-    type of activations can't hold.
+    not, QC-PLAN-013 where these are not all alike, QC-PLAN-015 for codebooks that it does not take; QC-CUDA-001 if something
+    between the layers has no kernel (the graph is made with its layers in float, and checked), and QC-CUDA-002 for a constant
+    of the model that the type of activations can't hold.
     """
     targets = targets_of(recipe.targets)
     _check_static(layers.values(), targets)
     for layer in layers.values():
         if not layer.scheme.symmetric and not all(target.takes_zero_points for target in targets):
             raise no_zero_points(layer.scheme, layer.name)
+        without = next((target.name for target in targets if not target.takes_codebooks), None)
+        if layer.scheme.codebook is not None and without:
+            raise no_codebooks(layer.scheme, layer.name, without)
     if any(target.half_precision for target in targets):
         _check_kernels(model, template, recipe)
 

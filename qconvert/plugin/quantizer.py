@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qconvert.ir import affine
+from qconvert.ir.double_quant import nested
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerTensor, QuantScheme
@@ -28,6 +29,7 @@ class Quantizer(ABC):
     observers: statistics that it needs of each linear's input; () means no calibration data is needed.
     by_rows: whether `quantize` does with each row what it would do if there were no other, outliers included; schemes with one
         scale per tensor aside. The layer that it is given may then be some rows of a large embedding or head.
+    codebooks: whether it makes schemes with a codebook (nf4, fp4); who does not is never asked for one.
     expected_failed_checks: name of a check of qconvert.testing -> why this quantizer fails it, for its users to read.
     """
 
@@ -35,6 +37,7 @@ class Quantizer(ABC):
     default_scheme: ClassVar[QuantScheme]
     observers: ClassVar[tuple[type[Observer], ...]] = ()
     by_rows: ClassVar[bool] = False
+    codebooks: ClassVar[bool] = False
     expected_failed_checks: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
@@ -65,7 +68,7 @@ class Quantizer(ABC):
 def round_to_nearest(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1.0) -> QuantizedTensor:
     """Quantize weight [out, in] to the nearest code of a range that covers it, shrunk by `clip`.
 
-    clip: one ratio, or one per group [out, groups].
+    clip: one ratio, or one per group [out, groups]. Double quantization comes last: codes are those of the exact scales.
     """
     if isinstance(scheme.granularity, PerTensor):
         scale, zero_point = affine.choose_qparams(weight, scheme, clip)
@@ -79,4 +82,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, clip: Tensor | float =
         q[rows] = affine.quantize(weight[rows], scale[rows], zero, scheme)
         if zero_point is not None and zero is not None:
             zero_point[rows] = zero
+    if scheme.double_quant:
+        stored = nested(scale)
+        return QuantizedTensor(q, stored.dequantize(), zero_point, scheme, nested_scale=stored)
     return QuantizedTensor(q, scale, zero_point, scheme)

@@ -10,7 +10,7 @@ from qconvert.execution.wide_rows import is_large, tiles
 from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Block, Layer
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor, stacked
-from qconvert.ir.scheme import PerTensor, QuantScheme
+from qconvert.ir.scheme import QuantScheme
 from qconvert.job import Job
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
@@ -55,7 +55,7 @@ def _quantized(layer: FoldedLayer, scheme: QuantScheme, quantizer: Quantizer, *,
         measured.add(part, tensor)
         return tensor
 
-    by_rows = (nearest or quantizer.by_rows) and not isinstance(scheme.granularity, PerTensor)
+    by_rows = (nearest or quantizer.by_rows) and not scheme.joins_rows
     in_tiles = outside and by_rows and is_large(shape)
     tensor = stacked(map(quantized, tiles(shape)), shape[0]) if in_tiles else quantized(ALL)
     return measured.layer(layer.stored.name, tensor)

@@ -139,8 +139,12 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     if (name := report.transformers_class) is None:
         yield "Not possible: it was made with `--layout onnx`, whose weights only the ONNX graphs can read."
         return
-    codes, floats = "`pip install 'transformers>=5.23' compressed-tensors`", "`pip install 'transformers>=5.23'`"
-    yield f"In this folder, with {floats if report.quantizer == CAST else codes}:"
+    install = "`pip install 'transformers>=5.23' compressed-tensors`"
+    if report.quantizer == CAST:
+        install = "`pip install 'transformers>=5.23'`"
+    elif wording.has_codebook(report.layers):
+        install = "`pip install 'transformers>=5.23' accelerate bitsandbytes`"
+    yield f"In this folder, with {install}:"
     yield f'```python\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained(".")\n```'
     yield _dequantized(report)
 
@@ -149,6 +153,8 @@ def _dequantized(report: Report) -> str:
     """Say what transformers makes of the weights."""
     if report.quantizer == CAST:
         return f"There its weights are {report.scheme}, as they are stored."
+    if wording.has_codebook(report.layers):
+        return "There its quantized layers are Linear4bit of bitsandbytes, which keeps them packed."
     without = ", without the outlier columns" if any(layer.outlier_share is not None for layer in report.layers) else ""
     schemes = {layer.scheme.replace("-tensor", "-channel") for layer in report.layers}  # the layout has one form for both
     late = len(schemes) > 1 or any(scheme.startswith("int8-g") for scheme in schemes)
@@ -229,10 +235,15 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
             f"On the CPU, {report.scheme} is how weights are stored: a session widens them to float32 when it is created, and "
             "has float's size and speed."
         )
-    elif on_cpu and any(not scheme.endswith("-a8") for scheme in schemes):
+    elif on_cpu and any(not scheme.endswith("-a8") and not wording.is_codebook(scheme) for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
             "stored, but the kernel itself quantizes activations to int8."
+        )
+    if on_cpu and wording.has_codebook(report.layers):
+        notes.append(
+            "Layers in nf4 or fp4 run on the CPU in MatMulBnb4, which dequantizes the whole weight whenever it runs, and "
+            "computes in float32: small on disk and in memory, but slower than int4."
         )
     if on_cpu and any(scheme.endswith("-a8") for scheme in schemes):
         notes.append(

@@ -10,6 +10,7 @@ from qconvert.errors import printable
 from qconvert.ir.activation_ranges import ActivationRanges
 from qconvert.ir.decision import Assignment, KeptFloat
 from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
+from qconvert.ir.scheme import QuantScheme, parse_scheme
 from qconvert.vocabulary import CAST
 
 if TYPE_CHECKING:
@@ -186,6 +187,17 @@ def gate(part: GateResult) -> str:
 def worst(layers: Iterable[LayerReport]) -> list[LayerReport]:
     """Return the layers that lost most, worst first."""
     return sorted(layers, key=lambda layer: -layer.relative_error)[:WORST_LAYERS]
+
+
+def has_codebook(layers: Iterable[LayerReport]) -> bool:
+    """Return whether a layer has codes that are places in a codebook."""
+    return any(is_codebook(layer.scheme) for layer in layers)
+
+
+def is_codebook(text: str) -> bool:
+    """Return whether the text of a layer's scheme is that of one with a codebook."""
+    scheme = parse_scheme(text)
+    return isinstance(scheme, QuantScheme) and scheme.codebook is not None
 
 
 def schemes(layers: Iterable[LayerReport]) -> str:

@@ -19,8 +19,7 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerGroup, PerTensor
 
-ALL = slice(None)
-# The order in a block: tensors of one suffix are adjacent, so that one external initializer can span q, k and v.
+# The order in a block.
 SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -40,7 +39,7 @@ def encode(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(plan: LayerPlan, tensors: Mapping[str, Tensor], rows: slice | Tensor = ALL) -> QuantizedTensor:
+def decode(plan: LayerPlan, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> QuantizedTensor:
     """Undo `encode`, without smoothing scale and outliers: those are in the sidecar. rows: which output channels."""
     scheme = plan.scheme
     scaled = slice(1) if isinstance(scheme.granularity, PerTensor) else rows

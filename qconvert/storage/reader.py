@@ -6,6 +6,7 @@ Format of model.safetensors and of its shards: 8 bytes header length (little-end
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,7 @@ from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
-from qconvert.storage import compressed_tensors
-from qconvert.storage.compressed_tensors import ALL
+from qconvert.storage import layout
 from qconvert.storage.json_text import parse_json
 from qconvert.storage.manifest import read_manifest
 from qconvert.storage.mapped import map_file, mapped_tensor
@@ -148,7 +148,7 @@ def map_tensor(folder: Path, tensor: StoredTensor) -> Tensor:
 
 
 def read_layer(
-    folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor], rows: slice | Tensor = ALL
+    folder: Path, plan: LayerPlan, tensors: Mapping[str, StoredTensor], rows: slice | Tensor = layout.ALL
 ) -> QuantizedTensor:
     """Return the quantized tensor of a layer, or of some of its output channels, with outliers and smoothing scale from the
     sidecar.
@@ -165,10 +165,10 @@ def read_layer(
             )
         return map_tensor(folder, tensors[name])
 
-    tensor = compressed_tensors.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors}, rows)
+    tensor = layout.decode(plan, {suffix: read(suffix) for suffix in plan.disk_tensors}, rows)
     outliers = smoothing_scale = None
     if f"{plan.name}.outlier_columns" in tensors:
         outliers = Outliers(read("outlier_columns"), read("outlier_weight").T[rows].float())
     if f"{plan.name}.input_factor" in tensors:
         smoothing_scale = 1 / read("input_factor")
-    return QuantizedTensor(tensor.q, tensor.scale, tensor.zero_point, tensor.scheme, smoothing_scale, outliers)
+    return dataclasses.replace(tensor, smoothing_scale=smoothing_scale, outliers=outliers)

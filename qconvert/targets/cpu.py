@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qconvert.ir.scheme import GROUP_SIZES, PerGroup
+from qconvert.ir.number_format import GROUP_SIZES
+from qconvert.ir.scheme import PerGroup
 from qconvert.targets.target import Target
 
 if TYPE_CHECKING:
@@ -30,4 +31,5 @@ CPU = Target(
     describe=None,
     provider_options=(),
     takes_static=True,
+    takes_codebooks=True,
 )

@@ -2,6 +2,7 @@
 
 weight-only linear   MatMulNBits: B = weight_packed itself where the width is a multiple of the block,
                      scales per block, zero points packed along the blocks
+codebook linear      MatMulBnb4: weight and weight.absmax themselves; of scales with double quantization the plain ones
 int8 activations     weight, weight_scale and weight_zero_point themselves; outlier columns beside them
 conv2d               weight_packed, weight_scale itself; zero points unpacked
 """
@@ -28,7 +29,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     """Suffix -> tensor that the graph for the CPU provider needs beside `plan.disk_tensors`.
 
     kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
-    kernel_scale [out, blocks]: the scale repeated per block.
+    kernel_scale [out, blocks]: the scale repeated per block, or as double quantization gives it.
     kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
     outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] uint8 with
     zeros at the outliers.
@@ -42,6 +43,8 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
             extra |= _unpacked_zero_points(plan, tensor)
         case LayerForm.INT8_ROWS | LayerForm.INT8_STATIC | LayerForm.INT8_EMBEDDING:
             extra |= _outliers(plan, tensor)
+        case LayerForm.CODEBOOK_WEIGHTS if tensor.nested_scale is not None:
+            extra["kernel_scale"] = tensor.scale
         case LayerForm.PACKED_WEIGHTS | LayerForm.PACKED_EMBEDDING:
             extra |= _blocks(plan, tensor)
     return extra

@@ -24,7 +24,7 @@ class Target:
     block_size: of a packed layer, the block in which its kernel takes scales.
     describe: what a layer becomes there, in a few words; None where that goes without saying.
     provider_options: of onnxruntime-genai.
-    takes_static: whether there is a graph for static activations.
+    takes_static: whether there is a graph for static activations. takes_codebooks: for codes that are places in a codebook.
     """
 
     name: TargetName
@@ -38,6 +38,7 @@ class Target:
     describe: Callable[[LayerPlan], str] | None
     provider_options: tuple[dict[str, Any], ...]
     takes_static: bool = False
+    takes_codebooks: bool = False
 
     def graph_file(self, part: str) -> str:
         """Return the file of the graph of a part of a model (see Task.parts)."""

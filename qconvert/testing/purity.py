@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from qconvert.ir.layer import LinearGroup
-from qconvert.ir.scheme import PerTensor
 from qconvert.plugin.host.process_settings import settings_kept
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.testing.failure import CheckFailure, place
@@ -92,7 +91,7 @@ def check_rows_apart(quantizer: Quantizer) -> None:
     """With by_rows, a few rows get what they get in the whole layer: large embeddings and heads come in parts."""
     rows = slice(8, 16)
     for layer, scheme, tensor in returned(quantizer, typical()) if quantizer.by_rows else ():
-        if not isinstance(scheme.granularity, PerTensor):
+        if not scheme.joins_rows:
             part = quantizer.quantize(replace(layer, weight=layer.weight[rows].clone(), bias=None), scheme)
             if found := difference(part, tensor.rows(rows)):
                 raise CheckFailure(f"{place(layer, scheme)}: of rows {rows.start} to {rows.stop} alone, {found}")

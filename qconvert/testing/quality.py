@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qconvert.ir.number_format import INT4
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import PerChannel, PerGroup
 from qconvert.plugin.quantizer import Quantizer, round_to_nearest
@@ -56,7 +57,7 @@ def check_more_bits_lose_less(quantizer: Quantizer) -> None:
     """8 bits lose less than 4 of the same granularity."""
     for coarse in schemes_of(quantizer):
         fine = replace(coarse, bits=8)
-        if coarse.bits == 4 and quantizer.refuses(fine) is None:
+        if coarse.format is INT4 and quantizer.refuses(fine) is None:
             _require_less(quantized(quantizer, typical(), fine), quantized(quantizer, typical(), coarse))
 
 

@@ -65,6 +65,16 @@ def check_scale_is_as_stored(quantizer: Quantizer) -> None:
                 raise CheckFailure(f"{place(layer, scheme)}{model}: storing moves a scale by {change:.1e} of it")
 
 
+def check_nested_scale_fits_scheme(quantizer: Quantizer) -> None:
+    """nested_scale is there where the scheme has double quantization, and gives the scale that codes are multiplied by."""
+    for layer, scheme, tensor in returned(quantizer, typical()):
+        where, nested = place(layer, scheme), tensor.nested_scale
+        if (nested is not None) != scheme.double_quant:
+            raise CheckFailure(f"{where}: nested_scale is {'missing' if nested is None else 'there'}")
+        if nested is not None and not torch.equal(nested.dequantize(), tensor.scale):
+            raise CheckFailure(f"{where}: scale is not what nested_scale gives")
+
+
 def check_zero_point_fits_scheme(quantizer: Quantizer) -> None:
     """zero_point is None for symmetric schemes, else int8 like scale and in the range of codes."""
     for layer, scheme, tensor in returned(quantizer, typical()):

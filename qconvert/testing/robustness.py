@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from qconvert.ir import affine
+from qconvert.ir import affine, nearest_value
 from qconvert.ir.layer import LayerKind
 from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.quantizer import Quantizer
@@ -22,12 +22,13 @@ OUT, WIDTH = 6, 64
 
 
 def half_steps(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Return the largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half a step, 0
-    in groups of zeros; [out, in] float64.
+    """Return the largest error of rounding weight [out, in] in a range that covers it (affine.choose_qparams): half the largest
+    step, 0 in groups of zeros; [out, in] float64. What float32 can't divide by counts as the smallest number that it can.
     """
     scale, _ = affine.choose_qparams(weight, scheme)
     groups = affine.grouped(weight, scheme)
-    half = torch.where((groups != 0).any(-1), scale.double().abs() / 2, 0.0)
+    step = scale.double().abs().clamp(min=nearest_value.SMALLEST) * scheme.format.largest_step
+    half = torch.where((groups != 0).any(-1), step / 2, 0.0)
     return half.unsqueeze(-1).expand(groups.shape).reshape(weight.shape)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,11 +33,20 @@ SCHEMES = tuple(
         "int8-tensor", "int8-tensor-asym", "int8-channel-a8", "int8-channel-asym-a8", "int8-tensor-a8", "int8-tensor-asym-a8",
     )
 )  # fmt: skip
+# For quantizers that make them.
+CODEBOOK_SCHEMES = tuple(map(QuantScheme.parse, ("nf4-g32", "nf4-g64", "fp4-g64", "nf4-g64-dq")))
+
+# What tells two results apart.
+FIELDS = (
+    "q", "scale", "zero_point", "smoothing_scale", "outliers.columns", "outliers.weight",
+    "nested_scale.q", "nested_scale.scale", "nested_scale.offset",
+)  # fmt: skip
 
 
 def schemes_of(quantizer: Quantizer) -> tuple[QuantScheme, ...]:
-    """Return the quantizer's default scheme, then those of SCHEMES that it does not refuse."""
-    accepted = (scheme for scheme in SCHEMES if quantizer.refuses(scheme) is None)
+    """Return the quantizer's default scheme, then those of SCHEMES, and of CODEBOOK_SCHEMES, that it does not refuse."""
+    known = (*SCHEMES, *CODEBOOK_SCHEMES) if quantizer.codebooks else SCHEMES
+    accepted = (scheme for scheme in known if quantizer.refuses(scheme) is None)
     return tuple(dict.fromkeys((quantizer.default_scheme, *accepted)))
 
 
@@ -152,7 +162,7 @@ def returned(
 
 def difference(one: QuantizedTensor, other: QuantizedTensor) -> str | None:
     """Return where two results differ, "q in 3 of 3072 places, first at [0, 7]"; None if they are the same bytes."""
-    for name in ("q", "scale", "zero_point", "smoothing_scale", "outliers.columns", "outliers.weight"):
+    for name in FIELDS:
         a, b = _field(one, name), _field(other, name)
         if a is None or b is None:
             if a is not b:
@@ -166,10 +176,10 @@ def difference(one: QuantizedTensor, other: QuantizedTensor) -> str | None:
 
 
 def _field(tensor: QuantizedTensor, name: str) -> Tensor | None:
-    record, _, attribute = name.rpartition(".")
-    owner = tensor.outliers if record else tensor
-    found: Tensor | None = getattr(owner, attribute, None)
-    return found
+    found: Any = tensor
+    for attribute in name.split("."):
+        found = getattr(found, attribute, None)
+    return cast(Tensor | None, found)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,12 +20,14 @@ from qconvert.storage.reader import read_index
 from qconvert.targets import TARGETS
 from qconvert.verify.attempt import measured_parity
 from qconvert.verify.finite import require_finite_float
-from qconvert.verify.loaders import transformers_parity
+from qconvert.verify.loaders import needs_bitsandbytes, transformers_parity
 from qconvert.verify.parity import float_parity, torch_outputs
 from qconvert.verify.source import check_digests, check_source
 from qconvert.verify.target_check import SHARING, WRONG, Outputs, TargetCheck, float_session
 
 __all__ = ["check_digests", "verify"]
+
+NO_BITSANDBYTES = "transformers needs bitsandbytes for codebooks, and it is not installed (pip install bitsandbytes)"
 
 
 def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
@@ -42,7 +45,7 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
     checks = [TargetCheck(TARGETS[name], job, artifact) for name in job.recipe.targets]
     found = [check.parity(dequantized) for check in checks if not check.target.half_precision and check.is_there]
     if job.recipe.layout == "transformers" and job.model.config is not None:  # the folder promises to load there
-        found.append(measured_parity("transformers", partial(transformers_parity, artifact, dequantized)))
+        found.append(_transformers_parity(artifact, dequantized))
     not_run = {check.target.name: check.not_run for check in checks if check.not_run}
     found += [Parity(target=name, status="not-run", reason=reason) for name, reason in not_run.items()]
     baseline = float_session(job, SHARING)
@@ -66,6 +69,12 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
         for name in [check.target.name]
     ]
     return Evidence(processor=processor(), parity=tuple(found), fidelity=tuple(fidelity.values()), latency=tuple(latency))
+
+
+def _transformers_parity(artifact: ArtifactReader, dequantized: Outputs) -> Parity:
+    if needs_bitsandbytes(artifact) and find_spec("bitsandbytes") is None:
+        return Parity(target="transformers", status="not-run", reason=NO_BITSANDBYTES)
+    return measured_parity("transformers", partial(transformers_parity, artifact, dequantized))
 
 
 def _dequantized_outputs(artifact: ArtifactReader) -> Outputs:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from qconvert.execution import probes
 from qconvert.execution.auto_class import auto_class
+from qconvert.execution.modules import in_own_shape
 from qconvert.execution.outputs import graph_outputs
 from qconvert.execution.wide_rows import Rows, is_large, tiles
 from qconvert.graph import pieces
 from qconvert.ir.model import Model
 from qconvert.ort import compare
 from qconvert.storage.artifact_reader import ArtifactReader
+from qconvert.storage.layout import has_codebook
 from qconvert.supervision.memory import give_back
 from qconvert.verify.parity import torch_outputs
 
@@ -34,21 +36,32 @@ def transformers_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tenso
     expected: `torch_outputs` on the dequantized weights.
     The folder is loaded as its card says, in the dtype that its config.json names. The weights that this gave are then
     compared, in float32 on both sides: they should be the dequantized ones, as a loader that knows nothing of outliers sees
-    them, rounded to that dtype once.
+    them, rounded to that dtype once. bitsandbytes itself dequantizes those that it holds, since its kernels would round
+    activations, too.
 
     A model with more than WHOLE_BYTES of weights is loaded several times, a group of blocks each time and all else on the meta
-    device, and its weights themselves are compared.
+    device, and its weights themselves are compared. With bitsandbytes, which takes no such devices, it is loaded once: it stays
+    packed.
     """
     sizes = _float_bytes(artifact.model)
     if sum(sizes.values()) <= pieces.WHOLE_BYTES:
         return _outputs_difference(artifact, expected)
+    if needs_bitsandbytes(artifact):
+        return _weights_difference(artifact, sizes)
     return max(_weights_difference(artifact, units) for units in _groups(sizes))
+
+
+def needs_bitsandbytes(artifact: ArtifactReader) -> bool:
+    """Return whether transformers loads the folder with bitsandbytes."""
+    return any(map(has_codebook, artifact.plan.layers.values()))
 
 
 def _outputs_difference(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]]) -> float:
     model = artifact.model
     with redirect_stderr(StringIO()):  # compressed-tensors draws bars there, and has no switch for them
         loaded = _loaded(artifact)
+        if needs_bitsandbytes(artifact):
+            _replace_packed(loaded)
         # Weights that are still packed, or int8, are dequantized by the first call, in float32.
         dtypes = {
             name: part.dtype for name, part in loaded.named_parameters(remove_duplicate=False) if part.is_floating_point()
@@ -65,6 +78,26 @@ def _outputs_difference(artifact: ArtifactReader, expected: Sequence[tuple[Tenso
     )
 
 
+def _replace_packed(loaded: nn.Module) -> None:
+    """Put linears with dequantized weights in the place of those that bitsandbytes holds packed."""
+    for name, module in list(loaded.named_modules()):
+        if _is_packed(getattr(module, "weight", None)):
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(_dequantized(module.weight), requires_grad=False), module.bias
+            loaded.set_submodule(name, plain)
+
+
+def _is_packed(weight: Tensor | None) -> bool:
+    return getattr(weight, "quant_state", None) is not None
+
+
+def _dequantized(weight: Tensor) -> Tensor:
+    # Here, since it imports bitsandbytes, which no other folder needs.
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return cast(Tensor, dequantize_bnb_weight(weight))
+
+
 def _weights_difference(artifact: ArtifactReader, units: Collection[str]) -> float:
     """The largest relative difference of a weight to the dequantized one. units: blocks, "" for what lies outside them."""
     model = artifact.model
@@ -72,10 +105,11 @@ def _weights_difference(artifact: ArtifactReader, units: Collection[str]) -> flo
     names = [name for name in model.parameter_shapes if "." in name and model.block_of(name) in units]
     devices = {"": "meta", **dict.fromkeys(model.blocks, "meta"), **{name.rpartition(".")[0]: "cpu" for name in names}}
     with redirect_stderr(StringIO()):
-        loaded = _loaded(artifact, devices)
+        loaded = _loaded(artifact, None if needs_bitsandbytes(artifact) else devices)
         error = 0.0
         for name in names:
-            error = max(error, _largest_difference(_weight_of(loaded, name), artifact.open(name, with_outliers=False)))
+            weight = _weight_of(loaded, name, model.module)
+            error = max(error, _largest_difference(weight, artifact.open(name, with_outliers=False)))
     del loaded
     gc.collect()  # its modules and hooks refer to each other, and would be in memory until a collection comes
     give_back()
@@ -101,15 +135,18 @@ def _loaded(artifact: ArtifactReader, devices: dict[str, str] | None = None) -> 
     return loaded
 
 
-def _weight_of(loaded: nn.Module, name: str) -> Tensor:
-    """A parameter as the model would compute with it."""
+def _weight_of(loaded: nn.Module, name: str, skeleton: nn.Module) -> Tensor:
+    """A parameter as the model would compute with it, in the shape that the skeleton has."""
     owner, _, leaf = name.rpartition(".")
     module = loaded.get_submodule(owner)
     if hasattr(module, "_hf_hook"):
         _put_back(module)
     if leaf not in module._parameters:
         decompress_module(module)  # as the first call of the model does
-    return cast(Tensor, getattr(module, leaf)).detach()
+    parameter = cast(Tensor, getattr(module, leaf))
+    if _is_packed(parameter):
+        return in_own_shape(skeleton.get_submodule(owner), _dequantized(parameter))
+    return parameter.detach()
 
 
 def _put_back(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from qconvert.ir.quantized import QuantizedBlock, QuantizedTensor
 from qconvert.ir.report import LayerReport
 from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
-from qconvert.storage.compressed_tensors import SUFFIXES, encode
+from qconvert.storage.layout import SUFFIXES, encode
 from qconvert.storage.reader import tensor_record
 from qconvert.storage.stage import Stage
 from qconvert.storage.weights import WeightFiles

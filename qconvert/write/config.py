@@ -1,4 +1,4 @@
-"""config.json: that of the source, plus what compressed-tensors' readers must know of the weights."""
+"""config.json: that of the source, plus what compressed-tensors' or bitsandbytes' readers must know of the weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from qconvert.errors import UsageError
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.scheme import Cast
-from qconvert.storage.compressed_tensors import config_group, dequantizes_exactly, transformers_refuses
+from qconvert.storage.compressed_tensors import config_group, dequantizes_exactly
 from qconvert.storage.disk import disk_errors
+from qconvert.storage.layout import has_codebook, transformers_refuses
 from qconvert.storage.stage import Stage
 from qconvert.vocabulary import Layout
+from qconvert.write.bitsandbytes_config import bitsandbytes_config
 
 # An unknown quant_method or format only makes transformers warn and load random weights; a weight type that
 # compressed-tensors doesn't know makes it raise, and show this text (measured with transformers 5.23).
@@ -70,6 +72,8 @@ def quantization_config(model: Model, plan: Plan, *, outliers: bool) -> dict[str
     reason = transformers_refuses(layers, outliers=outliers)
     if reason is not None:
         raise UsageError("QC-WRITE-002", reason, hint="use one scheme for all layers, or --layout onnx")
+    if any(map(has_codebook, layers)):
+        return bitsandbytes_config(model, plan)
     embedded = any(layer.form.is_embedding for layer in layers)
     classes = (nn.Linear, nn.Embedding) if embedded else (nn.Linear,)
     modules = [name for name, module in model.module.named_modules() if isinstance(module, classes)]

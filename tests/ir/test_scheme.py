@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qconvert.errors import UsageError
-from qconvert.ir.scheme import DYNAMIC_INT8, GROUP_SIZES, PerChannel, PerGroup, PerTensor, QuantScheme
+from qconvert.ir.number_format import GROUP_SIZES
+from qconvert.ir.scheme import DYNAMIC_INT8, PerChannel, PerGroup, PerTensor, QuantScheme
 from qconvert.recipe import Recipe
 
 EVERY = [

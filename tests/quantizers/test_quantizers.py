@@ -22,6 +22,7 @@ from qconvert.quantizers.clip_search import least_squares_clip
 from qconvert.quantizers.gptq import GPTQQuantizer
 from qconvert.quantizers.hqq import HQQQuantizer
 from qconvert.quantizers.llm_int8 import LLMInt8Quantizer
+from qconvert.quantizers.nf4 import NF4Quantizer
 from qconvert.quantizers.per_channel import PerChannelQuantizer
 from qconvert.quantizers.row_quantization import quantized_rows
 from qconvert.quantizers.smoothquant import SmoothQuantQuantizer
@@ -29,7 +30,7 @@ from qconvert.quantizers.zero_point import ZeroPointQuantizer
 
 BUILTINS: list[Quantizer] = [
     AbsMaxQuantizer(), ZeroPointQuantizer(), PerChannelQuantizer(), HQQQuantizer(), AWQQuantizer(), GPTQQuantizer(),
-    LLMInt8Quantizer(), SmoothQuantQuantizer(),
+    LLMInt8Quantizer(), SmoothQuantQuantizer(), NF4Quantizer(),
 ]  # fmt: skip
 WEIGHT_ONLY = [
     f"int{bits}-{granularity}{asym}" for bits, granularity, asym in product((4, 8), ("tensor", "channel", "g16"), ("", "-asym"))
@@ -45,6 +46,7 @@ ACCEPTED = {
     "gptq": {scheme for scheme in WEIGHT_ONLY if "tensor" not in scheme},
     "llm-int8": {"int8-tensor-a8", "int8-channel-a8"},
     "smoothquant": {scheme for scheme in SCHEMES if scheme.startswith("int8")},
+    "nf4": set(WEIGHT_ONLY),  # its own formats are in test_codebooks
 }
 PAIRS = [
     pytest.param(quantizer, scheme, id=f"{quantizer.name}-{scheme}")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from qconvert.ir import affine
 from qconvert.ir.layer import LayerKind
+from qconvert.ir.number_format import GROUP_SIZES
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import Outliers, QuantizedTensor
-from qconvert.ir.scheme import GROUP_SIZES, QuantScheme
+from qconvert.ir.scheme import QuantScheme
 from qconvert.plugin.quantizer import round_to_nearest
 from qconvert.storage import compressed_tensors
 from qconvert.storage.digest import tensor_bytes

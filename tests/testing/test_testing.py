@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qconvert.ir.double_quant import nested
 from qconvert.ir.layer import Layer, LinearGroup
 from qconvert.ir.quantized import Outliers, QuantizedTensor
 from qconvert.ir.scheme import PerGroup, QuantScheme
@@ -180,6 +181,7 @@ MUTANTS: dict[str, Quantizer] = {
     "scale-has-shape": returning(lambda tensor, *_: replace(tensor, scale=tensor.scale[:, 0])),
     "scale-is-usable": returning(lambda tensor, *_: replace(tensor, scale=tensor.scale * 0)),
     "scale-is-as-stored": returning(lambda tensor, *_: replace(tensor, scale=tensor.scale * 1.0001)),
+    "nested-scale-fits-scheme": returning(lambda tensor, *_: replace(tensor, nested_scale=nested(tensor.scale))),
     "zero-point-fits-scheme": returning(lambda tensor, *_: replace(tensor, zero_point=tensor.scale.to(torch.int8))),
     "outliers-are-declared": returning(outlying),
     "prepare-keeps-layers": preparing(lambda group: replace(group, layers=group.layers[:1])),

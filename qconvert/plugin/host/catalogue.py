@@ -145,23 +145,27 @@ def _quantizer(kind: type[Quantizer], plugin: Plugin) -> Entry:
 
 def _schemes(kind: type[Quantizer]) -> Iterator[str]:
     """Yield the schemes that a quantizer takes with its default options, its default if it can't be made without options."""
-    from qconvert.ir.scheme import QuantScheme
+    from qconvert.ir.scheme import CODEBOOKS, QuantScheme
 
     try:
         quantizer = kind()
     except Exception:  # an option without a default, or one that its own check refuses
         yield str(kind.default_scheme)
         return
-    for bits in (4, 8):
-        for granularity in ("tensor", "channel", "gN"):
-            for suffix in ("", "-asym", "-a8", "-asym-a8"):
-                text = f"int{bits}-{granularity}{suffix}"
-                scheme = QuantScheme.parse(text.replace("gN", "g32"))
-                try:
-                    if scheme.has_kernel and contract.refuses(quantizer, scheme) is None:
-                        yield text
-                except QConvertError:  # what is wrong with it is for `plugins check` to say
-                    return
+    integers = (
+        f"int{bits}-{granularity}{suffix}"
+        for bits in (4, 8)
+        for granularity in ("tensor", "channel", "gN")
+        for suffix in ("", "-asym", "-a8", "-asym-a8")
+    )
+    codebooks = (f"{each.name}-gN{suffix}" for each in CODEBOOKS for suffix in ("", "-dq"))
+    for text in (*integers, *codebooks):
+        scheme = QuantScheme.parse(text.replace("gN", "g32"))
+        try:
+            if scheme.has_kernel and contract.refuses(quantizer, scheme) is None:
+                yield text
+        except QConvertError:  # what is wrong with it is for `plugins check` to say
+            return
 
 
 def _docs(implementation: object) -> tuple[str, str]:

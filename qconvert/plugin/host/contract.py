@@ -35,10 +35,12 @@ RANGE_SLACK = 1e-6  # of the largest magnitude: how far a range may be beyond it
 
 
 def refuses(quantizer: Quantizer, scheme: QuantScheme) -> str | None:
-    """Call `quantizer.refuses(scheme)`.
+    """Call `quantizer.refuses(scheme)`, unless it has a codebook, and the quantizer knows none.
 
     Raises PluginError QC-PLUGIN-007 if it raises, QC-PLUGIN-008 if it gives no text or None.
     """
+    if scheme.codebook is not None and not quantizer.codebooks:
+        return f"its codes are integers; the quantizer nf4 makes {scheme.format.name}"
     with _guarded(quantizer, "refuse", str(scheme), ()):
         reason = quantizer.refuses(scheme)
     if reason is not None and not isinstance(reason, str):

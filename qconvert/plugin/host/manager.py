@@ -49,6 +49,7 @@ BUILTINS = (
     "qconvert.quantizers.zero_point",
     "qconvert.quantizers.per_channel",
     "qconvert.quantizers.hqq",
+    "qconvert.quantizers.nf4",
     "qconvert.quantizers.awq",
     "qconvert.quantizers.gptq",
     "qconvert.quantizers.llm_int8",

@@ -58,10 +58,16 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 def _scale_problems(tensor: QuantizedTensor, shape: tuple[int, int], scheme: QuantScheme) -> Iterator[str]:
     yield from _unlike("scale", tensor.scale, torch.float32, shape)
-    unusable = ~torch.isfinite(tensor.scale) | (tensor.scale == 0)
+    unusable = ~torch.isfinite(tensor.scale)
+    if scheme.codebook is None:  # else a group of zeros has a scale of 0
+        unusable |= tensor.scale == 0
     if unusable.any():
         row, group = unusable.nonzero()[0].tolist()
         yield f"{int(unusable.sum())} scales are zero or not finite, the first in row {row}, group {group}"
+    if (tensor.nested_scale is not None) != scheme.double_quant:
+        yield f"nested_scale is {'there' if tensor.nested_scale else 'missing'}, and the scheme is {scheme}"
+    if tensor.nested_scale is not None and not torch.equal(tensor.nested_scale.dequantize(), tensor.scale):
+        yield "scale is not what nested_scale gives"
     if not torch.equal(affine.round_scale(tensor.scale, scheme), tensor.scale):
         yield "scale is not rounded to what is stored; apply qconvert.plugin.affine.round_scale before computing codes"
 
