@@ -22,6 +22,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rounding": {"quantizer": "per-channel", "scheme": ASYM},
     "rounding, clip=mse (`fast`)": {"preset": "fast"},
     "hqq": {"quantizer": "hqq", "scheme": ASYM},
+    "nf4": {"quantizer": "nf4", "scheme": "nf4-g64"},
+    "nf4, smaller groups": {"quantizer": "nf4", "scheme": "nf4-g32"},
     "awq (`balanced`)": {"quantizer": "awq", "scheme": ASYM},
     "gptq": {"quantizer": "gptq", "scheme": ASYM},
     "gptq, sequential, tuned (`best`)": {"preset": "best"},

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from qconvert import verify
 from qconvert.errors import TargetError, UsageError
+from qconvert.graph import pieces
 from qconvert.ir.artifact import CARD, GRAPH, SIDECAR, WEIGHTS
 from qconvert.ir.report import Report
 from qconvert.pipeline.conversion import convert
@@ -187,6 +188,19 @@ def make():
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16), nn.ReLU(), nn.Linear(16, 10))
     return net.eval(), torch.randn(32, 1, 8, 8)
 """
+
+
+@pytest.mark.usefixtures("quick")
+class TestLargeModels:
+    @needs_bitsandbytes
+    def test_where_outputs_are_not_compared_the_weights_are_that_bitsandbytes_dequantizes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pieces, "WHOLE_BYTES", 1)
+        report = converted(tiny_gpt2(tmp_path / "model"), tmp_path / "out", "nf4-g32-dq")
+        errors = {part.target: part.max_relative_error for part in report.parity}
+        assert errors["transformers"] == 0
+        assert report.passed
 
 
 @pytest.mark.usefixtures("quick")
