@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,13 +13,12 @@ from qconvert.errors import UsageError
 from qconvert.ir import affine
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
-from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import InputGroup
 from qconvert.recipe import Recipe
 from qconvert.storage import layout
 from qconvert.targets import targets_of
-from qconvert.targets.cpu_sidecar import sidecar_tensors
+from qconvert.targets.cpu_sidecar import sidecar_infos
 
 # Weights only, with fast kernels on every target, and a layout whose bytes the kernels read as they are.
 SCHEMES = tuple(map(QuantScheme.parse, ("int4-g128", "int4-g64", "int4-g32", "int4-g16", "int8-g128", "int8-g32")))
@@ -105,19 +103,9 @@ def cost(plan: LayerPlan, weight: Tensor) -> int:
 
 def stored_bytes(plan: LayerPlan) -> int:
     """Return the bytes of a layer as report.json counts them, if its scales fit into their dtype."""
-    return _stored_bytes(dataclasses.replace(plan, name=""))
+    return plan.nbytes + sum(info.nbytes for info in sidecar_infos(plan).values())
 
 
 def choice_bytes(plan: Plan, choice: Choice, scheme: QuantScheme) -> int:
     """Return the `stored_bytes` of all layers of a choice."""
     return sum(stored_bytes(dataclasses.replace(plan.layers[name], scheme=scheme)) for name in choice.layers)
-
-
-@cache
-def _stored_bytes(plan: LayerPlan) -> int:
-    """The sidecar's part depends on shapes alone, so codes of zeros tell it."""
-    out, width = plan.out_features, plan.in_features
-    scale = torch.ones(plan.scheme.scale_shape(out, width))
-    zero_point = None if plan.scheme.symmetric else torch.zeros(scale.shape, dtype=torch.int8)
-    tensor = QuantizedTensor(torch.zeros(out, width, dtype=torch.int8), scale, zero_point, plan.scheme)
-    return plan.nbytes + sum(extra.nbytes for extra in sidecar_tensors(plan, tensor).values())

@@ -88,6 +88,27 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Deployment:
+    """What a process takes that runs an artifact on the CPU.
+
+    loaded_bytes: resident memory once the graphs are loaded, an estimate of report.json's loaded_bytes.
+    cache_bytes_per_token: of keys and values, for each token of a row; None for what has no cache, and for encoder-decoders.
+    context_length: tokens that a decoder has positions for; None where its config does not say.
+    """
+
+    loaded_bytes: int
+    cache_bytes_per_token: int | None = None
+    context_length: int | None = None
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The cache of one row that fills the context."""
+        if self.cache_bytes_per_token is None or self.context_length is None:
+            return None
+        return self.cache_bytes_per_token * self.context_length
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The fate of every tensor of a model: quantized by a scheme, or kept in float for a reason.
 
@@ -104,6 +125,8 @@ class Plan:
     unread: stored tensors that travel along though no graph computes with them -> the reason.
     weight_files: names of the files of weights, model.safetensors or its shards.
     cast: stored tensor -> the type that it is rounded to, where nothing is quantized but all floats become narrower.
+    average_bits: per quantized weight, with scales and zero points; None where nothing is quantized.
+    deployment: what running the artifact takes on the CPU; None where that is no target.
     """
 
     scheme: QuantScheme | Cast
@@ -119,6 +142,8 @@ class Plan:
     unread: Mapping[str, str] = field(default_factory=dict)
     weight_files: tuple[str, ...] = (WEIGHTS,)
     cast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    average_bits: float | None = None
+    deployment: Deployment | None = None
 
     @property
     def peak_bytes(self) -> int:

@@ -21,6 +21,7 @@ from qconvert.ir.template import Template
 from qconvert.plan.cast import cast_plan
 from qconvert.plan.fit import Fitting
 from qconvert.plan.peaks import peaks
+from qconvert.plan.sizes import average_bits, deployment
 from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.host import contract
@@ -72,7 +73,12 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         cuda_bytes=cuda_bytes(floats, layers, recipe),
         unread=_unread(model, template),
     )
-    return dataclasses.replace(made, weight_files=weight_file_names(len(shards(model, made))))
+    return dataclasses.replace(
+        made,
+        weight_files=weight_file_names(len(shards(model, made))),
+        average_bits=average_bits(layers.values()),
+        deployment=deployment(model, template, made),
+    )
 
 
 def check(model: Model, recipe: Recipe) -> None:

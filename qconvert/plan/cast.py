@@ -12,6 +12,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import Template
 from qconvert.plan.peaks import peaks
+from qconvert.plan.sizes import deployment
 from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
@@ -46,4 +47,6 @@ def cast_plan(model: Model, template: Template, recipe: Recipe, quantizer: Quant
         unread=unread,
         cast=cast,
     )
-    return dataclasses.replace(made, weight_files=weight_file_names(len(shards(model, made))))
+    return dataclasses.replace(
+        made, weight_files=weight_file_names(len(shards(model, made))), deployment=deployment(model, template, made)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -17,7 +18,7 @@ from qconvert.targets import targets_of
 from qconvert.targets.cuda import CUDA
 
 if TYPE_CHECKING:
-    from qconvert.ir.plan import LayerPlan, Plan
+    from qconvert.ir.plan import Deployment, LayerPlan, Plan
 
 
 def table(plan: Plan) -> RenderableType:
@@ -44,7 +45,13 @@ def table(plan: Plan) -> RenderableType:
             if plan.cast
             else f"{len(plan.layers)} layers to quantize, {plan.scheme} unless a rule says otherwise",
             f"{_weight_files(plan)}: {wording.byte_size(plan.weights_bytes)} of tensors ({plan.weights_bytes} bytes)",
+            *(
+                [f"bits: {plan.average_bits:.4g} per quantized weight, with scales and zero points"]
+                if plan.average_bits
+                else []
+            ),
             f"memory: {_peaks(plan)}",
+            *([_deployment(plan.deployment)] if plan.deployment else []),
             f"calibration data: {'needed' if plan.calibrated else 'not needed'}",
             *([f"budget: {wording.assignment(plan.assignment)}"] if plan.assignment else []),
             *_cuda(plan),
@@ -74,6 +81,17 @@ def _peaks(plan: Plan) -> str:
     return ", ".join(f"about {wording.byte_size(nbytes)} to {stage}" for stage, nbytes in plan.peaks.items())
 
 
+def _deployment(part: Deployment) -> str:
+    """Word what running takes: "deployed on the CPU: about 1.2 GB when loaded, and 65.5 kB of cache for each token"."""
+    words = f"deployed on the CPU: about {wording.byte_size(part.loaded_bytes)} when loaded"
+    if part.cache_bytes_per_token is None:
+        return words
+    words += f", and {wording.byte_size(part.cache_bytes_per_token)} of cache for each token"
+    if part.cache_bytes is None:
+        return words
+    return f"{words}, {wording.byte_size(part.cache_bytes)} for all {part.context_length}"
+
+
 def _cuda(plan: Plan) -> list[str]:
     """Say what the table of CUDA kernels tells of the layers."""
     described = [target.describe for target in targets_of(plan.targets) if target.describe is not None]
@@ -99,6 +117,8 @@ def document(plan: Plan) -> dict[str, Any]:
         "weight_files": list(plan.weight_files),
         "peak_bytes": plan.peak_bytes,
         "peaks": dict(plan.peaks),
+        **({"average_bits": plan.average_bits} if plan.average_bits is not None else {}),
+        **({"deployment": _deployment_document(plan.deployment)} if plan.deployment else {}),
         **({"cuda_bytes": plan.cuda_bytes} if CUDA in targets_of(plan.targets) else {}),
         **({"assignment": plan.assignment.document()} if plan.assignment else {}),
         "layers": [
@@ -116,6 +136,11 @@ def document(plan: Plan) -> dict[str, Any]:
         "kept_float": [{"name": part.name, "reason": part.reason} for part in plan.kept_float],
         "unread": [{"name": name, "reason": reason} for name, reason in plan.unread.items()],
     }
+
+
+def _deployment_document(part: Deployment) -> dict[str, int]:
+    document = asdict(part) | {"cache_bytes": part.cache_bytes}
+    return {name: value for name, value in document.items() if value is not None}
 
 
 def _alike(plan: Plan) -> list[tuple[str, list[LayerPlan]]]:

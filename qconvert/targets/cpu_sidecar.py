@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qconvert.ir.affine import stored_scale
 from qconvert.ir.layer_form import LayerForm
+from qconvert.ir.model import TensorInfo
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.targets.cpu import CPU
@@ -23,6 +24,26 @@ def stored_outliers(weight: Tensor) -> Tensor:
     """Float columns in half the space where the quantizer has rounded them to float16 already."""
     half = weight.half()
     return half if torch.equal(half.float(), weight) else weight
+
+
+def sidecar_infos(plan: LayerPlan) -> dict[str, TensorInfo]:
+    """Return what `sidecar_tensors` gives for a layer without outliers and smoothing scale, its scales in their own dtype."""
+    out, groups = plan.out_features, plan.in_features // plan.scheme.group_size(plan.in_features)
+    has_zero_points = not plan.scheme.symmetric
+    if plan.form is LayerForm.CONVOLUTION:
+        return {"kernel_zero_point": TensorInfo(torch.uint8, (out, groups))} if has_zero_points else {}
+    if not plan.form.is_packed:
+        return {}
+    infos: dict[str, TensorInfo] = {}
+    size, bits = CPU.block_size(plan), plan.scheme.bits
+    blocks = -(-plan.in_features // size)
+    if CPU.is_padded(plan):
+        infos["kernel_weight"] = TensorInfo(torch.uint8, (out, blocks, size * bits // 8))
+    if plan.scheme.scale_shape(out, plan.in_features) != (out, blocks):
+        infos["kernel_scale"] = TensorInfo(plan.scheme.scale_dtype, (out, blocks))
+    if has_zero_points:
+        infos["kernel_zero_point"] = TensorInfo(torch.uint8, (out, -(-blocks * bits // 8)))
+    return infos
 
 
 def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
