@@ -51,9 +51,8 @@ _ALGORITHM = (
     click.option(
         "--scheme",
         metavar="S",
-        help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8 or -a8-static: int4-g32-asym. Or W4A16, W8A8 and "
-        "the like; "
-        "nf4 or fp4, with -gN, then -dq, for nf4; float16 or bfloat16 for cast.",
+        help="int4 or int8, with -tensor, -channel or -gN, then -asym, then -a8 or -a8-static: int4-g32-asym. Or W4A16, W8A8 "
+        "and the like; nf4 or fp4, with -gN, then -dq, for nf4; float16 or bfloat16 for cast.",
     ),
     click.option(
         "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."
