@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import numpy as np
-
 from qconvert.ir.scheme import Activations
+
+SMALLEST_NORMAL = 2.0**-126  # of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,5 +46,5 @@ NO_CODES: GraphCodes = MappingProxyType({})
 
 def _float32(scale: float) -> float:
     """The nearest float32; 1 where that can't be divided by: there is nothing but zeros then, to that precision."""
-    rounded = float(np.float32(scale))
-    return rounded if rounded >= np.finfo(np.float32).tiny else 1.0
+    (rounded,) = struct.unpack("f", struct.pack("f", scale))
+    return rounded if rounded >= SMALLEST_NORMAL else 1.0

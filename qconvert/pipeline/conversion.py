@@ -73,7 +73,7 @@ class Conversion:
         ranges = static_ranges(job, ArtifactReader(stage.folder, job.model, job.plan, dict(written.tensors)), progress)
         written = replace(written, activations=ranges)
         progress.stage("export", None)
-        export(job, written, stage, ranges.codes if ranges else NO_CODES)
+        export(job, written, stage, codes=ranges.codes if ranges else NO_CODES)
         write_manifest(stage, job.recipe, self.origin, written)
         if job.recipe.verify:
             report = verify_in_fresh_process(job.recipe, stage.folder, stage.scratch, progress)

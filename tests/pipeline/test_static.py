@@ -251,3 +251,41 @@ def test_openvino_reads_the_graph_and_gives_the_codes(model: str, most: int, tmp
         off = np.abs(np.rint((found[name] - others[name]) / scale))
         assert off.max() <= most, name
         assert (off > 0).mean() < 0.1, name
+
+
+FLOWS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.d, self.e, self.leaky = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.LeakyReLU(0.1)
+    def forward(self, image):
+        a = nn.functional.silu(self.a(image))
+        b = nn.functional.avg_pool2d(torch.cat([self.leaky(self.b(a)), a], 1), 2)
+        c = self.c(b)
+        squeezed = torch.sigmoid(self.e(torch.relu(self.d(nn.functional.adaptive_avg_pool2d(c, 1)))))
+        return self.d(c * squeezed + c)
+
+def make():
+    torch.manual_seed(0)
+    return Net().eval(), torch.randn(40, 3, 16, 16)
+"""
+
+
+def test_what_stands_between_convolutions_runs_on_codes(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FLOWS)
+    assert run(f"module:{tmp_path / 'net.py'}:make", tmp_path / "out").passed
+    found = operators(tmp_path / "out", tmp_path / "optimized.onnx")
+    expected = {
+        "QLinearConv": 6,
+        "QLinearSigmoid": 2,
+        "QLinearMul": 2,
+        "QLinearAdd": 1,
+        "QLinearConcat": 1,
+        "QLinearLeakyRelu": 1,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["QLinearAveragePool"] == 1

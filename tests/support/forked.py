@@ -192,6 +192,7 @@ def import_parts() -> None:
 def main() -> None:
     """Import everything, and become each of the commands that clients ask for."""
     settings = json.loads((Path(sys.argv[2]) / "settings.json").read_text())
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of its own accord it starts a thread per core at import, which forks would lack
     from qconvert.cli.terminal import StderrConsole, working
 
     with working(StderrConsole()):
