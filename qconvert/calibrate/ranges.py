@@ -8,7 +8,7 @@ import torch
 
 from qconvert.ir.activation_codes import ActivationCodes
 from qconvert.ir.activation_ranges import ActivationRange, ActivationRanges
-from qconvert.ir.batch import Batch, row_count
+from qconvert.ir.batch import Batch, row_count, unpadded
 from qconvert.ir.distribution import Distribution
 from qconvert.ir.finite import all_finite, not_finite
 from qconvert.ir.model import Model
@@ -29,7 +29,7 @@ def static_ranges(job: Job, artifact: ArtifactReader, progress: Progress) -> Act
     Raises InputError QC-FLOAT-001 for a value that is not finite, PluginError for an estimator that breaks its contract.
     """
     plan, estimator = job.plan, job.range_estimator
-    if not plan.is_static or estimator is None:
+    if estimator is None:
         return None
     how = next(layer.scheme.activations for layer in plan.layers.values() if layer.scheme.is_static)
     assert how is not None
@@ -81,10 +81,4 @@ def _rows(model: Model, samples: Sequence[Batch]) -> Iterator[Batch]:
     """The samples, each by itself and without padding."""
     for batch in samples:
         for number in range(row_count(batch)):
-            row = model.take_rows(batch, slice(number, number + 1))
-            mask = row.get("attention_mask")
-            if mask is None:
-                yield row
-            else:
-                length = int(mask.sum())
-                yield {name: value[:, :length] if value.shape == mask.shape else value for name, value in row.items()}
+            yield unpadded(model.take_rows(batch, slice(number, number + 1)))

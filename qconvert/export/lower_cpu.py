@@ -76,7 +76,7 @@ class CpuLowering(Lowering):
     def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
         builder, name, bits = self.builder, plan.name, plan.scheme.bits
         size = CPU.block_size(plan)
-        blocks = -(-plan.in_features // size)
+        blocks = CPU.blocks(plan)
         packed = f"{name}.kernel_weight" if CPU.is_padded(plan) else f"{name}.weight_packed"
         weight = builder.external(packed, (plan.out_features, blocks, size * bits // 8), DataType.UINT8)
         inputs = [x, weight, *self._block_qparams(plan), None, bias]

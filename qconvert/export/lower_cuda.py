@@ -120,7 +120,7 @@ class CudaLowering(Lowering):
         stored = builder.stored[f"{plan.name}.weight_scale"]
         scale = read_tensor(self.stage.folder, stored)
         narrow = self._narrowed_scale(plan, scale)
-        blocks = -(-plan.in_features // CUDA.block_size(plan))
+        blocks = CUDA.blocks(plan)
         if stored.dtype == self.dtype and scale.shape[1] == blocks:
             return builder.external(f"{plan.name}.weight_scale")
         self._append(name, narrow.repeat_interleave(blocks // scale.shape[1], 1))

@@ -16,6 +16,7 @@ from onnx_ir import Graph, Node, Value
 
 from qconvert.export.context import ExportContext
 from qconvert.export.graph import GraphBuilder
+from qconvert.graph.float_graph import substitute
 from qconvert.graph.quantized_values import QuantizedValue, quantized_values
 from qconvert.graph.static_codes import BIAS_CODES
 from qconvert.ir.activation_codes import ActivationCodes
@@ -63,13 +64,9 @@ def keep_float_convolutions(graph: Graph) -> None:
     """
     for conv in [node for node in graph if node.op_type == "Conv"]:
         if [_is_from_codes(value) for value in conv.inputs[:2]] == [True, False]:
-            old = conv.outputs[0]
-            total = onnx_ir.node("Sum", [old], name=f"{conv.name}/InFloat")
-            output = total.outputs[0]
-            output.name, output.shape, output.type, old.name = old.name, old.shape, old.type, f"{old.name}/alone"
-            onnx_ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
-            total.replace_input_with(0, old)
-            graph.insert_after(conv, total)
+            alone = Node(conv.domain, conv.op_type, conv.inputs, list(conv.attributes.values()), name=conv.name)
+            total = onnx_ir.node("Sum", alone.outputs, name=f"{conv.name}/InFloat")
+            substitute(graph, conv, [alone, total], total.outputs[0])
 
 
 def _is_from_codes(value: Value | None) -> bool:

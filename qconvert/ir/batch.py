@@ -22,3 +22,12 @@ def row_count(inputs: Mapping[str, Tensor]) -> int:
 def rows_of(batch: Batch) -> list[Batch]:
     """Return the rows of a text model's batch, each as a batch of its own."""
     return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(row_count(batch))]
+
+
+def unpadded(row: Batch) -> Batch:
+    """Return one row of inputs without the padding on its right, if it has a mask that tells."""
+    mask = row.get("attention_mask")
+    if mask is None:
+        return row
+    length = int(mask.sum())
+    return {name: value[:, :length] if value.shape == mask.shape else value for name, value in row.items()}

@@ -268,6 +268,11 @@ def run_named(session: Any, inputs: Values) -> Values:
     return taken | dict(zip((value.name for value in session.get_outputs()), session.run(None, taken), strict=True))
 
 
+def run_parts(session: Any, inputs: Values) -> dict[str, Values]:
+    """Run the session of a whole model, and return of each part all values that go into its graph and come out of it."""
+    return session.values(inputs) if isinstance(session, EncoderDecoderSession) else {"model": run_named(session, inputs)}
+
+
 def joined(sessions: Mapping[str, Any]) -> Any:
     """Return the session of a whole model from those of its parts (see targets.graph_files)."""
     return sessions["model"] if "model" in sessions else EncoderDecoderSession(**sessions)

@@ -15,7 +15,7 @@ from qconvert.graph.quantized_values import IsStatic, quantized_values
 from qconvert.ir.model import Model
 from qconvert.ir.template import Template
 from qconvert.ort.pieces import sized_session
-from qconvert.ort.session import Values, joined, memory_session, run_named
+from qconvert.ort.session import Values, joined, memory_session, run_parts
 
 
 class StaticValues:
@@ -35,7 +35,7 @@ class StaticValues:
 
     def run(self, inputs: Values) -> Mapping[str, Mapping[str, np.ndarray[Any, Any]]]:
         """Run the graphs: part -> value -> what it was."""
-        values = self.session.values(inputs) if len(self.readers) > 1 else {"model": run_named(self.session, inputs)}
+        values = run_parts(self.session, inputs)
         return {part: {name: values[part][name] for name in names} for part, names in self.readers.items()}
 
 

@@ -91,7 +91,7 @@ def _node_bytes(model: Model, plan: Plan, name: str, *, looked_up: bool) -> int:
 
 
 def _blocks(layer: LayerPlan) -> int:
-    return layer.out_features * -(-layer.in_features // CPU.block_size(layer))
+    return layer.out_features * CPU.blocks(layer)
 
 
 def _widened_scales(layer: LayerPlan) -> int:

@@ -88,7 +88,7 @@ def cuda_bytes(floats: Mapping[str, TensorInfo], layers: Mapping[str, LayerPlan]
     for layer in layers.values():
         if layer.form is LayerForm.CONVOLUTION:
             continue
-        blocks = -(-layer.in_features // CUDA.block_size(layer))
+        blocks = CUDA.blocks(layer)
         scale = layer.disk_tensors["weight_scale"]
         if scale.dtype != narrow_type or scale.shape[1] != blocks:
             total += layer.out_features * blocks * narrow_type.itemsize

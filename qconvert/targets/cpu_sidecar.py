@@ -36,7 +36,7 @@ def sidecar_infos(plan: LayerPlan) -> dict[str, TensorInfo]:
         return {}
     infos: dict[str, TensorInfo] = {}
     size, bits = CPU.block_size(plan), plan.scheme.bits
-    blocks = -(-plan.in_features // size)
+    blocks = CPU.blocks(plan)
     if CPU.is_padded(plan):
         infos["kernel_weight"] = TensorInfo(torch.uint8, (out, blocks, size * bits // 8))
     if plan.scheme.scale_shape(out, plan.in_features) != (out, blocks):
@@ -91,7 +91,7 @@ def _blocks(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tensor]:
     """Codes, scales and zero points in the kernel's blocks, where the shared file does not hold them so."""
     extra: dict[str, Tensor] = {}
     size, out, pack = CPU.block_size(plan), plan.out_features, plan.scheme.format.pack
-    blocks = -(-plan.in_features // size)
+    blocks = CPU.blocks(plan)
     if CPU.is_padded(plan):
         padded = torch.nn.functional.pad(tensor.q, (0, blocks * size - plan.in_features))
         extra["kernel_weight"] = pack(padded).reshape(out, blocks, -1)

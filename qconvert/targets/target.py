@@ -44,6 +44,10 @@ class Target:
         """Return the file of the graph of a part of a model (see Task.parts)."""
         return f"{part}.{self.variant}.onnx" if self.variant else f"{part}.onnx"
 
+    def blocks(self, layer: LayerPlan) -> int:
+        """Return in how many blocks the kernel takes the scales of one output channel, the last of them perhaps padded."""
+        return -(-layer.in_features // self.block_size(layer))
+
     def is_padded(self, layer: LayerPlan) -> bool:
         """Return whether the shared bytes do not fit the kernel's blocks, so that it needs a padded copy."""
         return layer.in_features % self.block_size(layer) != 0

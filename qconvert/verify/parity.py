@@ -33,7 +33,7 @@ from qconvert.graph.last_position import restore_all_positions
 from qconvert.graph.static_codes import drop_static_codes
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
-from qconvert.ir.batch import Batch
+from qconvert.ir.batch import Batch, unpadded
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.quantized import QuantizedTensor
@@ -41,7 +41,7 @@ from qconvert.ir.template import made_by
 from qconvert.ort import compare
 from qconvert.ort.large_pieces import in_tiles
 from qconvert.ort.pieces import sized_session
-from qconvert.ort.session import SessionSettings, joined, memory_session, run_named
+from qconvert.ort.session import SessionSettings, joined, memory_session, run_parts
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.cpu import CPU
@@ -74,10 +74,7 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
 
     Raises InputError QC-FLOAT-001 where torch gives no finite numbers either.
     """
-    row = model.take_rows(sample, slice(1))
-    if "attention_mask" in sample:
-        length = int(row["attention_mask"].sum())
-        row = {name: value[:, :length] for name, value in row.items()}
+    row = unpadded(model.take_rows(sample, slice(1)))
     found = session.run(None, compare.feed(session, row))
     (expected,) = torch_outputs(model, model.read, [row])
     require_finite_float(expected[0], row, "evaluation")
@@ -85,8 +82,8 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
     return max(compare.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 
 
-def _graphs(artifact: ArtifactReader, target: Target) -> dict[str, onnx_ir.Model]:
-    """The graphs for one target, fresh from disk, by part."""
+def target_graphs(artifact: ArtifactReader, target: Target) -> dict[str, onnx_ir.Model]:
+    """Return the graphs for one target, fresh from disk, by part."""
     return {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task, target).items()}
 
 
@@ -100,7 +97,7 @@ def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]
 
 def float_activations_session(artifact: ArtifactReader, target: Target) -> Any:
     """Open a session over the graphs for one target with float activations, on dequantized weights; large ones in pieces."""
-    graphs, shapes = _graphs(artifact, target), artifact.model.parameter_shapes
+    graphs, shapes = target_graphs(artifact, target), artifact.model.parameter_shapes
     for model in graphs.values():
         restore_all_positions(model.graph)
         for node in list(model.graph):
@@ -170,14 +167,14 @@ def cluster_parity(artifact: ArtifactReader) -> float:
 
 def worst_cluster(artifact: ArtifactReader, target: Target = CPU) -> tuple[float, str]:
     """Part 2: (largest relative difference of an int8-activation cluster to its emulation, what differs by that)."""
-    graphs = _graphs(artifact, target)
+    graphs = target_graphs(artifact, target)
     clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
     if not clusters:
         return 0.0, ""
     open_piece = partial(memory_session, read=artifact.read, folder=artifact.folder, target=target.name)
     session = joined({part: sized_session(model, open_piece) for part, model in graphs.items()})
     inputs = compare.feed(session, probes.padded_batch(artifact.model))
-    values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
+    values = run_parts(session, inputs)
     errors = []
     for part, layers, x, maker, y in clusters:
         seen = values[part]

@@ -17,10 +17,10 @@ from onnx_ir import Value
 from qconvert.execution import probes
 from qconvert.graph.static_codes import static_codes
 from qconvert.ort import compare
-from qconvert.ort.session import SessionSettings, joined, memory_session, run_named
+from qconvert.ort.session import SessionSettings, joined, memory_session, run_named, run_parts
 from qconvert.storage.artifact_reader import ArtifactReader
-from qconvert.targets import graph_files
 from qconvert.targets.target import Target
+from qconvert.verify.parity import target_graphs
 
 AS_THEY_ARE = SessionSettings(optimized=False)
 AGAIN = "/again"
@@ -28,7 +28,9 @@ AGAIN = "/again"
 
 def worst_codes(artifact: ArtifactReader, target: Target) -> tuple[float, str]:
     """Return (the largest difference of codes beyond one, or of outputs, relative to the largest; of what)."""
-    graphs = {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task, target).items()}
+    if not artifact.plan.is_static:
+        return 0.0, ""
+    graphs = target_graphs(artifact, target)
     outputs = {part: [str(value.name) for value in graph.graph.outputs] for part, graph in graphs.items()}
     codes = {part: [str(value.name) for value in static_codes(graph.graph)] for part, graph in graphs.items()}
     if not any(codes.values()):
@@ -36,7 +38,7 @@ def worst_codes(artifact: ArtifactReader, target: Target) -> tuple[float, str]:
     opened = partial(memory_session, read=artifact.read, folder=artifact.folder, target=target.name)
     session = joined({part: opened(_shown(graph)) for part, graph in graphs.items()})
     inputs = compare.feed(session, probes.padded_batch(artifact.model))
-    values = session.values(inputs) if len(graphs) > 1 else {"model": run_named(session, inputs)}
+    values = run_parts(session, inputs)
     errors = []
     for part, graph in graphs.items():
         known = values[part]
