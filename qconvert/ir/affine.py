@@ -39,7 +39,8 @@ def grouped(weight: Tensor, scheme: QuantScheme) -> Tensor:
     out_features, in_features = weight.shape
     if isinstance(scheme.granularity, PerTensor):
         return weight.reshape(1, 1, -1)
-    return weight.reshape(out_features, -1, scheme.group_size(in_features))
+    size = scheme.group_size(in_features)
+    return weight.reshape(out_features, in_features // size, size)  # of no rows too, which -1 would not be told for
 
 
 def choose_qparams(weight: Tensor, scheme: QuantScheme, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:

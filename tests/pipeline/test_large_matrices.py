@@ -21,6 +21,7 @@ from qconvert.ir import affine, packing, quantized
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.pipeline.conversion import convert
 from qconvert.pipeline.verification import verify
+from qconvert.quantize import measured
 from qconvert.recipe import Recipe
 
 TIMED = ("report.json", "README.md")
@@ -78,6 +79,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(wide_rows, "LARGE_BYTES", 0)
     monkeypatch.setattr(wide_rows, "TILE_BYTES", TINY_PIECE)
     monkeypatch.setattr(affine, "rows_at_once", lambda columns: 10)
+    monkeypatch.setattr(measured, "COUNTED", 64)  # weights of one row: most tiles have none of those
     monkeypatch.setattr(packing, "CODES_AT_ONCE", TINY_PIECE)
     monkeypatch.setattr(pieces, "WHOLE_BYTES", 0)
     monkeypatch.setattr(pieces, "PIECE_BYTES", TINY_PIECE)
