@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qconvert.ir.report import Report
     from qconvert.pipeline.conversion import convert
+    from qconvert.pipeline.training import prepare_qat, save_trained
     from qconvert.plugin import hookimpl
     from qconvert.recipe import Recipe
 
     __version__: str
 
-__all__ = ["Recipe", "Report", "__version__", "convert", "hookimpl"]
+__all__ = ["Recipe", "Report", "__version__", "convert", "hookimpl", "prepare_qat", "save_trained"]
 
 _HOMES = {
     "Recipe": "qconvert.recipe",
     "Report": "qconvert.ir.report",
     "convert": "qconvert.pipeline.conversion",
     "hookimpl": "qconvert.plugin",
+    "prepare_qat": "qconvert.pipeline.training",
+    "save_trained": "qconvert.pipeline.training",
 }
 
 

@@ -24,7 +24,8 @@ class Job:
     digests: name -> sha256 of the files of the model and of the data; {} where nothing is to be written.
     code: what the tensors are made by, for the manifest.
     tuner: what changes the tensors of each block once they are quantized; None where nothing does.
-    range_estimator: what chooses the ranges of activations with scales from calibration; None where no layer has such.
+    range_estimator: what chooses the ranges of activations with scales from calibration; None where
+        no layer has such, or training has found them.
     """
 
     asked: Recipe

@@ -28,6 +28,9 @@ AUTO, AUTO_QUANTIZER = "auto", "gptq"
 CAST = "cast"
 CAST_SCHEME: HalfType = "float16"
 
+# The name that stands for "the codes are those that training has settled on".
+TRAINED = "trained"
+
 # The tuner of blocks that a recipe means without naming one; its options are written beside its name.
 TUNER = "signround"
 

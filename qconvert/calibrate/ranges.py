@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from qconvert.calibrate.trained_ranges import trained_ranges
 from qconvert.ir.activation_codes import ActivationCodes
 from qconvert.ir.activation_ranges import ActivationRange, ActivationRanges
 from qconvert.ir.batch import Batch, row_count, unpadded
@@ -24,13 +25,16 @@ def static_ranges(job: Job, artifact: ArtifactReader, progress: Progress) -> Act
     """Return the range of every value that static activations quantize, with its codes; None where there are none.
 
     The calibration samples are run on the weights as they were written, so that scales which were folded into them count, and
-    without padding. Each value's range is chosen by the job's range estimator.
+    without padding. Each value's range is chosen by the job's range estimator, unless training has settled on it.
 
     Raises InputError QC-FLOAT-001 for a value that is not finite, PluginError for an estimator that breaks its contract.
     """
-    plan, estimator = job.plan, job.range_estimator
-    if estimator is None:
+    plan, estimator, trained = job.plan, job.range_estimator, job.model.trained
+    if not plan.is_static:
         return None
+    if trained is not None:
+        return trained_ranges(job, trained)
+    assert estimator is not None
     how = next(layer.scheme.activations for layer in plan.layers.values() if layer.scheme.is_static)
     assert how is not None
     values = StaticValues(job.model, job.template, plan.is_static_layer, artifact.read)

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Flags whose value is the field's.
-PLAIN = ("model", "output", "preset", "quantizer", "budget", "targets", "layout", "device", "allow_unverified", "force")
+PLAIN = (
+    "model",
+    "output",
+    "preset",
+    "quantizer",
+    "trained",
+    "budget",
+    "targets",
+    "layout",
+    "device",
+    "allow_unverified",
+    "force",
+)
 TARGETS = click.Choice(get_args(TargetName))
 
 _FILE = (click.argument("recipe_file", metavar="[RECIPE.yaml]", required=False, type=click.Path(path_type=Path)),)
@@ -57,6 +69,7 @@ _ALGORITHM = (
     click.option(
         "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."
     ),
+    click.option("--trained", metavar="FILE", help="What qconvert.save_trained wrote: codes are taken as they were trained."),
     click.option("--option", "options", metavar="K=V", multiple=True, help="Option of the quantizer."),
 )
 _REST = (

@@ -17,6 +17,7 @@ from onnx_ir import Graph, Node, Value
 from qconvert.export.context import ExportContext
 from qconvert.export.graph import GraphBuilder
 from qconvert.graph.float_graph import substitute
+from qconvert.graph.layer_inputs import layer_inputs
 from qconvert.graph.quantized_values import QuantizedValue, quantized_values
 from qconvert.graph.static_codes import BIAS_CODES
 from qconvert.ir.activation_codes import ActivationCodes
@@ -30,7 +31,9 @@ LARGEST_INT32 = np.iinfo(np.int32).max
 
 def insert_pairs(graph: Graph, builder: GraphBuilder, context: ExportContext) -> None:
     """Put a pair behind every value of a template's graph that is quantized, in place."""
-    for found in quantized_values(graph, context.job.plan.is_static_layer):
+    job = context.job
+    values = quantized_values if job.model.trained is None else layer_inputs
+    for found in values(graph, job.plan.is_static_layer):
         assert found.root.name is not None
         _insert_pair(graph, builder, found, context.codes[found.root.name])
 

@@ -38,6 +38,16 @@ class ActivationCodes:
             zero_point = round(-low / scale)
         return ActivationCodes(scale, min(zero_point, how.codes - 1), how.bits)
 
+    @property
+    def low(self) -> float:
+        """The smallest value that has a code."""
+        return -self.zero_point * self.scale
+
+    @property
+    def high(self) -> float:
+        """The largest value that has a code."""
+        return float(2**self.bits - 1 - self.zero_point) * self.scale
+
 
 # Part (see targets.graph_files) -> value of its graph -> its codes.
 GraphCodes = Mapping[str, Mapping[str, ActivationCodes]]

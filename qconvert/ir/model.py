@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qconvert.ir.batch import Batch, row_count
 from qconvert.ir.task import TASKS, Task
+
+if TYPE_CHECKING:
+    from qconvert.ir.trained import Trained
 
 # Significant bits of a float, where they are less than those of float32.
 NARROW_BITS = {torch.bfloat16: 8, torch.float16: 11}
@@ -76,6 +79,7 @@ class Model:
     input_files: what the run depends on, for the manifest's digests: name without any folder outside -> path, or content
         that stands for what lies in no file.
     folder: the checkpoint's own folder, where no output may lie; None for other sources.
+    trained: what quantization-aware training has made of the model; None for other sources.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Model:
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
     input_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     folder: Path | None = None
+    trained: Trained | None = None
 
     def __post_init__(self) -> None:
         # Loaders of plugins give the name; one that is unknown is left for the contract to refuse (loader_contract.py).

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qconvert.calibrate import Participant, calibrate, static_ranges
+from qconvert.errors import UsageError
 from qconvert.execution.materialize import ReadParameter
 from qconvert.export import export
 from qconvert.ir.activation_codes import NO_CODES
@@ -17,6 +19,7 @@ from qconvert.job import Job
 from qconvert.pipeline import preflight, verdict
 from qconvert.pipeline.preparation import prepare
 from qconvert.pipeline.staged import staged
+from qconvert.pipeline.training import save_trained, trainable
 from qconvert.pipeline.verify_process import verify_in_fresh_process
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.quantize import quantize
@@ -27,14 +30,23 @@ from qconvert.storage.stage import Stage, open_stage
 from qconvert.write import Writer, run_digest, write_manifest
 from qconvert.write.origin import Origin, origin_of
 
+if TYPE_CHECKING:
+    from qconvert.training import Module
 
-def convert(recipe: Recipe, progress: Progress = silent, plugins: PluginManager | None = None) -> Report:
+
+def convert(
+    recipe: Recipe, progress: Progress = silent, plugins: PluginManager | None = None, *, module: Module | None = None
+) -> Report:
     """Turn a checkpoint into an artifact, prove that it works, publish it and say how good it is.
 
     plugins: what `preflight.check` gave who has asked it already.
+    module: what `prepare_qat` made of the recipe's model, trained. Its codes are taken as they are; they are kept beside the
+        output, in OUTPUT.trained.safetensors, which then is what the artifact was made from.
 
     Raises QConvertError; unless it is a TargetError, the output folder is then what it was before.
     """
+    if module is not None:
+        recipe = _saved(module, recipe)
     plugins = plugins or preflight.check(recipe)
     with staged(progress) as progress:
         job = prepare(recipe, plugins, progress)
@@ -46,6 +58,16 @@ def convert(recipe: Recipe, progress: Progress = silent, plugins: PluginManager 
     plugins.conversion_finished(recipe, report)
     verdict.refuse_unverified(report, recipe)
     return report
+
+
+def _saved(module: Module, recipe: Recipe) -> Recipe:
+    """Save a trained module, unless its file would replace one without leave, and return the recipe that takes it."""
+    path = recipe.output.with_name(f"{recipe.output.name}.trained.safetensors")
+    recipe = trainable(recipe, path)
+    if path.exists() and not recipe.force:
+        raise UsageError("QC-OUTPUT-004", f"there is {path} already", hint="give force to replace it, or another output")
+    save_trained(module, path)
+    return recipe
 
 
 class Conversion:

@@ -95,10 +95,17 @@ def plugins_of(recipe: Recipe) -> PluginManager:
 
 def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> None:
     source, data = _place(recipe.model), tuple(_data(recipe, plugins))
-    inputs = [*recipe.plugins, *(Path(name) for name in data), *([source] if source else [])]
+    inputs = [
+        *recipe.plugins,
+        *([recipe.trained] if recipe.trained else []),
+        *(Path(name) for name in data),
+        *([source] if source else []),
+    ]
     replaces = recipe.force or not writes
     check_output(recipe.output, force=replaces, inputs=[path for path in inputs if path.exists()])
     plugins.require(recipe.worker, recipe.tuning, recipe.ranges)
+    if recipe.trained is not None and not recipe.trained.is_file():
+        raise InputError("QC-TRAIN-003", f"there is no file {recipe.trained}", hint="write it with qconvert.save_trained")
     if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
         raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")
     if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir()):

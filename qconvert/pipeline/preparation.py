@@ -17,6 +17,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.job import Job
 from qconvert.load import load
+from qconvert.load.trained import as_trained, with_trained
 from qconvert.pipeline import preflight
 from qconvert.pipeline.room import require_room
 from qconvert.pipeline.staged import staged
@@ -24,6 +25,7 @@ from qconvert.plan import calibrates, check, is_static
 from qconvert.plan import plan as make_plan
 from qconvert.plan.peaks import trace_peak
 from qconvert.plugin.host.manager import PluginManager
+from qconvert.plugin.host.stand_ins import TrainedCodes
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
 from qconvert.storage.output import check_output
@@ -47,6 +49,8 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     quantizer, tuner = plugins.quantizer(recipe.worker, recipe.options), plugins.tuner(recipe.tuning)
     range_estimator = plugins.range_estimator(recipe.ranges)
     model = load_model(recipe, plugins, progress)
+    if model.trained is not None:
+        quantizer = TrainedCodes(model.trained)
     require_room({"trace": trace_peak(model)}, model)
     check_output(recipe.output, force=recipe.force, inputs=model.input_paths)
     samples = read_samples(model, recipe, calibrates(recipe, quantizer), plugins.find_data)
@@ -54,7 +58,7 @@ def prepare(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Job:
     model, template = ready_for_ranges(recipe, quantizer, model, template)
     plan = outline(recipe, quantizer, model, template)
     require_room(plan.peaks, model)
-    used = range_estimator if plan.is_static else None
+    used = range_estimator if plan.is_static and model.trained is None else None
     code = plugins.code_of(quantizer, tuner, used)
     job = Job(recipe, recipe, quantizer, model, template, plan, samples, digests, code, tuner, used)
     return decided(job, progress)
@@ -92,7 +96,7 @@ def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Mo
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)
     check(model, recipe)
-    return model
+    return model if recipe.trained is None else with_trained(model, recipe.trained)
 
 
 def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Template, Mapping[str, str]]:
@@ -106,7 +110,12 @@ def open_model(model: Model, samples: Samples, progress: Progress) -> tuple[Temp
 
 
 def ready_for_ranges(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> tuple[Model, Template]:
-    """Return model and template as static activations want them, if a recipe has some: batch norms are part of convolutions."""
+    """Return model and template with batch norms as parts of convolutions, where static activations want that or training
+    has done that, and the weights that were trained.
+    """
+    if model.trained is not None:
+        model, template = without_batch_norms(model, template)
+        return as_trained(model), template
     return without_batch_norms(model, template) if is_static(recipe, quantizer) else (model, template)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -56,6 +56,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
             f"no layer of {model.name} would be quantized: " + "; ".join(sorted({entry.reason for entry in kept})),
             hint="check the rules, and that the model has linear or Conv2d layers",
         )
+    _check_trained(model, layers)
     _check_layout(fitting.layout_refuses(layers.values()))
     _check_tuning(layers.values(), recipe)
     check_targets(model, template, layers, recipe)
@@ -97,7 +98,8 @@ def check(model: Model, recipe: Recipe) -> None:
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
     """Return whether calibration data is needed."""
-    return bool(quantizer.observers) or recipe.tuning is not None or is_static(recipe, quantizer)
+    finds_ranges = is_static(recipe, quantizer) and recipe.trained is None
+    return bool(quantizer.observers) or recipe.tuning is not None or finds_ranges
 
 
 def is_static(recipe: Recipe, quantizer: Quantizer) -> bool:
@@ -230,6 +232,22 @@ def _check_tuning(layers: Iterable[LayerPlan], recipe: Recipe) -> None:
             f"{found.name} ({found.scheme}) can't be tuned: its codes are places in a codebook",
             hint="leave out tuning, or take a scheme of integers, such as int4-g32",
         )
+
+
+def _check_trained(model: Model, layers: Mapping[str, LayerPlan]) -> None:
+    """A model that was trained with codes is converted with those, by the recipe that it was trained with."""
+    if model.trained is None:
+        return
+    trained = model.trained.layers
+    for name in (*layers, *trained):
+        planned = str(layers[name].scheme) if name in layers else "float"
+        found = str(trained[name].scheme) if name in trained else "float"
+        if planned != found:
+            raise UsageError(
+                "QC-TRAIN-004",
+                f"{name} was trained as {found}, and the recipe makes it {planned}",
+                hint="give the schemes and rules that prepare_qat was given",
+            )
 
 
 def _check_layout(reason: str | None) -> None:

@@ -20,6 +20,7 @@ from qconvert.vocabulary import (
     CAST_SCHEME,
     PLUGIN_SECONDS,
     PRESETS,
+    TRAINED,
     HalfType,
     Layout,
     Logits,
@@ -46,6 +47,12 @@ class Recipe(Part):
         None,
         description="number format, e.g. int4-g32-asym, or W4A16, W8A8 and the like; float16 or bfloat16 for cast; "
         "unset: the quantizer's default",
+    )
+    trained: Path | None = Field(
+        None,
+        exclude_if=lambda trained: trained is None,  # written where it is set: recipes of before mean what they meant
+        description="file of quantization-aware training, whose weights and codes are taken as they are; see "
+        "[training.md](training.md)",
     )
     budget: BudgetField | None = Field(
         None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
@@ -110,6 +117,14 @@ class Recipe(Part):
         scheme = str(settings.get("scheme") or CAST_SCHEME)
         return {"cuda_dtype": scheme, **settings} if scheme in get_args(HalfType) else settings
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_trained_codes(cls, settings: Any) -> Any:
+        """What was trained has its codes: no other quantizer chooses some."""
+        if not isinstance(settings, dict) or settings.get("trained") is None:
+            return settings
+        return {"quantizer": TRAINED, **settings}
+
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         """Validate what a file and the command line gave. Raises UsageError QC-RECIPE-001 with every wrong field."""
@@ -161,6 +176,26 @@ class Recipe(Part):
             raise UsageError(
                 "QC-CAST-002",
                 f"the quantizer {CAST} rounds every float in the same way, and has no use for {', '.join(unused)}",
+                hint="leave that out",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_trained(self) -> Self:
+        """Raises UsageError QC-TRAIN-002."""
+        if (self.trained is not None) != (self.quantizer == TRAINED):
+            raise UsageError(
+                "QC-TRAIN-002",
+                f"the quantizer {TRAINED} takes codes from a file, and none is given"
+                if self.trained is None
+                else f"{self.trained} has the codes that were trained, and the quantizer {self.quantizer} chooses others",
+                hint="give --trained FILE and no quantizer",
+            )
+        unused = [name for name in ("options", "tuning", "sequential", "ranges") if getattr(self, name)]
+        if self.trained is not None and unused:
+            raise UsageError(
+                "QC-TRAIN-002",
+                f"{self.trained} has the codes that were trained: there is no use for {', '.join(unused)}",
                 hint="leave that out",
             )
         return self

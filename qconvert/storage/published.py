@@ -24,6 +24,8 @@ def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | Non
     for part in ("calibration", "evaluation"):
         if settings[part]["source"] is not None:
             settings[part]["source"] = _resolved(settings[part]["source"], folder)
+    if settings.get("trained"):
+        settings["trained"] = _resolved(settings["trained"], folder)
     settings["plugins"] = [_resolved(path, folder) for path in settings["plugins"]]
     if targets:
         settings["targets"] = list(targets)
@@ -47,7 +49,7 @@ def portable_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
 
     def relative(value: Any, *, path: bool = False) -> Any:
         if isinstance(value, dict):
-            return {key: relative(item, path=key in ("model", "source", "plugins")) for key, item in value.items()}
+            return {key: relative(item, path=key in ("model", "source", "plugins", "trained")) for key, item in value.items()}
         if isinstance(value, list):
             return [relative(item, path=path) for item in value]
         if path and isinstance(value, str) and value.startswith(FACTORY) and ".py:" in value:

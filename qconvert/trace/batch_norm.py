@@ -27,10 +27,16 @@ from qconvert.trace.groups import input_groups
 
 
 def without_batch_norms(model: Model, template: Template) -> tuple[Model, Template]:
+    """Return what `fold_batch_norms` makes of a model and its template."""
+    changed, changed_template, _ = fold_batch_norms(model, template)
+    return changed, changed_template
+
+
+def fold_batch_norms(model: Model, template: Template) -> tuple[Model, Template, dict[str, str]]:
     """Return a model and its template in which every batch norm of images is part of the convolution before it, or is one.
 
     The module has an nn.Identity or an nn.Conv2d in its place, and its source gives the weights and biases that belong to that.
-    What was given is left as it is.
+    What was given is left as it is. The third is, by the module of the convolution, the norm in it.
     """
     graphs = {part: graph.clone() for part, graph in template.graphs.items()}
     module = copy.deepcopy(model.module)
@@ -54,12 +60,13 @@ def without_batch_norms(model: Model, template: Template) -> tuple[Model, Templa
             folds[_module(conv)] = Fold.of(name, taken)
         remove_unused(graph)
     if not folds:
-        return model, template
+        return model, template, {}
     used = {name for graph in graphs.values() for name in graph.graph.initializers}
     constants = {name: value for name, value in template.constants.items() if name in used}
     groups = input_groups([graph.graph for graph in graphs.values()], model.block_of)
     changed = dataclasses.replace(model, module=module, source=FoldedSource(model.source, folds))
-    return changed, dataclasses.replace(template, graphs=graphs, groups=groups, constants=constants)
+    names = {convolution: fold.norm for convolution, fold in folds.items()}
+    return changed, dataclasses.replace(template, graphs=graphs, groups=groups, constants=constants), names
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 from qconvert.errors import PluginError, QConvertError, UsageError
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.discovery import FAILURES, BrokenPlugin, Plugin, reason
-from qconvert.vocabulary import AUTO, CAST
+from qconvert.vocabulary import AUTO, CAST, TRAINED
 
 # Name -> the classes that plugins registered under it. More than one is an error only for the user who asks for that name.
 Registered = dict[str, list[tuple[type[Any], Plugin]]]
@@ -152,7 +152,7 @@ def _type_name(annotation: object) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-QUANTIZERS = Family("quantizer", "register_quantizers", "Quantizer", _check_quantizer, frozenset({AUTO, CAST}))
+QUANTIZERS = Family("quantizer", "register_quantizers", "Quantizer", _check_quantizer, frozenset({AUTO, CAST, TRAINED}))
 TUNERS = Family("tuner", "register_tuners", "BlockTuner", _check_tuner, builtins=("qconvert.tuners.signround",))
 RANGE_ESTIMATORS = Family(
     "range estimator",

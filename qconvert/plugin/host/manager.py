@@ -31,7 +31,7 @@ from qconvert.plugin.host.discovery import (
 )
 from qconvert.plugin.host.distribution import Code, Distribution, builtin, code_digest, distribution_of
 from qconvert.plugin.host.families import FAMILIES, QUANTIZERS, RANGE_ESTIMATORS, TUNERS, Family, Registered
-from qconvert.vocabulary import CAST, RANGES, TUNER
+from qconvert.vocabulary import CAST, RANGES, TRAINED, TUNER
 
 if TYPE_CHECKING:
     from qconvert.ir.model import Model
@@ -94,10 +94,10 @@ class PluginManager:
         Raises UsageError QC-PLUGIN-002 if none did, QC-PLUGIN-004 for wrong options; PluginError QC-PLUGIN-001 if none
         did but a broken plugin may have been meant to, QC-PLUGIN-003 if two did, QC-PLUGIN-005 if it can't be built.
         """
-        if name == CAST:
-            from qconvert.plugin.host.casting import Casting
+        if name in (CAST, TRAINED):
+            from qconvert.plugin.host.stand_ins import STAND_INS
 
-            return Casting()
+            return STAND_INS[name]()
         quantizer: Quantizer = self._built(QUANTIZERS, self.quantizers, name, options)
         return quantizer
 

@@ -1,0 +1,8 @@
+"""Training: modules whose layers compute with codes while they are trained, and the file of what they have become."""
+
+from torch.nn import Module
+
+from qconvert.training.prepare import prepare
+from qconvert.training.saved import save
+
+__all__ = ["Module", "prepare", "save"]
