@@ -42,7 +42,7 @@ def prepare_qat(module: AnyModule, recipe: Recipe, *, learned_steps: bool = Fals
     with staged(silent):
         model = load(recipe.model, plugins.load_model)
         model, template, folds = fold_batch_norms(model, trace(model))
-        plan = make_plan(model, template, recipe, plugins.quantizer(recipe.quantizer, {}))
+        plan = make_plan(model, template, recipe, plugins.quantizer(TRAINED, {}))
         prepare(module, model, template, plan, folds, learned_steps=learned_steps)
     return module
 
@@ -69,6 +69,5 @@ def trainable(recipe: Recipe, trained: Path | None = None) -> Recipe:
     scheme = recipe.scheme
     if scheme is None and recipe.quantizer != TRAINED:
         scheme = preflight.plugins_of(recipe).quantizer(recipe.quantizer, recipe.options).default_scheme
-    quantizer = TRAINED if trained is not None else recipe.quantizer
     unused: dict[str, Any] = {"options": {}, "tuning": None, "sequential": False, "ranges": None, "preset": None}
-    return recipe.model_copy(update={**unused, "scheme": scheme, "quantizer": quantizer, "trained": trained})
+    return recipe.model_copy(update={**unused, "scheme": scheme, "quantizer": TRAINED, "trained": trained})

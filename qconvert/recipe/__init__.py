@@ -51,8 +51,7 @@ class Recipe(Part):
     trained: Path | None = Field(
         None,
         exclude_if=lambda trained: trained is None,  # written where it is set: recipes of before mean what they meant
-        description="file of quantization-aware training, whose weights and codes are taken as they are; see "
-        "[training.md](training.md)",
+        description="file that save_trained wrote after quantization-aware training: weights and codes are taken as they are",
     )
     budget: BudgetField | None = Field(
         None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"

@@ -50,6 +50,13 @@ def named_recipes(settings: dict[str, Any]) -> dict[str, Recipe]:
             recipes[name] = Recipe.from_settings({**common, **own, "output": f"{common['output']}/{name}"})
         except UsageError as error:
             raise UsageError(error.code, f"recipe {name!r}: {error.message}", hint=error.hint) from error
+    trained = next((name for name, recipe in recipes.items() if recipe.trained is not None), None)
+    if trained is not None:
+        raise UsageError(
+            "QC-TRAIN-002",
+            f"recipe {trained!r} takes codes that were trained, which belong to weights of their own",
+            hint="run that recipe by itself",
+        )
     return recipes
 
 

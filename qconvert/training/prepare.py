@@ -31,10 +31,10 @@ def prepare(
     """
     if any(isinstance(each, FakeQuantized) for each in module.modules()):
         raise UsageError("QC-TRAIN-001", "the module was prepared before", hint="prepare the float module, and once")
+    names = [*plan.layers, *plan.shared]
+    _check(module, model, [*names, *(each for each in folds if each not in names)], folds)
     for convolution, norm in folds.items():
         _fold(module, convolution, norm)
-    names = [*plan.layers, *plan.shared]
-    _check(module, model, names)
     weights = {
         name: WeightQuantizer(layer.scheme, as_matrix(module.get_submodule(name)), learned=learned_steps)
         for name, layer in plan.layers.items()
@@ -47,11 +47,26 @@ def prepare(
         layer.train(module.training)
 
 
+def _check(module: nn.Module, model: Model, names: list[str], folds: Mapping[str, str]) -> None:
+    """Nothing is changed in a module that is of another architecture."""
+    for norm_name in folds.values():
+        norm = _found(module, norm_name)
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+            raise _another(f"{norm_name} is {type(norm).__name__}, where the recipe's model has a batch norm")
+    for name in names:
+        found, wanted = _found(module, name), model.module.get_submodule(name)
+        if isinstance(found, nn.BatchNorm2d) and name in folds.values():
+            continue  # it becomes a convolution
+        if layer_kind(found) != layer_kind(wanted) or as_matrix(found).shape != as_matrix(wanted).shape:
+            raise _another(f"{name} is {found}, where the recipe's model has {wanted}")
+
+
 def _fold(module: nn.Module, convolution: str, norm_name: str) -> None:
     """Put a batch norm with the statistics that it has into the convolution before it, or make it one (trace/batch_norm.py)."""
-    norm = _found(module, norm_name)
-    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
-        raise _another(f"{norm_name} is {type(norm).__name__}, where the recipe's model has a batch norm")
+    norm = module.get_submodule(norm_name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     factor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
     shift = norm.bias.detach().double() - norm.running_mean.double() * factor
     if convolution == norm_name:
@@ -60,9 +75,8 @@ def _fold(module: nn.Module, convolution: str, norm_name: str) -> None:
         nn.init.ones_(conv.weight)
         module.set_submodule(norm_name, conv)
     else:
-        before = _found(module, convolution)
-        if not isinstance(before, nn.Conv2d):
-            raise _another(f"{convolution} is {type(before).__name__}, where the recipe's model has a convolution")
+        before = module.get_submodule(convolution)
+        assert isinstance(before, nn.Conv2d)
         conv = before
         module.set_submodule(norm_name, nn.Identity())
     with torch.no_grad():
@@ -70,13 +84,6 @@ def _fold(module: nn.Module, convolution: str, norm_name: str) -> None:
             conv.bias = nn.Parameter(torch.zeros_like(norm.bias))
         conv.weight.copy_(conv.weight.double() * factor.reshape(-1, 1, 1, 1))
         conv.bias.copy_(conv.bias.double() * factor + shift)
-
-
-def _check(module: nn.Module, model: Model, names: list[str]) -> None:
-    for name in names:
-        found, wanted = _found(module, name), model.module.get_submodule(name)
-        if layer_kind(found) != layer_kind(wanted) or as_matrix(found).shape != as_matrix(wanted).shape:
-            raise _another(f"{name} is {found}, where the recipe's model has {wanted}")
 
 
 def _found(module: nn.Module, name: str) -> nn.Module:

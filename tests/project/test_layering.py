@@ -21,7 +21,7 @@ from qconvert.plugin.host.manager import BUILTINS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "qconvert"
-STAGES = ("load", "trace", "plan", "calibrate", "allocate", "quantize", "write", "export", "verify")
+STAGES = ("load", "trace", "plan", "calibrate", "allocate", "quantize", "training", "write", "export", "verify")
 STORY = {
     *("prepare", "quantize_blocks", "calibrate", "take", "quantize", "append", "finish", "export", "write_manifest"),
     *("verify_in_fresh_process", "write_report", "publish"),
@@ -112,7 +112,7 @@ def test_the_contracts_give_each_library_its_rooms() -> None:
     assert {library: {name.removeprefix("qconvert.") for name in names} for library, names in rooms.items()} == {
         "onnxruntime": {"ort"},
         "onnx_ir": {"graph", "ort", "trace", "export", "verify", "ir.template", "plan.targets", "write.origin"},
-        "transformers": {"execution", "load", "trace", "calibrate.layers", "verify.loaders"},
+        "transformers": {"execution", "load", "trace", "calibrate.layers", "training.layers", "verify.loaders"},
     }
     (torch,) = (contract["source_modules"] for contract in contracts() if contract.get("forbidden_modules") == ["torch"])
     assert {"qconvert.graph", "qconvert.recipe", "qconvert.report", "qconvert.cli"} <= set(torch)
