@@ -64,7 +64,7 @@ class CpuLowering(Lowering):
                 return self._row_form(plan, module, x, bias)
             case LayerForm.CODEBOOK_WEIGHTS:
                 return self._matmul_bnb4(plan, self._scaled_input(plan, x), bias)
-            case LayerForm.INT8_STATIC:
+            case LayerForm.INT8_STATIC | LayerForm.PACKED_STATIC:
                 return self.static.lower(plan, node, x, bias)
             case _:
                 return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)

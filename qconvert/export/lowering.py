@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Value
 
 from qconvert.export.context import ExportContext
+from qconvert.export.dequantized import dequantized
 from qconvert.export.graph import GraphBuilder
 from qconvert.ir.plan import LayerPlan
 
 MICROSOFT = "com.microsoft"
-
-# Bits of a code -> the type that ONNX reads packed codes as.
-CODE_TYPES = {4: DataType.UINT4, 8: DataType.UINT8}
 
 
 class Lowering(ABC):
@@ -85,39 +82,10 @@ class Lowering(ABC):
         )
 
     def _conv2d(self, plan: LayerPlan, node: onnx_ir.Node, x: Value, bias: Value | None) -> Value:
-        weight = self._dequantized(plan, node)
+        kernel = node.attributes["kernel_shape"].as_ints()
+        weight = dequantized(self.builder, plan, (plan.out_features, -1, *kernel))
         attributes = [value for key, value in node.attributes.items() if key != "module"]
         inputs = [x, weight] if bias is None else [x, weight, bias]
         conv = onnx_ir.Node("", "Conv", inputs, attributes, name=f"{plan.name}/Conv")
         self.builder.nodes.append(conv)
         return conv.outputs[0]
-
-    def _dequantized(self, plan: LayerPlan, node: onnx_ir.Node) -> Value:
-        """The float kernel [out, in / groups, kh, kw], from ops that fold when the model is loaded."""
-        builder, name, bits, out = self.builder, plan.name, plan.scheme.bits, plan.out_features
-        per_word = 32 // bits
-        words = -(-plan.in_features // per_word)
-        codes = builder.op(
-            "Cast",
-            [builder.external(f"{name}.weight_packed", (out, words * per_word), CODE_TYPES[bits])],
-            f"{name}/Codes",
-            to=DataType.FLOAT,
-        )
-        if words * per_word != plan.in_features:
-            ends = builder.constant(f"{name}/width", np.array([plan.in_features], np.int64))
-            start = builder.constant("qconvert/zero", np.array([0], np.int64))
-            axis = builder.constant("qconvert/axis_1", np.array([1], np.int64))
-            codes = builder.op("Slice", [codes, start, ends, axis], f"{name}/Unpad")
-        groups = plan.in_features // plan.scheme.group_size(plan.in_features)
-        shape = builder.constant(f"{name}/grouped", np.array([out, groups, -1], np.int64))
-        codes = builder.op("Reshape", [codes, shape], f"{name}/Group")
-        if plan.scheme.symmetric:
-            zero_point = builder.constant(f"qconvert/zero_point_int{bits}", np.array(plan.scheme.format.offset, np.float32))
-        else:
-            zero_point = builder.float32(builder.external(f"{name}.kernel_zero_point", (out, groups, 1)))
-        centred = builder.op("Sub", [codes, zero_point], f"{name}/Centre")
-        scale = builder.float32(builder.external(f"{name}.weight_scale", (out, groups, 1)))
-        weight = builder.op("Mul", [centred, scale], f"{name}/Dequantize")
-        kernel_shape = node.attributes["kernel_shape"].as_ints()
-        full = builder.constant(f"{name}/kernel_shape", np.array([out, -1, *kernel_shape], np.int64))
-        return builder.op("Reshape", [weight, full], f"{name}/Kernel")

@@ -15,17 +15,19 @@ import torch
 from onnx_ir import Graph, Node, Value
 
 from qconvert.export.context import ExportContext
+from qconvert.export.dequantized import dequantized
 from qconvert.export.graph import GraphBuilder
 from qconvert.graph.float_graph import substitute
 from qconvert.graph.layer_inputs import layer_inputs
 from qconvert.graph.quantized_values import QuantizedValue, quantized_values
-from qconvert.graph.static_codes import BIAS_CODES
+from qconvert.graph.static_codes import BIAS_CODES, CUT_OFF
 from qconvert.ir.activation_codes import ActivationCodes
+from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_tensor
 
-# Bits of a code -> the type of its zero point.
-ZERO_POINTS = {8: np.uint8, 16: np.uint16}
+# Bits of a code -> the type of its zero point. Those of 4 bits have a byte each, since integer kernels know no others.
+ZERO_POINTS = {4: np.uint8, 8: np.uint8, 16: np.uint16}
 LARGEST_INT32 = np.iinfo(np.int32).max
 
 
@@ -43,7 +45,8 @@ def _insert_pair(graph: Graph, builder: GraphBuilder, found: QuantizedValue, cod
     readers = [use for use in value.uses() if found.readers is None or use.node in found.readers]
     scale = builder.constant(f"{found.root.name}/scale", np.array(codes.scale, np.float32))
     zero_point = builder.constant(f"{found.root.name}/zero_point", np.array(codes.zero_point, ZERO_POINTS[codes.bits]))
-    quantized = builder.op("QuantizeLinear", [value, scale, zero_point], f"{name}/QuantizeLinear")
+    source = _cut_off(builder, value, codes) if codes.bits == 4 else value
+    quantized = builder.op("QuantizeLinear", [source, scale, zero_point], f"{name}/QuantizeLinear")
     quantized.name, quantized.shape, quantized.type = f"{name}/codes", value.shape, zero_point.type
     output = builder.op("DequantizeLinear", [quantized, scale, zero_point], f"{name}/DequantizeLinear")
     output.name, output.shape, output.type = f"{name}/from_codes", value.shape, value.type
@@ -57,6 +60,15 @@ def _insert_pair(graph: Graph, builder: GraphBuilder, found: QuantizedValue, cod
     if found.readers is None and value.is_graph_output():
         output.name, value.name = name, f"{name}/float"
         graph.outputs[list(graph.outputs).index(value)] = output
+
+
+def _cut_off(builder: GraphBuilder, value: Value, codes: ActivationCodes) -> Value:
+    """The value, cut off where codes end that are shorter than their type."""
+    low = builder.constant(f"{value.name}/lowest", np.array(codes.low, np.float32))
+    high = builder.constant(f"{value.name}/highest", np.array(codes.high, np.float32))
+    output = builder.op("Clip", [value, low, high], f"{value.name}{CUT_OFF}")
+    output.shape, output.type = value.shape, value.type
+    return output
 
 
 def keep_float_convolutions(graph: Graph) -> None:
@@ -89,6 +101,8 @@ class StaticLowering:
 
     def lower(self, plan: LayerPlan, node: Node, x: Value, bias: Value | None) -> Value:
         """Return the value that the nodes for an opaque `node` give. x: from codes; bias: in float32."""
+        if plan.form is LayerForm.PACKED_STATIC:
+            return self._packed(plan, node, x, bias)
         if node.op_type == "Conv":
             kernel = node.attributes["kernel_shape"].as_ints()
             shape = (plan.out_features, plan.in_features // math.prod(kernel), *kernel)
@@ -98,6 +112,20 @@ class StaticLowering:
             return self._product("Gemm", plan, [x, self._weight(plan), bias], [onnx_ir.AttrInt64("transB", 1)])
         product = self.builder.op("MatMul", [x, self._weight(plan, transposed=True)], f"{plan.name}/MatMul")
         return product if bias is None else self.builder.op("Add", [product, bias], f"{plan.name}/AddBias")
+
+    def _packed(self, plan: LayerPlan, node: Node, x: Value, bias: Value | None) -> Value:
+        """A product in float with a weight that is dequantized when the model is loaded."""
+        name, out = plan.name, plan.out_features
+        if node.op_type == "Conv":
+            weight = dequantized(self.builder, plan, (out, -1, *node.attributes["kernel_shape"].as_ints()))
+            attributes = [value for key, value in node.attributes.items() if key != "module"]
+            conv = Node("", "Conv", [x, weight] if bias is None else [x, weight, bias], attributes, name=f"{name}/Conv")
+            self.builder.nodes.append(conv)
+            return conv.outputs[0]
+        weight = dequantized(self.builder, plan, (out, plan.in_features))
+        transposed = self.builder.op("Transpose", [weight], f"{name}/Transpose", perm=[1, 0])
+        product = self.builder.op("MatMul", [x, transposed], f"{name}/MatMul")
+        return product if bias is None else self.builder.op("Add", [product, bias], f"{name}/AddBias")
 
     def _product(self, op_type: str, plan: LayerPlan, inputs: list[Value | None], attributes: list[onnx_ir.Attr]) -> Value:
         """A Conv or Gemm of (x, weight, bias or None). The bias is written in int32 where these hold it."""

@@ -10,6 +10,8 @@ from qconvert.graph.float_graph import replace
 
 # Stands between the names of a layer and of its input's scale, in the name of the initializer that holds the bias as int32.
 BIAS_CODES = ".bias_codes/"
+# Ends the name of the node that cuts a value off where its codes end, if these are shorter than their type.
+CUT_OFF = "/CutOff"
 
 
 def static_codes(graph: Graph) -> list[Value]:
@@ -26,9 +28,14 @@ def drop_static_codes(graph: Graph, float_bias: Callable[[str], Value]) -> None:
     for value in static_codes(graph):
         node = value.producer()
         assert node is not None
-        assert node.inputs[0] is not None
+        before = node.inputs[0]
+        assert before is not None
+        cut = before.producer()
+        if cut is not None and str(cut.name).endswith(CUT_OFF):
+            before = cut.inputs[0]
+            assert before is not None
         for use in [use for use in value.uses() if use.node.op_type == "DequantizeLinear"]:
-            replace(use.node.outputs[0], node.inputs[0])
+            replace(use.node.outputs[0], before)
     for codes in [value for value in graph.initializers.values() if value.dtype == DataType.INT32]:
         layer, found, _ = str(codes.name).partition(BIAS_CODES)
         if found:

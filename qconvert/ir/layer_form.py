@@ -17,6 +17,8 @@ class LayerForm(Enum):
     CODEBOOK_WEIGHTS: packed places in a codebook, float activations (MatMulBnb4), in the layout of bitsandbytes.
     INT8_ROWS: signed bytes; every row of the input is quantized with a step of its own.
     INT8_STATIC: signed bytes; the input is quantized in a range that calibration has found. Linears and convolutions.
+    PACKED_STATIC: packed codes, dequantized when the model is loaded, and an input that is quantized in such a range: what was
+        trained with few bits computes with them, in float. Linears and convolutions.
     PACKED_EMBEDDING, INT8_EMBEDDING: the same bytes, whose rows are gathered.
     CONVOLUTION: packed codes, dequantized when the model is loaded: small on disk, float at run time.
     FLOAT: as it is in the source.
@@ -26,6 +28,7 @@ class LayerForm(Enum):
     CODEBOOK_WEIGHTS = "codebook weights"
     INT8_ROWS = "int8 rows"
     INT8_STATIC = "int8 static"
+    PACKED_STATIC = "packed static"
     PACKED_EMBEDDING = "packed embedding"
     INT8_EMBEDDING = "int8 embedding"
     CONVOLUTION = "convolution"
@@ -35,12 +38,12 @@ class LayerForm(Enum):
     def of(kind: LayerKind, scheme: QuantScheme) -> LayerForm:
         """Return the form of a layer that is quantized."""
         if scheme.is_static and kind != "embedding":
-            return LayerForm.INT8_STATIC
+            return LayerForm.INT8_STATIC if scheme.bits == 8 else LayerForm.PACKED_STATIC
         match kind:
             case "conv2d":
                 return LayerForm.CONVOLUTION
             case "embedding":
-                return LayerForm.INT8_EMBEDDING if scheme.activations else LayerForm.PACKED_EMBEDDING
+                return LayerForm.INT8_EMBEDDING if scheme.activations and scheme.bits == 8 else LayerForm.PACKED_EMBEDDING
             case "linear" | "conv1d":
                 if scheme.codebook is not None:
                     return LayerForm.CODEBOOK_WEIGHTS
@@ -49,7 +52,17 @@ class LayerForm(Enum):
     @property
     def is_packed(self) -> bool:
         """Whether codes are packed into words (pack-quantized), as neither signed bytes (int-quantized) nor codebooks are."""
-        return self in (LayerForm.PACKED_WEIGHTS, LayerForm.PACKED_EMBEDDING, LayerForm.CONVOLUTION)
+        return self in (
+            LayerForm.PACKED_WEIGHTS,
+            LayerForm.PACKED_STATIC,
+            LayerForm.PACKED_EMBEDDING,
+            LayerForm.CONVOLUTION,
+        )
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it reads codes in a range that calibration, or training, has found."""
+        return self in (LayerForm.INT8_STATIC, LayerForm.PACKED_STATIC)
 
     @property
     def is_embedding(self) -> bool:

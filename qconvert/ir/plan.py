@@ -157,7 +157,7 @@ class Plan:
 
     def is_static_layer(self, name: str) -> bool:
         """Return whether the module `name` reads codes of a range that calibration finds."""
-        return self.form_of(name) is LayerForm.INT8_STATIC
+        return self.form_of(name).is_static
 
     def layer_of(self, name: str) -> LayerPlan | None:
         """Return the planned layer that the module `name` computes with, None where it stays float."""

@@ -77,7 +77,7 @@ CODEBOOKS = tuple(each for each in FORMATS.values() if each.codebook is not None
 _INTEGERS = re.compile(
     rf"(?P<format>{'|'.join(each.name for each in INTEGERS)})"
     r"(?:-(?P<granularity>tensor|channel|g(?P<group>[0-9]+)))?(?P<asym>-asym)?"
-    r"(?:-a(?P<static>8|16)-static(?P<sym>-sym)?|(?P<a8>-a8))?"
+    r"(?:-a(?P<static>4|8|16)-static(?P<sym>-sym)?|(?P<a8>-a8))?"
 )
 _CODEBOOKS = re.compile(rf"(?P<format>{'|'.join(each.name for each in CODEBOOKS)})(?:-g(?P<group>[0-9]+))?(?P<double>-dq)?")
 
@@ -154,12 +154,14 @@ class QuantScheme:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether any kernel runs the scheme fast: quantized activations need int8 weights, with a scale per tensor or channel,
-        and static ones also weights without zero points.
+        """Whether there is a graph for the scheme: int8 weights with quantized activations need a scale per tensor or channel,
+        and with static ones no zero points; int4 weights go with static ones alone, and are multiplied in float then.
         """
         if self.activations is None:
             return True
-        return self.format is INT8 and not isinstance(self.granularity, PerGroup) and (self.symmetric or not self.is_static)
+        if self.format is INT8:
+            return not isinstance(self.granularity, PerGroup) and (self.symmetric or not self.is_static)
+        return self.is_static
 
     @property
     def is_static(self) -> bool:
@@ -251,8 +253,8 @@ def no_kernel(scheme: QuantScheme) -> UsageError:
     """Return the error QC-PLAN-001, for a scheme whose `has_kernel` is false."""
     return UsageError(
         "QC-PLAN-001",
-        f"{scheme}: quantized activations have fast kernels only with int8 weights per tensor or channel"
-        + (", static ones only with weights without zero points" if scheme.is_static else ""),
+        f"{scheme}: quantized activations have kernels only with int8 weights per tensor or channel"
+        + (", static ones only with int4 weights or with int8 weights without zero points" if scheme.is_static else ""),
         hint=f"take int8-channel-{scheme.activations}, or leave out -{scheme.activations}",
     )
 

@@ -80,7 +80,7 @@ def _node_bytes(model: Model, plan: Plan, name: str, *, looked_up: bool) -> int:
         case LayerForm.PACKED_WEIGHTS:
             codes = _blocks(layer) * CPU.block_size(layer) * layer.scheme.bits // 8
             return NODE_BYTES + codes + _blocks(layer) * BLOCK_BYTES + _widened_scales(layer)
-        case LayerForm.CONVOLUTION:
+        case LayerForm.CONVOLUTION | LayerForm.PACKED_STATIC:
             return NODE_BYTES + CONVOLUTION_BYTES * weights
         case LayerForm.INT8_ROWS:  # a head that shares the codes of an embedding is transposed, and that copy stays
             return ROWS_NODE_BYTES + weights * (2 if name in plan.shared else 1)

@@ -30,7 +30,7 @@ def sidecar_infos(plan: LayerPlan) -> dict[str, TensorInfo]:
     """Return what `sidecar_tensors` gives for a layer without outliers and smoothing scale, its scales in their own dtype."""
     out, groups = plan.out_features, plan.in_features // plan.scheme.group_size(plan.in_features)
     has_zero_points = not plan.scheme.symmetric
-    if plan.form is LayerForm.CONVOLUTION:
+    if plan.form in (LayerForm.CONVOLUTION, LayerForm.PACKED_STATIC):
         return {"kernel_zero_point": TensorInfo(torch.uint8, (out, groups))} if has_zero_points else {}
     if not plan.form.is_packed:
         return {}
@@ -51,7 +51,8 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
 
     kernel_weight [out, blocks, block bytes] uint8: padded copy of the codes.
     kernel_scale [out, blocks]: the scale repeated per block, or as double quantization gives it.
-    kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d.
+    kernel_zero_point uint8: [out, ceil(blocks * bits / 8)] for linears, [out, groups] unsigned for conv2d and what
+        is static.
     outlier_columns [n] int64, outlier_weight [n, out] float16 where that loses nothing, outlier_mask [in] uint8 with
     zeros at the outliers.
     input_factor [in] float32: what the input is multiplied by, 1 / smoothing_scale.
@@ -60,7 +61,7 @@ def sidecar_tensors(plan: LayerPlan, tensor: QuantizedTensor) -> dict[str, Tenso
     if tensor.smoothing_scale is not None:
         extra["input_factor"] = 1 / tensor.smoothing_scale
     match plan.form:
-        case LayerForm.CONVOLUTION:
+        case LayerForm.CONVOLUTION | LayerForm.PACKED_STATIC:
             extra |= _unpacked_zero_points(plan, tensor)
         case LayerForm.INT8_ROWS | LayerForm.INT8_STATIC | LayerForm.INT8_EMBEDDING:
             extra |= _outliers(plan, tensor)
