@@ -1,6 +1,6 @@
 """A language model in float, quantized after training, and trained with int4 on a text: perplexity of the rest of that text.
 
-    python examples/train_text.py HuggingFaceTB/SmolLM2-135M-folder text.txt out/smollm2 --steps 60
+    python examples/train_text.py smollm2 text.txt out/smollm2 --steps 60
 
 The Trainer of transformers trains every weight, and knows nothing of quantization. Nine tenths of the text are learned; the
 last tenth is what the artifacts are judged by.
@@ -41,7 +41,7 @@ def recipe(folder: Path, output: Path, scheme: str, rest: Path) -> Recipe:
     )
 
 
-def compare(folder: Path, text: Path, output: Path, scheme: str, steps: int) -> tuple[Report, Report]:
+def compare(folder: Path, text: Path, output: Path, scheme: str, steps: int, rate: float) -> tuple[Report, Report]:
     """Return the reports on what is quantized after training, and on what is trained with the scheme."""
     written = text.read_text(encoding="utf-8")
     output.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def compare(folder: Path, text: Path, output: Path, scheme: str, steps: int) -> 
         output_dir=str(output / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=2e-5,
+        learning_rate=rate,
         save_strategy="no",
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
@@ -72,8 +72,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--scheme", default="int4-g32")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=2e-5)
     given = parser.parse_args()
-    after, trained = compare(given.model, given.text, given.output, given.scheme, given.steps)
+    after, trained = compare(given.model, given.text, given.output, given.scheme, given.steps, given.rate)
     print(f"float                   perplexity {after.fidelity[0].perplexity_float:8.3f}")
     for name, report in {"after training": after, "trained with it": trained}.items():
         print(f"{given.scheme}, {name:15} perplexity {report.fidelity[0].perplexity:8.3f}, {report.size.weights_bytes} bytes")

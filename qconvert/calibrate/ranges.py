@@ -35,7 +35,7 @@ def static_ranges(job: Job, artifact: ArtifactReader, progress: Progress) -> Act
     if trained is not None:
         return trained_ranges(job, trained)
     assert estimator is not None
-    how = next(layer.scheme.activations for layer in plan.layers.values() if layer.scheme.is_static)
+    how = plan.activations
     assert how is not None
     values = StaticValues(job.model, job.template, plan.is_static_layer, artifact.read)
     found = []

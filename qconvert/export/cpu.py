@@ -10,7 +10,7 @@ from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import CpuLowering
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
-from qconvert.export.static import insert_pairs, keep_float_convolutions
+from qconvert.export.static import insert_pairs, keep_float_products
 from qconvert.graph.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
@@ -43,7 +43,7 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     pack_query_key_value(graph, builder)
     if model.task.continues_prompts:
         pack_shared_inputs(graph, builder, together.values())
-    keep_float_convolutions(graph)
+    keep_float_products(graph)
     choose_by_processor(graph, builder, lowering.static.weights)
     _bind(graph, builder, model)
 

@@ -8,7 +8,7 @@ outliers          the same on what is left when the outlier columns are masked o
 embedding         weights only: GatherBlockQuantized on the packed bytes; a head that shares them has MatMulNBits
                   int8 activations, of a head that shares the bytes: gathered codes, cast and scaled
 conv2d            the weight is dequantized when the model is loaded: small on disk, float at run time
-static            codes in ranges from calibration (export/static.py)
+static            codes in ranges from calibration (export/static.py); int4 weights are dequantized when the model is loaded
 """
 
 from __future__ import annotations

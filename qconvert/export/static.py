@@ -45,7 +45,8 @@ def _insert_pair(graph: Graph, builder: GraphBuilder, found: QuantizedValue, cod
     readers = [use for use in value.uses() if found.readers is None or use.node in found.readers]
     scale = builder.constant(f"{found.root.name}/scale", np.array(codes.scale, np.float32))
     zero_point = builder.constant(f"{found.root.name}/zero_point", np.array(codes.zero_point, ZERO_POINTS[codes.bits]))
-    source = _cut_off(builder, value, codes) if codes.bits == 4 else value
+    is_cut = codes.bits == 4 and found.root is value  # what was only moved has been cut off already
+    source = _cut_off(builder, value, codes) if is_cut else value
     quantized = builder.op("QuantizeLinear", [source, scale, zero_point], f"{name}/QuantizeLinear")
     quantized.name, quantized.shape, quantized.type = f"{name}/codes", value.shape, zero_point.type
     output = builder.op("DequantizeLinear", [quantized, scale, zero_point], f"{name}/DequantizeLinear")
@@ -71,17 +72,23 @@ def _cut_off(builder: GraphBuilder, value: Value, codes: ActivationCodes) -> Val
     return output
 
 
-def keep_float_convolutions(graph: Graph) -> None:
-    """Let convolutions with float weights stay what they are where codes go in and come out, in place.
+def keep_float_products(graph: Graph) -> None:
+    """Let convolutions and linear layers with float weights stay what they are where codes go in and come out, in place.
 
     ONNX Runtime 1.31 quantizes their weights by itself when a session is created, with one scale for all (measured: off by
-    30 % of the largest). It does not look through the Sum of one value.
+    30 % of the largest): those of Conv, and of Gemm, which it makes of MatMul and Add. It does not look through a Sum.
     """
-    for conv in [node for node in graph if node.op_type == "Conv"]:
-        if [_is_from_codes(value) for value in conv.inputs[:2]] == [True, False]:
-            alone = Node(conv.domain, conv.op_type, conv.inputs, list(conv.attributes.values()), name=conv.name)
-            total = onnx_ir.node("Sum", alone.outputs, name=f"{conv.name}/InFloat")
-            substitute(graph, conv, [alone, total], total.outputs[0])
+    products = [node for node in graph if node.op_type in ("Conv", "MatMul")]
+    for node in products:
+        if [_is_from_codes(value) for value in node.inputs[:2]] != [True, False]:
+            continue
+        if node.op_type == "Conv":
+            alone = Node(node.domain, node.op_type, node.inputs, list(node.attributes.values()), name=node.name)
+            total = onnx_ir.node("Sum", alone.outputs, name=f"{node.name}/InFloat")
+            substitute(graph, node, [alone, total], total.outputs[0])
+        for add in [use.node for use in node.outputs[0].uses() if use.node.op_type == "Add"]:
+            total = onnx_ir.node("Sum", list(add.inputs), name=add.name)
+            substitute(graph, add, [total], total.outputs[0])
 
 
 def _is_from_codes(value: Value | None) -> bool:

@@ -15,7 +15,7 @@ from qconvert.ir.layer import LayerKind
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
 from qconvert.ir.quant_state import quant_state, state_suffix
-from qconvert.ir.scheme import Cast, QuantScheme
+from qconvert.ir.scheme import Activations, Cast, QuantScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,11 @@ class Plan:
     def is_static(self) -> bool:
         """Whether any layer has activations whose range calibration finds."""
         return any(layer.scheme.is_static for layer in self.layers.values())
+
+    @property
+    def activations(self) -> Activations | None:
+        """How static activations are quantized, which is alike in all layers that have some; None where none has."""
+        return next((layer.scheme.activations for layer in self.layers.values() if layer.scheme.is_static), None)
 
     def is_static_layer(self, name: str) -> bool:
         """Return whether the module `name` reads codes of a range that calibration finds."""

@@ -216,8 +216,8 @@ def _no_scheme(text: str) -> UsageError:
         "QC-SCHEME-001",
         f"'{text}' is not a scheme",
         hint=f"write {' or '.join(each.name for each in INTEGERS)}, then -tensor, -channel or -gN "
-        f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8, -a8-static or -a16-static, the last two "
-        "also with -sym: for example int4-g32-asym, int8-channel-a8; W4A16 and W8A8 are understood, too; "
+        f"(N one of {', '.join(map(str, GROUP_SIZES))}), then -asym, then -a8, -a4-static, -a8-static or -a16-static, the "
+        "static ones also with -sym: for example int4-g32-asym, int8-channel-a8; W4A16 and W8A8 are understood, too; "
         f"{' and '.join(each.name for each in CODEBOOKS)} are for the quantizer nf4, then -gN (N one of {sizes}), then -dq; "
         "float16 and bfloat16 are for the quantizer cast",
     )

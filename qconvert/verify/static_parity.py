@@ -28,7 +28,8 @@ AGAIN = "/again"
 
 def worst_codes(artifact: ArtifactReader, target: Target) -> tuple[float, str]:
     """Return (the largest difference of codes beyond one, or of outputs, relative to the largest; of what)."""
-    if not artifact.plan.is_static:
+    how = artifact.plan.activations
+    if how is None:
         return 0.0, ""
     graphs = target_graphs(artifact, target)
     outputs = {part: [str(value.name) for value in graph.graph.outputs] for part, graph in graphs.items()}
@@ -44,7 +45,8 @@ def worst_codes(artifact: ArtifactReader, target: Target) -> tuple[float, str]:
         known = values[part]
         again = run_named(opened(_cut(graph), settings=AS_THEY_ARE), known)
         errors += [
-            (_beyond_one(known[name], again[name + AGAIN]), f"codes of {name.removesuffix('/codes')}") for name in codes[part]
+            (_beyond_one(known[name], again[name + AGAIN], how.codes), f"codes of {name.removesuffix('/codes')}")
+            for name in codes[part]
         ]
         errors += [
             (compare.largest_difference(known[name], again[name]), f"{name}, computed from static activations,")
@@ -73,9 +75,9 @@ def _cut(model: onnx_ir.Model) -> onnx_ir.Model:
     return cut
 
 
-def _beyond_one(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
-    """The largest difference of codes, beyond one, as a share of all codes; infinite where shapes differ."""
+def _beyond_one(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], count: int) -> float:
+    """The largest difference of codes, beyond one, as a share of the largest of `count`; infinite where shapes differ."""
     if found.shape != expected.shape:
         return float("inf")
     largest = np.abs(found.astype(np.int64) - expected.astype(np.int64)).max(initial=0)
-    return max(float(largest) - 1, 0.0) / float(np.iinfo(found.dtype).max)
+    return max(float(largest) - 1, 0.0) / (count - 1)
