@@ -47,6 +47,6 @@ def test_smollm2_learns_a_short_text_with_int4_weights(tmp_path: Path) -> None:
     del plain.config.quantization_config
     plain.save_pretrained(source)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(source)
-    after, trained = example("train_text").compare(source, TEXT, tmp_path / "out", "int4-channel", steps=8, rate=2e-5)
+    after, trained = example("train_text").compare(source, TEXT, tmp_path / "out", "int4-g32", steps=6, rate=1e-4)
     assert trained.passed
-    assert trained.fidelity[0].perplexity < 0.5 * after.fidelity[0].perplexity
+    assert trained.fidelity[0].perplexity < 0.8 * after.fidelity[0].perplexity
