@@ -54,7 +54,7 @@ def compare(folder: Path, text: Path, output: Path, scheme: str, steps: int, rat
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         learning_rate=rate,
         save_strategy="no",
         report_to=[],
