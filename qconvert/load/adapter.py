@@ -169,7 +169,7 @@ class _Config:
 
 
 def _pattern_of(layer: str, patterns: Iterable[str]) -> str:
-    """The first pattern that a layer's name is, or ends with behind a dot, as peft looks it up; the name where there is none."""
+    """The first pattern that a layer's name is, or ends with behind a dot, as peft looks it up; without one, that name."""
     return next((each for each in patterns if re.match(rf"(.*\.)?({each})$", layer)), layer)
 
 
