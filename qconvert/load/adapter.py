@@ -105,11 +105,12 @@ def _layer_of(name: str, folder: Path) -> str:
     for part in (DOWN, UP):
         if name.startswith(PREFIX) and name.endswith(f".{part}.weight"):
             return name.removeprefix(PREFIX).removesuffix(f".{part}.weight")
+    unchanged = "save it with save_embedding_layers=False, if that is what the base has; " if ".base_layer." in name else ""
     raise InputError(
         "QC-ADAPTER-002",
         f"{folder / WEIGHTS} holds {name!a}, and only {PREFIX}LAYER.{DOWN}.weight and {UP}.weight are taken: no embeddings, "
         "biases, magnitudes or whole layers",
-        hint=f"train without that, or {_MERGE}",
+        hint=f"{unchanged}train without that, or {_MERGE}",
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import static_modules
 import torch
 from click.testing import CliRunner
-from generation import onnxruntime_logits, torch_logits
+from generation import onnxruntime_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
@@ -75,7 +75,7 @@ def adapted(module: Any, folder: Path, **settings: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.mul_(0.5)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return model
 
 
@@ -211,14 +211,8 @@ def test_whatever_quantizes_the_base_the_artifact_is_proven_with_its_adapter(
     recipe = recipe_of(base, adapter, tmp_path / "out", **settings)
     report = convert(recipe)
     assert {part.status for part in report.parity if part.target == "cpu"} == {"passed"}
-    assert report.fidelity[0].cosine is None
     assert report.fidelity[0].kl is not None
     assert report.fidelity[0].kl < 0.1
-    if settings.get("logits") != "last":
-        artifact = artifact_of(recipe.model_copy(update={"quantizer": "per-channel", "budget": None}))
-        if settings.get("quantizer") != "auto":
-            tokens = list(range(5, 25))
-            assert np.abs(onnxruntime_logits(artifact, tokens, 20) - torch_logits(artifact, tokens)).max() < 0.2
 
 
 def test_a_decoder_generates_with_its_adapter_on_the_cache(llama: tuple[Path, Path], tmp_path: Path) -> None:
@@ -238,7 +232,7 @@ def test_an_encoder_and_a_conv1d_keep_their_adapters(tmp_path: Path) -> None:
     model = adapted(AutoModelForCausalLM.from_pretrained(gpt2), tmp_path / "a", **told, layers_to_transform=[1])
     for merged in (False, True):
         out = tmp_path / f"gpt2-{merged}"
-        assert convert(recipe_of(gpt2, tmp_path / "a", out, scheme="int8-g32", merge_adapter=merged)).passed
+        assert convert(recipe_of(gpt2, tmp_path / "a", out, scheme="int8-g32", merge_adapter=merged, layout="onnx")).passed
         expected = logits(model, ids)
         assert np.abs(in_onnxruntime(out, ids) - expected).max() < 0.05 * np.abs(expected).max()
     encoder = adapted(AutoModel.from_pretrained(bert), tmp_path / "b", task_type="FEATURE_EXTRACTION")
@@ -296,11 +290,13 @@ def test_a_merged_adapter_gives_the_codes_of_what_peft_merges(
     make: Callable[[Path], Path], settings: dict[str, str], tmp_path: Path
 ) -> None:
     base = make(tmp_path / "base")
+    if make is tiny_gpt2:  # whose linears are Conv1D
+        settings = {**settings, "layout": "onnx"}
     model = adapted(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", fan_in_fan_out=make is tiny_gpt2)
     recipe = recipe_of(base, tmp_path / "adapter", tmp_path / "merged", merge_adapter=True, **settings)
     report = convert(recipe)
     assert report.passed
-    assert report.transformers_class is not None
+    assert (report.transformers_class is None) == (make is tiny_gpt2)
     model.merge_and_unload().save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     convert(Recipe.from_settings({"model": str(tmp_path / "theirs"), "output": str(tmp_path / "expected"), **FEW, **settings}))
@@ -311,14 +307,14 @@ def test_a_narrow_base_is_merged_in_float32(llama: tuple[Path, Path], tmp_path: 
     _, adapter = llama
     base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
     recipe = recipe_of(base, adapter, tmp_path / "out", merge_adapter=True, scheme="int4-g32")
-    convert(recipe)
     name = "model.layers.0.self_attn.q_proj"
     stored = load_file(base / WEIGHTS)[f"{name}.weight"].float()
     tensors = load_file(adapter / TENSORS)
     change = tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
-    codes = artifact_of(recipe).layer(name)
-    error = (codes.dequantize() - (stored + change * 6 / 2)).abs().max()
-    assert error <= 0.51 * codes.scale.abs().max()
+    merged = preparation.load_model(recipe, preflight.plugins_of(recipe), silent).read(f"{name}.weight")
+    assert merged.dtype == torch.float32
+    assert torch.equal(merged, stored + change * 3)
+    assert convert(recipe).passed
 
 
 # --- the command ---
@@ -357,8 +353,11 @@ def test_recipes_of_a_comparison_share_an_adapter(llama: tuple[Path, Path], tmp_
     common = {"model": str(base), "adapter": str(adapter), "output": str(tmp_path / "out"), **FEW}
     recipes = [{"name": "nf4", "quantizer": "nf4", "layout": "onnx"}, {"name": "loaded", "scheme": "int8-channel"}]
     found = compare(named_recipes({**common, "recipes": recipes}))
-    assert found.entries[0].passed
-    assert "QC-PLAN-017" in str(found.entries[1])
+    kept, refused = found.entries
+    assert kept.report is not None
+    assert kept.report.passed
+    assert isinstance(refused.error, UsageError)
+    assert refused.error.code == "QC-PLAN-017"
     own = [{"name": "a", "adapter": str(adapter)}]
     assert "'adapter'" in error("QC-COMPARE-003", lambda: named_recipes({**common, "recipes": own}), UsageError)
 
