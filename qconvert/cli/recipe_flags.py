@@ -21,6 +21,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # Flags whose value is the field's.
 PLAIN = (
     "model",
+    "adapter",
+    "merge_adapter",
     "output",
     "preset",
     "quantizer",
@@ -39,6 +41,8 @@ _PLACES = (
     click.option(
         "--model", metavar="SOURCE", help="A Hugging Face folder, pkg:PACKAGE/PATH, module:FACTORY, or what a plugin loads."
     ),
+    click.option("--adapter", metavar="FOLDER", help="A LoRA adapter that peft saved; it stays in float beside the layers."),
+    click.option("--merge-adapter", is_flag=True, help="Put the adapter into the weights before they are quantized."),
     click.option("--output", metavar="DIR", help="Folder to write; must not exist unless --force is given."),
     click.option("--plugin", "plugins", metavar="FILE", multiple=True, help="Python file with a plugin; may be repeated."),
     click.option(

@@ -80,6 +80,7 @@ class Model:
         that stands for what lies in no file.
     folder: the checkpoint's own folder, where no output may lie; None for other sources.
     trained: what quantization-aware training has made of the model; None for other sources.
+    adapter: modules of an adapter that stays beside the layers, in float: "LAYER.lora_A" and "LAYER.lora_B".
     """
 
     name: str
@@ -98,6 +99,7 @@ class Model:
     input_files: Mapping[str, Path | bytes] = field(default_factory=dict)
     folder: Path | None = None
     trained: Trained | None = None
+    adapter: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         # Loaders of plugins give the name; one that is unknown is left for the contract to refuse (loader_contract.py).

@@ -160,12 +160,13 @@ def refuse_adapter(folder: Path) -> None:
         raise InputError(
             "QC-INPUT-023",
             f"{folder} holds {kind} beside a model: transformers with peft applies it, the weights are without it",
-            hint=f"give a folder with the two merged ({_MERGE}); or remove {ADAPTER} for the model without it",
+            hint=f"move the adapter into a folder of its own, and give that as --adapter; or remove {ADAPTER} for the model "
+            f"without it; or give a folder with the two merged ({_MERGE})",
         )
     raise InputError(
         "QC-INPUT-023",
         f"{folder} holds {kind}, and not the model itself",
-        hint=f"give a folder with the two merged ({_MERGE})",
+        hint="give that model as --model, and this folder as --adapter",
     )
 
 

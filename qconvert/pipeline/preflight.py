@@ -97,7 +97,7 @@ def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> No
     source, data = _place(recipe.model), tuple(_data(recipe, plugins))
     inputs = [
         *recipe.plugins,
-        *([recipe.trained] if recipe.trained else []),
+        *(path for path in (recipe.trained, recipe.adapter) if path),
         *(Path(name) for name in data),
         *([source] if source else []),
     ]
@@ -106,6 +106,10 @@ def _check(recipe: Recipe, plugins: PluginManager, *, writes: bool = True) -> No
     plugins.require(recipe.worker, recipe.tuning, recipe.ranges)
     if recipe.trained is not None and not recipe.trained.is_file():
         raise InputError("QC-TRAIN-003", f"there is no file {recipe.trained}", hint="write it with qconvert.save_trained")
+    if recipe.adapter is not None and not recipe.adapter.is_dir():
+        raise InputError(
+            "QC-ADAPTER-001", f"there is no folder {recipe.adapter}", hint="give what peft's save_pretrained has written"
+        )
     if source is not None and recipe.model.startswith(FACTORY) and not source.is_file():
         raise InputError("QC-INPUT-021", f"{recipe.model!r}: there is no file {source}", hint="check the path")
     if source is not None and not (recipe.model.startswith(FACTORY) or source.is_dir()):

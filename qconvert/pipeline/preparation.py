@@ -17,6 +17,7 @@ from qconvert.ir.scheme import QuantScheme
 from qconvert.ir.template import Template
 from qconvert.job import Job
 from qconvert.load import load
+from qconvert.load.adapted import with_adapter
 from qconvert.load.trained import as_trained, with_trained
 from qconvert.pipeline import preflight
 from qconvert.pipeline.room import require_room
@@ -96,6 +97,8 @@ def load_model(recipe: Recipe, plugins: PluginManager, progress: Progress) -> Mo
     progress.stage("load", None)
     model = load(recipe.model, plugins.load_model)
     check(model, recipe)
+    if recipe.adapter is not None:
+        model = with_adapter(model, recipe.adapter, merged=recipe.merge_adapter)
     return model if recipe.trained is None else with_trained(model, recipe.trained)
 
 

@@ -11,7 +11,7 @@ from qconvert.load import load
 from qconvert.pipeline import preflight
 from qconvert.pipeline.staged import staged
 from qconvert.plan import plan as make_plan
-from qconvert.recipe import Recipe
+from qconvert.recipe import Recipe, adapter_beside_codes
 from qconvert.trace import trace
 from qconvert.trace.batch_norm import fold_batch_norms
 from qconvert.training import prepare, save
@@ -58,7 +58,7 @@ def save_trained(module: Module, path: Path) -> None:
 def trainable(recipe: Recipe, trained: Path | None = None) -> Recipe:
     """Return the recipe of a model that is trained by `recipe`. trained: its file, once there is one.
 
-    Raises UsageError QC-TRAIN-002.
+    Raises UsageError QC-TRAIN-002, QC-ADAPTER-006.
     """
     if recipe.quantizer in (AUTO, CAST):
         raise UsageError(
@@ -70,4 +70,6 @@ def trainable(recipe: Recipe, trained: Path | None = None) -> Recipe:
     if scheme is None and recipe.quantizer != TRAINED:
         scheme = preflight.plugins_of(recipe).quantizer(recipe.quantizer, recipe.options).default_scheme
     unused: dict[str, Any] = {"options": {}, "tuning": None, "sequential": False, "ranges": None, "preset": None}
+    if trained is not None and recipe.adapter is not None:
+        raise adapter_beside_codes(recipe.adapter)
     return recipe.model_copy(update={**unused, "scheme": scheme, "quantizer": TRAINED, "trained": trained})

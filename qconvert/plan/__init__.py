@@ -34,7 +34,7 @@ from qconvert.recipe.gates import refuse_gates
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-016 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-017 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
     has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
@@ -85,13 +85,19 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a model suits a recipe, as far as that is known before it is traced.
 
-    Raises UsageError QC-PLAN-011, QC-GATE-002.
+    Raises UsageError QC-PLAN-011, QC-PLAN-017, QC-GATE-002.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
             "QC-PLAN-011",
             f"{model.name} has no logits of a last position: it is no decoder-only language model",
             hint="leave out 'logits: last'",
+        )
+    if recipe.keeps_adapter and recipe.layout == "transformers" and model.config is not None:
+        raise UsageError(
+            "QC-PLAN-017",
+            "transformers would load this folder without the adapter that stays beside the layers",
+            hint="add --layout onnx for a folder that serves ONNX Runtime alone, or --merge-adapter",
         )
     refuse_gates(recipe.gates, model.task)
 
@@ -133,6 +139,7 @@ def _sort_modules(
         named = recipe.rule_for(name) or (recipe.rule_for(head) if head else None)
         scheme = named.scheme if named else default
         reasons = (
+            "it belongs to the adapter" if name in model.adapter else None,
             _no_layer(module, kind),
             _needs_a_rule(kind, named),
             _shares(sharing[name]) if name in sharing and head is None else None,

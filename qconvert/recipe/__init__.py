@@ -53,6 +53,16 @@ class Recipe(Part):
         exclude_if=lambda trained: trained is None,  # written where it is set: recipes of before mean what they meant
         description="file that save_trained wrote after quantization-aware training: weights and codes are taken as they are",
     )
+    adapter: Path | None = Field(
+        None,
+        exclude_if=lambda adapter: adapter is None,  # written where it is set: recipes of before mean what they meant
+        description="folder of a LoRA adapter that peft saved: it stays in float beside the quantized layers of the model",
+    )
+    merge_adapter: bool = Field(
+        False,
+        exclude_if=lambda merged: not merged,
+        description="put the adapter into the weights before they are quantized",
+    )
     budget: BudgetField | None = Field(
         None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
     )
@@ -200,6 +210,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        """Raises UsageError QC-ADAPTER-006."""
+        if self.adapter is not None and self.trained is not None:
+            raise adapter_beside_codes(self.adapter)
+        if self.merge_adapter and self.adapter is None:
+            raise UsageError("QC-ADAPTER-006", "merge_adapter is set without an adapter", hint="add --adapter FOLDER")
+        return self
+
+    @model_validator(mode="after")
     def _check_gates(self) -> Self:
         """Raises UsageError QC-GATE-001."""
         unjudged = [str(gate) for gate in self.gates if gate.metric not in Size.model_fields]
@@ -210,6 +229,11 @@ class Recipe(Part):
                 hint="verify, or leave them out here and give them to qconvert verify OUT, each with --gate",
             )
         return self
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether an adapter stays beside the layers."""
+        return self.adapter is not None and not self.merge_adapter
 
     @property
     def cast(self) -> Cast | None:
@@ -241,3 +265,12 @@ class Recipe(Part):
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule that matches the layer `name`."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+
+def adapter_beside_codes(adapter: Path) -> UsageError:
+    """Return the error QC-ADAPTER-006 for an adapter of a model that comes with codes of its own."""
+    return UsageError(
+        "QC-ADAPTER-006",
+        f"the adapter {adapter} is given beside codes that were trained, and these were trained without it",
+        hint="give one of the two: the base with its adapter, by the schemes that it was prepared with, or what was trained",
+    )

@@ -11,8 +11,8 @@ from qconvert.recipe import Recipe
 
 # What all recipes of a comparison have in common: they are calibrated, and judged, on the same data.
 SHARED = (
-    *("model", "output", "calibration", "evaluation", "seed", "device", "verify", "allow_unverified", "force"),
-    *("plugins", "plugin_timeout"),
+    *("model", "adapter", "merge_adapter", "output", "calibration", "evaluation", "seed", "device", "verify"),
+    *("allow_unverified", "force", "plugins", "plugin_timeout"),
 )
 
 # Of a recipe's folder; compare.json and compare.png lie beside it.

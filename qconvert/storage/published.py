@@ -13,6 +13,9 @@ from qconvert.storage.manifest import read_manifest
 
 FACTORY = "module:"  # followed by FILE.py:FUNCTION, or by a dotted name
 
+# Fields that name files or folders.
+PLACES = ("model", "adapter", "trained", "source", "plugins")
+
 
 def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | None, gates: Sequence[Gate]) -> Recipe:
     """Return the recipe to verify a published folder by: that of its manifest, its paths resolved against the folder.
@@ -24,8 +27,9 @@ def published_recipe(folder: Path, targets: Sequence[str], evaluation: str | Non
     for part in ("calibration", "evaluation"):
         if settings[part]["source"] is not None:
             settings[part]["source"] = _resolved(settings[part]["source"], folder)
-    if settings.get("trained"):
-        settings["trained"] = _resolved(settings["trained"], folder)
+    for part in ("trained", "adapter"):
+        if settings.get(part):
+            settings[part] = _resolved(settings[part], folder)
     settings["plugins"] = [_resolved(path, folder) for path in settings["plugins"]]
     if targets:
         settings["targets"] = list(targets)
@@ -49,7 +53,7 @@ def portable_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
 
     def relative(value: Any, *, path: bool = False) -> Any:
         if isinstance(value, dict):
-            return {key: relative(item, path=key in ("model", "source", "plugins", "trained")) for key, item in value.items()}
+            return {key: relative(item, path=key in PLACES) for key, item in value.items()}
         if isinstance(value, list):
             return [relative(item, path=path) for item in value]
         if path and isinstance(value, str) and value.startswith(FACTORY) and ".py:" in value:

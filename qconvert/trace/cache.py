@@ -25,6 +25,7 @@ import onnx_ir
 import torch
 from torch import nn
 
+from qconvert.execution.adapter_branch import AdapterBranch
 from qconvert.ir.model import Model
 from qconvert.plugin.host.distribution import code_digest
 from qconvert.storage.cache import Cache
@@ -92,9 +93,10 @@ def _is_a_librarys(model: Model) -> bool:
 
 def _is_as_published(module: nn.Module) -> bool:
     packages = {code.__module__.partition(".")[0] for code in (type(module), type(module).forward)}
-    hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    hooks = [hook for name, value in vars(module).items() if name.endswith("_hooks") and value for hook in value.values()]
+    strange = any(type(hook) is not AdapterBranch for hook in hooks)  # what that computes is told by the module's children
     attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return packages <= LIBRARIES and not hooks and "forward" not in vars(module) and attention in ATTENTIONS
+    return packages <= LIBRARIES and not strange and "forward" not in vars(module) and attention in ATTENTIONS
 
 
 def _key(model: Model, blocks: list[str]) -> str:

@@ -19,6 +19,8 @@ from qconvert.ir.template import DOMAIN
 class Opaque(nn.Module):
     """Stands for a module in the trace: one node of the qconvert domain that names it.
 
+    What hangs on the module hangs on it too: its children, and the hooks that see its output (the branch of an adapter).
+
     shape: gives the output shape for an input. weights_read: its name, once the model has looked at the weight.
     """
 
@@ -51,6 +53,16 @@ def opaque(name: str, module: nn.Module) -> Opaque | None:
     A subclass with a forward of its own (a scaled embedding, say) is traced as it is: only the forward that we know is
     replaced. The same goes for convolutions that pad with anything but zeros.
     """
+    stand_in = _stand_in(name, module)
+    if stand_in is not None:
+        for child, part in module.named_children():
+            stand_in.add_module(child, part)
+        for hook in module._forward_hooks.values():
+            stand_in.register_forward_hook(hook)
+    return stand_in
+
+
+def _stand_in(name: str, module: nn.Module) -> Opaque | None:
     kind = layer_kind(module)
     match module:
         case nn.Linear() | Conv1D() if kind:
