@@ -16,6 +16,11 @@ from qconvert.ir.model import Model, TensorInfo
 from qconvert.ir.trained import Trained, TrainedSource
 from qconvert.storage.trained import SCALE, ZERO_POINT, TrainedFile
 
+UNWRAPPED = (
+    "train the module that the recipe's model describes, and save it without a wrapper around it: of peft, what "
+    "merge_and_unload() gives"
+)
+
 
 def with_trained(model: Model, path: Path) -> Model:
     """Return a model with what was trained beside it; its source still gives the weights from before.
@@ -46,8 +51,7 @@ def as_trained(model: Model) -> Model:
             raise InputError(
                 "QC-TRAIN-003",
                 f"{parameter} {list(shape)} of {model.name} {found}",
-                hint="train the module that the recipe's model describes, and save it without a wrapper around it: "
-                "of peft, what merge_and_unload() gives",
+                hint=UNWRAPPED,
             )
     return dataclasses.replace(model, source=TrainedSource(model.source, trained))
 
@@ -83,7 +87,7 @@ class FileSource:
     def _in_own_shape(self, layer: str, weight: Tensor) -> Tensor:
         module = self._modules.get(layer)
         if module is None:
-            raise InputError("QC-TRAIN-003", f"the trained layer {layer} is not in the model", hint="load the model it is of")
+            raise InputError("QC-TRAIN-003", f"the trained layer {layer} is not in the model", hint=UNWRAPPED)
         if isinstance(module, torch.nn.BatchNorm2d):  # a norm that became a convolution of each channel alone
             return weight.reshape(-1, 1, 1, 1)
         return in_own_shape(module, weight)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import peft
 import pytest
 import safetensors.torch
 import static_modules
@@ -182,6 +183,23 @@ def test_rows_of_int8_are_trained_in_models_of_other_kinds(make: Callable[[Path]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     found = in_onnxruntime(recipe.output, inputs)
     assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+def test_an_adapter_that_was_trained_on_prepared_codes_is_merged_into_them(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source")
+    recipe = recipe_of(source, tmp_path / "out", "int4-g32")
+    prepared = prepare_qat(AutoModelForCausalLM.from_pretrained(source), recipe)
+    codes = prepared.model.layers[0].mlp.up_proj.weight_quantizer.quantized(prepared.model.layers[0].mlp.up_proj.weight).q
+    model = peft.get_peft_model(prepared, peft.LoraConfig(r=4, lora_alpha=64, target_modules="all-linear"))
+    ids = torch.randint(3, 90, (2, 12))
+    train(model, lambda each: each(input_ids=ids, labels=ids).loss, steps=5, rate=1e-2)
+    wrapped = recipe.model_copy(update={"output": tmp_path / "wrapped"})
+    assert "merge_and_unload" in refused("QC-TRAIN-003", lambda: convert(wrapped, module=model)).hint
+    merged = model.merge_and_unload()
+    assert convert(recipe, module=merged).passed
+    assert_same_codes(merged, recipe)
+    layer = merged.model.layers[0].mlp.up_proj
+    assert not torch.equal(layer.weight_quantizer.quantized(layer.weight).q, codes)
 
 
 # --- the file ---
