@@ -27,10 +27,18 @@ def prepare(
     model, template: of the same architecture, batch norms folded. folds: convolution -> the batch norm that goes into it, which
     is itself where the norm becomes the convolution.
 
-    Raises UsageError QC-TRAIN-001 for a module of another architecture, or one that was made ready before.
+    Raises UsageError QC-TRAIN-001 for a module of another architecture, or one that was made ready before; QC-TRAIN-002 for
+    scales that are quantized in their turn.
     """
     if any(isinstance(each, FakeQuantized) for each in module.modules()):
         raise UsageError("QC-TRAIN-001", "the module was prepared before", hint="prepare the float module, and once")
+    double = next((layer for layer in plan.layers.values() if layer.scheme.double_quant), None)
+    if double is not None:
+        raise UsageError(
+            "QC-TRAIN-002",
+            f"{double.name} ({double.scheme}) can't be trained: its scales are codes too",
+            hint="leave out -dq",
+        )
     names = [*plan.layers, *plan.shared]
     _check(module, model, [*names, *(each for each in folds if each not in names)], folds)
     for convolution, norm in folds.items():

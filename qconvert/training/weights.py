@@ -17,7 +17,7 @@ class WeightQuantizer(nn.Module):
     """Gives what the codes of a weight [out, in] stand for.
 
     Its range covers the weight as it is at each forward (as the quantizer per-channel's does), unless step sizes are learned:
-    then `scale` [out, groups] is a parameter, and the zero point stays.
+    then `scale` [out, groups] is a parameter, and the zero point stays. Codebooks have no steps to learn.
     """
 
     def __init__(self, scheme: QuantScheme, weight: Tensor, *, learned: bool) -> None:
@@ -27,8 +27,7 @@ class WeightQuantizer(nn.Module):
         self.scale: nn.Parameter | None = None
         self.zero_point: Tensor | None
         self.register_buffer("zero_point", None)
-        self._known: tuple[int, int, QuantizedTensor] | None = None
-        if learned:
+        if learned and scheme.codebook is None:
             scale, self.zero_point = affine.choose_qparams(weight.detach().float(), scheme)
             self.scale = nn.Parameter(self._first_steps(weight.detach().float(), scale))
 
@@ -47,11 +46,8 @@ class WeightQuantizer(nn.Module):
         """Return the codes that a forward on this weight [out, in] computes with."""
         if self.scale is not None:
             return self._coded(weight.float(), self._stored_scale(weight), self.zero_point)
-        state = weight.data_ptr(), weight._version
-        if self._known is None or self._known[:2] != state:
-            weight = weight.detach().float()
-            self._known = (*state, self._coded(weight, *affine.choose_qparams(weight, self.scheme)))
-        return self._known[2]
+        weight = weight.float()  # looked at each time: what changes a weight through .data (peft's merging) leaves no trace
+        return self._coded(weight, *affine.choose_qparams(weight, self.scheme))
 
     def _coded(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
         return QuantizedTensor(affine.quantize(weight, scale, zero_point, self.scheme), scale, zero_point, self.scheme)

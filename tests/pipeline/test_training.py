@@ -121,9 +121,10 @@ def test_an_artifact_has_the_codes_of_the_last_forward(scheme: str, learned_step
     assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
 
 
-def test_codes_of_codebooks_are_trained_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learned_steps", [False, True], ids=["covering", "learned"])
+def test_codes_of_codebooks_are_trained_too(learned_steps: bool, tmp_path: Path) -> None:
     recipe = recipe_of(DIGITS, tmp_path / "out", "nf4-g64", quantizer="nf4", rules=[{"pattern": "2", "scheme": "float"}])
-    module = trained_digits(recipe)
+    module = trained_digits(recipe, learned_steps=learned_steps)
     assert convert(recipe, module=module).passed
     assert_same_codes(module, recipe)
 
@@ -277,6 +278,7 @@ def test_what_diverged_is_refused(tmp_path: Path) -> None:
     [
         ({"quantizer": "auto", "budget": 4.5}, "auto"),
         ({"quantizer": "cast"}, "cast"),
+        ({"quantizer": "nf4", "scheme": "nf4-g64-dq"}, "nf4-g64-dq"),
     ],
 )
 def test_a_recipe_without_schemes_is_refused(settings: dict[str, Any], what: str, tmp_path: Path) -> None:
