@@ -229,7 +229,7 @@ def test_a_module_of_another_kind_is_refused(tmp_path: Path) -> None:
     recipe = recipe_of(DIGITS, tmp_path / "out", STATIC)
     narrow = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 100), nn.ReLU(), nn.Linear(100, 10))
     assert "out_features=50" in refused("QC-TRAIN-001", lambda: prepare_qat(narrow, recipe)).message
-    short = nn.Sequential(*[each for each in copy.deepcopy(static_modules.trained_digits()).children()][:4])
+    short = nn.Sequential(*list(copy.deepcopy(static_modules.trained_digits()).children())[:4])
     assert "it has no 4" in refused("QC-TRAIN-001", lambda: prepare_qat(short, recipe)).message
     wrapped = nn.DataParallel(copy.deepcopy(static_modules.trained_digits()))
     assert refused("QC-TRAIN-001", lambda: prepare_qat(wrapped, recipe))
