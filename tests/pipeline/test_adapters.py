@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import static_modules
 import torch
+from adapters import CONFIG, FEW, TENSORS, adapted, error, in_onnxruntime, logits, recipe_of
 from click.testing import CliRunner
 from generation import onnxruntime_logits
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,9 +22,9 @@ from tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qconvert import Recipe, convert, prepare_qat
+from qconvert import Recipe, convert
 from qconvert.cli import main
-from qconvert.errors import InputError, QConvertError, UsageError
+from qconvert.errors import UsageError
 from qconvert.ir.artifact import GRAPH, MANIFEST, WEIGHTS
 from qconvert.ir.progress import silent
 from qconvert.pipeline import preflight, preparation
@@ -34,49 +35,7 @@ from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.trace.cache import TraceCache
 
-FEW = {"calibration": {"samples": 8, "length": 32}, "evaluation": {"samples": 4, "length": 32}}
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog, who is lazy, lets it pass. " * 3
-
-
-def recipe_of(model: str | Path, adapter: Path, output: Path, **settings: Any) -> Recipe:
-    kept = {} if settings.get("merge_adapter") else {"layout": "onnx"}
-    return Recipe.from_settings(
-        {"model": str(model), "adapter": str(adapter), "output": str(output), **FEW, **kept, **settings}
-    )
-
-
-def logits(module: Any, ids: Tensor) -> np.ndarray[Any, Any]:
-    with torch.no_grad():
-        found: np.ndarray[Any, Any] = module(ids).logits.numpy()
-    return found
-
-
-def in_onnxruntime(folder: Path, ids: Tensor) -> np.ndarray[Any, Any]:
-    """The first output; of a decoder the logits of all positions, with an empty cache."""
-    session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
-    fed = {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64)}
-    for each in session.get_inputs():
-        if each.name.startswith("past"):
-            fed[each.name] = np.zeros((len(ids), each.shape[1], 0, each.shape[3]), np.float32)
-        elif each.name not in fed:
-            fed[each.name] = np.zeros(ids.shape, np.int64)
-    names = [each.name for each in session.get_inputs()]
-    first: np.ndarray[Any, Any] = session.run(None, {name: fed[name] for name in names})[0]
-    return first
-
-
-def adapted(module: Any, folder: Path, **settings: Any) -> Any:
-    """A module with random LoRA matrices that move its output, saved in `folder`; peft's model is returned."""
-    torch.manual_seed(1)
-    asked = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **settings}
-    model = get_peft_model(module, LoraConfig(**asked)).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.mul_(0.5)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +83,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert expected
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-
-
-def error(code: str, run: Callable[[], object], kind: type[QConvertError] = InputError) -> str:
-    with pytest.raises(kind) as raised:
-        run()
-    assert raised.value.code == code
-    return f"{raised.value.message} {raised.value.hint}"
 
 
 # --- QLoRA ---
@@ -189,6 +141,7 @@ def test_the_float_model_is_base_and_adapter_as_peft_computes_them(llama: tuple[
         assert np.abs(found - expected).max() < 1e-5
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -215,6 +168,7 @@ def test_whatever_quantizes_the_base_the_artifact_is_proven_with_its_adapter(
     assert report.fidelity[0].kl < 0.1
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_decoder_generates_with_its_adapter_on_the_cache(llama: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = llama
     recipe = recipe_of(base, adapter, tmp_path / "out", scheme="int8-channel")
@@ -224,6 +178,7 @@ def test_a_decoder_generates_with_its_adapter_on_the_cache(llama: tuple[Path, Pa
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_encoder_and_a_conv1d_keep_their_adapters(tmp_path: Path) -> None:
     """GPT-2's linears are Conv1D; its adapter is rsLoRA, of one layer of each block alone."""
     gpt2, bert = tiny_gpt2(tmp_path / "gpt2"), tiny_bert(tmp_path / "bert")
@@ -242,6 +197,7 @@ def test_an_encoder_and_a_conv1d_keep_their_adapters(tmp_path: Path) -> None:
     assert np.abs(in_onnxruntime(tmp_path / "bert-out", ids) - hidden).max() < 0.05 * np.abs(hidden).max()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_module_of_a_factory_keeps_its_adapter_in_any_layout(tmp_path: Path) -> None:
     source = f"module:{static_modules.__file__}:classifier"
     network, pixels = static_modules.classifier()
@@ -284,6 +240,7 @@ def test_a_trace_is_kept_for_one_structure_of_an_adapter(
 # --- merged ---
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("settings", [{"quantizer": "nf4"}, {"scheme": "int8-channel"}], ids=str)
 def test_a_merged_adapter_gives_the_codes_of_what_peft_merges(
@@ -362,27 +319,10 @@ def test_recipes_of_a_comparison_share_an_adapter(llama: tuple[Path, Path], tmp_
     assert "'adapter'" in error("QC-COMPARE-003", lambda: named_recipes({**common, "recipes": own}), UsageError)
 
 
-# --- what is refused ---
+# --- shared weights ---
 
 
-def test_what_can_not_be_carried_out_is_refused_by_the_recipe(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = llama
-
-    def asked(**settings: Any) -> Recipe:
-        return Recipe.from_settings({"model": str(base), "output": str(tmp_path / "out"), **FEW, **settings})
-
-    with_codes = {"adapter": str(adapter), "trained": "codes.safetensors"}
-    assert "codes that were trained" in error("QC-ADAPTER-006", lambda: asked(**with_codes), UsageError)
-    assert "--adapter FOLDER" in error("QC-ADAPTER-006", lambda: asked(merge_adapter=True), UsageError)
-    for settings in ({}, {"quantizer": "cast"}):
-        said = error("QC-PLAN-017", lambda: convert(asked(adapter=str(adapter), **settings)), UsageError)  # noqa: B023
-        assert "--layout onnx" in said
-        assert "--merge-adapter" in said
-    network = prepare_qat(AutoModelForCausalLM.from_pretrained(base), asked(scheme="int8-channel"))
-    recipe = recipe_of(base, adapter, tmp_path / "out", scheme="int8-channel")
-    error("QC-ADAPTER-006", lambda: convert(recipe, module=network), UsageError)
-
-
+@pytest.mark.usefixtures("quick")
 def test_a_weight_that_is_shared_keeps_its_adapter_and_is_not_merged_into(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     model = adapted(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
@@ -398,86 +338,3 @@ def test_a_weight_that_is_shared_keeps_its_adapter_and_is_not_merged_into(tmp_pa
 
 def rule(name: str) -> dict[str, str]:
     return {"pattern": name, "scheme": "int8-channel"}
-
-
-Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
-
-
-def says(**entries: Any) -> Change:
-    return lambda config, tensors: config.update(entries)
-
-
-def holds(name: str, tensor: Tensor) -> Change:
-    return lambda config, tensors: tensors.update({name: tensor})
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "words"),
-    [
-        (says(use_dora=True), "002", f"{CONFIG} says use_dora"),
-        (says(peft_type="ADALORA"), "002", "peft_type: 'ADALORA'"),
-        (says(bias="lora_only"), "002", "bias: 'lora_only'"),
-        (says(lora_bias=True), "002", "lora_bias"),
-        (says(modules_to_save=["lm_head"]), "002", "modules_to_save: ['lm_head']"),
-        (says(init_lora_weights="pissa_niter_4"), "002", "init_lora_weights: 'pissa_niter_4'"),
-        (says(trainable_token_indices=[1]), "002", "trainable_token_indices"),
-        (says(of_the_future={"a": 1}), "002", "of_the_future"),
-        (says(r=0), "001", "ranks"),
-        (says(rank_pattern={"q_proj": "4"}), "001", "ranks"),
-        (says(lora_alpha=None), "001", "lora_alpha"),
-        (says(alpha_pattern={"(": 4}), "001", "'(' is no regular expression"),
-        (says(r=5), "003", f"'{Q_PROJ}.lora_A.weight' is [4, 64], and {CONFIG} gives it the rank 5"),
-        (holds(f"{Q_PROJ}.lora_magnitude_vector.weight", torch.ones(64)), "002", f"{Q_PROJ}.lora_magnitude_vector.weight"),
-        (holds("base_model.model.lm_head.weight", torch.ones(384, 64)), "002", "base_model.model.lm_head.weight"),
-        (holds("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 384)), "002", "lora_embedding_A"),
-        (holds(f"{Q_PROJ}.lora_B.weight", torch.ones(63, 4)), "003", f"'{Q_PROJ}.lora_B.weight' is [63, 4]"),
-        (holds(f"{Q_PROJ}.lora_A.weight", torch.ones(4, 63)), "003", f"'{Q_PROJ}.lora_A.weight' is [4, 63]"),
-        (holds(f"{Q_PROJ}.lora_A.weight", torch.ones(4, 64, dtype=torch.int8)), "003", "stored as torch.int8"),
-        (lambda config, tensors: tensors.pop(f"{Q_PROJ}.lora_B.weight"), "003", f"'{Q_PROJ}.lora_B.weight' is missing"),
-        (lambda config, tensors: tensors.clear(), "001", "holds no tensor"),
-        (
-            lambda config, tensors: tensors.update(
-                {f"base_model.model.other.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
-            ),
-            "003",
-            "adapts other, and the model base has no other",
-        ),
-        (
-            lambda config, tensors: tensors.update(
-                {f"base_model.model.model.norm.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
-            ),
-            "003",
-            "has model.norm as LlamaRMSNorm, which is no linear layer",
-        ),
-        (holds(f"{Q_PROJ}.lora_B.weight", torch.full((64, 4), torch.nan)), "004", f"'{Q_PROJ}.lora_B.weight' holds NaN"),
-    ],
-)
-@pytest.mark.parametrize("merge_adapter", [False, True], ids=["kept", "merged"])
-def test_an_adapter_that_is_not_taken_is_refused_by_name(
-    change: Change, code: str, words: str, merge_adapter: bool, llama: tuple[Path, Path], tmp_path: Path
-) -> None:
-    base, _ = llama
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    layer = "base_model.model.model.layers.0.self_attn.q_proj"
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"]}
-    tensors = {f"{layer}.lora_A.weight": torch.ones(4, 64), f"{layer}.lora_B.weight": torch.ones(64, 4)}
-    change(config, tensors)
-    (folder / CONFIG).write_text(json.dumps(config))
-    save_file(tensors, folder / TENSORS)
-    recipe = recipe_of(base, folder, tmp_path / "out", merge_adapter=merge_adapter)
-    assert words in error(f"QC-ADAPTER-{code}", lambda: convert(recipe))
-    assert not recipe.output.exists()
-
-
-def test_folders_without_readable_files_are_refused(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = llama
-    recipe = recipe_of(base, tmp_path / "adapter", tmp_path / "out")
-    assert "there is no folder" in error("QC-ADAPTER-001", lambda: convert(recipe))
-    shutil.copytree(adapter, tmp_path / "adapter")
-    (tmp_path / "adapter" / TENSORS).rename(tmp_path / "adapter" / "adapter_model.bin")
-    assert "is a pickle" in error("QC-ADAPTER-001", lambda: convert(recipe))
-    (tmp_path / "adapter" / "adapter_model.bin").unlink()
-    assert f"has no {TENSORS}" in error("QC-ADAPTER-001", lambda: convert(recipe))
-    (tmp_path / "adapter" / CONFIG).write_text("[]")
-    assert CONFIG in error("QC-ADAPTER-001", lambda: convert(recipe))
