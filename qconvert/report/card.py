@@ -235,7 +235,7 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
             f"On the CPU, {report.scheme} is how weights are stored: a session widens them to float32 when it is created, and "
             "has float's size and speed."
         )
-    elif on_cpu and any(not scheme.endswith("-a8") and not wording.is_codebook(scheme) for scheme in schemes):
+    elif on_cpu and any(wording.is_weights_only(scheme) for scheme in schemes):
         notes.append(
             "Linear layers with float activations run on the CPU in MatMulNBits at accuracy_level 4: the weights are those "
             "stored, but the kernel itself quantizes activations to int8."
@@ -265,7 +265,7 @@ def _command(recipe: Recipe, model_name: str) -> str:
     words = ["qconvert", "run", "--model", source, "--output", "OUT"]
     if recipe.preset is not None:
         words += ["--preset", recipe.preset]
-    words += ["--quantizer", recipe.quantizer]
+    words += _weights(recipe)
     if recipe.budget is not None:
         words += ["--budget", recipe.budget]
     if recipe.scheme is not None:
@@ -283,6 +283,14 @@ def _command(recipe: Recipe, model_name: str) -> str:
     for gate in recipe.gates:
         words += ["--gate", str(gate)]
     return printable(shlex.join(words))  # one line, so that nothing in it can end the code block
+
+
+def _weights(recipe: Recipe) -> list[str]:
+    """The flags that say which weights are quantized, and by what."""
+    words = ["--quantizer", recipe.quantizer] if recipe.trained is None else ["--trained", recipe.trained.name]
+    if recipe.adapter is not None:
+        words += ["--adapter", recipe.adapter.name]
+    return [*words, "--merge-adapter"] if recipe.merge_adapter else words
 
 
 def _without_flags(recipe: Recipe) -> str:

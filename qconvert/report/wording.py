@@ -200,6 +200,12 @@ def is_codebook(text: str) -> bool:
     return isinstance(scheme, QuantScheme) and scheme.codebook is not None
 
 
+def is_weights_only(text: str) -> bool:
+    """Return whether the text of a layer's scheme is that of integer weights with float activations."""
+    scheme = parse_scheme(text)
+    return isinstance(scheme, QuantScheme) and scheme.activations is None and scheme.codebook is None
+
+
 def schemes(layers: Iterable[LayerReport]) -> str:
     """Word how many layers have each scheme, most first: "210 int4-g32, 1 int8-channel"."""
     counts = Counter(layer.scheme for layer in layers)
@@ -223,6 +229,8 @@ def activations(part: ActivationRanges) -> str:
     count = len(part.values)
     worst = max(part.values, key=lambda value: value.clipped, default=None)
     words = f"{count} {'value' if count == 1 else 'values'} in {part.estimator} ranges"
+    if not any(value.count for value in part.values):  # training has found them, and nobody counts what it clips
+        return words
     if worst is None or not worst.clipped:
         return f"{words}, none clipped"
     return f"{words}, at most {100 * worst.clipped:.2g} % of one clipped: {printable(worst.name)}"

@@ -342,4 +342,7 @@ def test_reports_say_what_was_trained(tmp_path: Path) -> None:
     assert report.activations is not None
     assert report.activations.estimator == "trained"
     assert {value.count for value in report.activations.values} == {0}
-    assert "trained" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "3 values in trained ranges |" in card
+    assert "--trained out.trained.safetensors --scheme int8-channel-a8-static" in card
+    assert "MatMulNBits" not in card  # no layer has float activations
