@@ -57,7 +57,7 @@ def test_the_plugin_manager_needs_no_torch_until_a_quantizer_is_asked_for() -> N
 def test_the_public_names_are_the_documented_ones() -> None:
     import qconvert
 
-    assert sorted(qconvert.__all__) == ["Recipe", "Report", "__version__", "convert", "hookimpl"]
+    assert sorted(qconvert.__all__) == ["Recipe", "Report", "__version__", "convert", "hookimpl", "prepare_qat", "save_trained"]
     assert set(qconvert.__all__) <= set(dir(qconvert))
     assert qconvert.Recipe.__module__ == "qconvert.recipe"
     with pytest.raises(AttributeError, match="no attribute 'recepie'"):

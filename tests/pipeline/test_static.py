@@ -182,7 +182,7 @@ def test_the_command_shows_the_stage_and_resumes_to_the_same_bytes(tmp_path: Pat
 @pytest.mark.parametrize(
     ("scheme", "settings", "code"),
     [
-        ("int4-channel-a8-static", {}, "QC-PLAN-001"),
+        ("int8-tensor-asym-a8-static", {}, "QC-PLAN-001"),
         ("int8-g32-a8-static", {}, "QC-PLAN-001"),
         ("int8-channel-asym-a8-static", {}, "QC-PLAN-001"),
         (A8, {"targets": ["cpu", "cuda"]}, "QC-PLAN-012"),
