@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qconvert.ir.report import Report
     from qconvert.pipeline.conversion import convert
-    from qconvert.pipeline.training import prepare_qat, save_trained
+    from qconvert.pipeline.training import prepare_qat
     from qconvert.plugin import hookimpl
     from qconvert.recipe import Recipe
+    from qconvert.training import save_trained
 
     __version__: str
 
@@ -25,7 +26,7 @@ _HOMES = {
     "convert": "qconvert.pipeline.conversion",
     "hookimpl": "qconvert.plugin",
     "prepare_qat": "qconvert.pipeline.training",
-    "save_trained": "qconvert.pipeline.training",
+    "save_trained": "qconvert.training",
 }
 
 

@@ -28,6 +28,12 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return None
 
 
+def as_matrix(module: nn.Module) -> Tensor:
+    """Return the weight of a layer as [out, in], whatever its kind: Conv1D transposed, kernels flattened."""
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
+
+
 def in_own_shape(module: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight [out, in] in the shape of the module's parameter: Conv1D [in, out], kernels not flattened."""
     match module:

@@ -18,6 +18,7 @@ import onnx_ir
 from onnx_ir import DataType, Value
 
 from qconvert.export.context import ExportContext
+from qconvert.export.dequantized import dequantized
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
 from qconvert.export.static import StaticLowering
@@ -54,7 +55,9 @@ class CpuLowering(Lowering):
         assert x is not None
         module = node.attributes["module"].as_string()
         match self.context.job.plan.form_of(module):
-            case LayerForm.CONVOLUTION:
+            case LayerForm.PACKED_STATIC if node.op_type != "Conv":
+                return self._float_product(plan, x, bias)
+            case LayerForm.CONVOLUTION | LayerForm.PACKED_STATIC:
                 return self._conv2d(plan, node, x, bias)
             case LayerForm.PACKED_EMBEDDING:
                 return self._gather_block_quantized(plan, x, CPU.block_size(plan), *self._block_qparams(plan))
@@ -64,7 +67,7 @@ class CpuLowering(Lowering):
                 return self._row_form(plan, module, x, bias)
             case LayerForm.CODEBOOK_WEIGHTS:
                 return self._matmul_bnb4(plan, self._scaled_input(plan, x), bias)
-            case LayerForm.INT8_STATIC | LayerForm.PACKED_STATIC:
+            case LayerForm.INT8_STATIC:
                 return self.static.lower(plan, node, x, bias)
             case _:
                 return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
@@ -72,6 +75,13 @@ class CpuLowering(Lowering):
     def stored_float(self, name: str) -> Value:
         """Return the stored tensor `name` in float32, cast where it is narrower."""
         return self.builder.float32(self.builder.external(name))
+
+    def _float_product(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
+        """A linear layer whose weight is dequantized when the model is loaded."""
+        weight = dequantized(self.builder, plan, (plan.out_features, plan.in_features))
+        transposed = self.builder.op("Transpose", [weight], f"{plan.name}/Transpose", perm=[1, 0])
+        product = self.builder.op("MatMul", [x, transposed], f"{plan.name}/MatMul")
+        return product if bias is None else self.builder.op("Add", [product, bias], f"{plan.name}/AddBias")
 
     def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
         builder, name, bits = self.builder, plan.name, plan.scheme.bits

@@ -15,14 +15,12 @@ import torch
 from onnx_ir import Graph, Node, Value
 
 from qconvert.export.context import ExportContext
-from qconvert.export.dequantized import dequantized
 from qconvert.export.graph import GraphBuilder
 from qconvert.graph.float_graph import substitute
 from qconvert.graph.layer_inputs import layer_inputs
 from qconvert.graph.quantized_values import QuantizedValue, quantized_values
 from qconvert.graph.static_codes import BIAS_CODES, CUT_OFF
 from qconvert.ir.activation_codes import ActivationCodes
-from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
 from qconvert.storage.reader import read_tensor
 
@@ -108,8 +106,6 @@ class StaticLowering:
 
     def lower(self, plan: LayerPlan, node: Node, x: Value, bias: Value | None) -> Value:
         """Return the value that the nodes for an opaque `node` give. x: from codes; bias: in float32."""
-        if plan.form is LayerForm.PACKED_STATIC:
-            return self._packed(plan, node, x, bias)
         if node.op_type == "Conv":
             kernel = node.attributes["kernel_shape"].as_ints()
             shape = (plan.out_features, plan.in_features // math.prod(kernel), *kernel)
@@ -119,20 +115,6 @@ class StaticLowering:
             return self._product("Gemm", plan, [x, self._weight(plan), bias], [onnx_ir.AttrInt64("transB", 1)])
         product = self.builder.op("MatMul", [x, self._weight(plan, transposed=True)], f"{plan.name}/MatMul")
         return product if bias is None else self.builder.op("Add", [product, bias], f"{plan.name}/AddBias")
-
-    def _packed(self, plan: LayerPlan, node: Node, x: Value, bias: Value | None) -> Value:
-        """A product in float with a weight that is dequantized when the model is loaded."""
-        name, out = plan.name, plan.out_features
-        if node.op_type == "Conv":
-            weight = dequantized(self.builder, plan, (out, -1, *node.attributes["kernel_shape"].as_ints()))
-            attributes = [value for key, value in node.attributes.items() if key != "module"]
-            conv = Node("", "Conv", [x, weight] if bias is None else [x, weight, bias], attributes, name=f"{name}/Conv")
-            self.builder.nodes.append(conv)
-            return conv.outputs[0]
-        weight = dequantized(self.builder, plan, (out, plan.in_features))
-        transposed = self.builder.op("Transpose", [weight], f"{name}/Transpose", perm=[1, 0])
-        product = self.builder.op("MatMul", [x, transposed], f"{name}/MatMul")
-        return product if bias is None else self.builder.op("Add", [product, bias], f"{name}/AddBias")
 
     def _product(self, op_type: str, plan: LayerPlan, inputs: list[Value | None], attributes: list[onnx_ir.Attr]) -> Value:
         """A Conv or Gemm of (x, weight, bias or None). The bias is written in int32 where these hold it."""

@@ -12,7 +12,7 @@ import onnx_ir
 from onnx_ir import DataType, Node, Value
 
 from qconvert.ir.artifact import INPUT_KEY
-from qconvert.ir.template import DOMAIN
+from qconvert.ir.template import DOMAIN, module_of
 
 NAME = "qconvert/last_position"
 TO_THE_END = np.iinfo(np.int64).max
@@ -23,7 +23,7 @@ def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
 
     A row without a token in this run gives its first position.
     """
-    node = next(node for node in graph if node.domain == DOMAIN and "module" in node.attributes and _module(node) == head)
+    node = next(node for node in graph if node.domain == DOMAIN and "module" in node.attributes and module_of(node) == head)
     hidden = node.inputs[0]
     assert hidden is not None
     assert hidden.shape is not None
@@ -78,10 +78,6 @@ def restore_all_positions(graph: onnx_ir.Graph) -> None:
                     reader.metadata_props[INPUT_KEY] = str(hidden.name)
             onnx_ir.convenience.replace_all_uses_with(kept, hidden)
             graph.remove(node, safe=True)
-
-
-def _module(node: Node) -> str:
-    return node.attributes["module"].as_string()
 
 
 def _set_length(value: Value, old: int | onnx_ir.SymbolicDim, new: int | onnx_ir.SymbolicDim) -> None:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from onnx_ir import Graph, Node, Value
 
-from qconvert.graph.quantized_values import PASSES, IsStatic, QuantizedValue
-from qconvert.ir.template import DOMAIN, made_by
+from qconvert.graph.quantized_values import PASSES, IsStatic, QuantizedValue, is_opaque_product
+from qconvert.ir.template import made_by, module_of
 
 
 class LayerInput(NamedTuple):
@@ -22,7 +22,7 @@ def inputs_of_layers(graphs: Iterable[Graph]) -> Iterator[LayerInput]:
     """Yield every value that linears or convolutions read."""
     for graph in graphs:
         for value, nodes in _readers(graph, lambda name: True).items():
-            yield LayerInput(tuple(dict.fromkeys(map(_module, nodes))), made_by(value))
+            yield LayerInput(tuple(dict.fromkeys(map(module_of, nodes))), made_by(value))
 
 
 def layer_inputs(graph: Graph, is_layer: IsStatic) -> list[QuantizedValue]:
@@ -35,7 +35,7 @@ def layer_inputs(graph: Graph, is_layer: IsStatic) -> list[QuantizedValue]:
     """
     found = []
     for value, nodes in _readers(graph, is_layer).items():
-        names = tuple(dict.fromkeys(map(_module, nodes)))
+        names = tuple(dict.fromkeys(map(module_of, nodes)))
         readers: tuple[Node, ...] = tuple(nodes)
         path = [value]
         while (before := _moved(path[-1])) is not None:
@@ -51,7 +51,7 @@ def layer_inputs(graph: Graph, is_layer: IsStatic) -> list[QuantizedValue]:
 def _readers(graph: Graph, is_layer: IsStatic) -> dict[Value, list[Node]]:
     readers: dict[Value, list[Node]] = {}
     for node in graph:
-        if node.domain == DOMAIN and node.op_type in ("Conv", "Linear") and is_layer(_module(node)):
+        if is_opaque_product(node) and is_layer(module_of(node)):
             assert node.inputs[0] is not None
             readers.setdefault(node.inputs[0], []).append(node)
     return readers
@@ -66,7 +66,3 @@ def _moved(value: Value) -> Value | None:
     if before is None or before.is_initializer() or len(before.uses()) > 1 or before.is_graph_output():
         return None
     return before
-
-
-def _module(layer: Node) -> str:
-    return layer.attributes["module"].as_string()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from onnx_ir import DataType, Graph, Node, Value
 
-from qconvert.ir.template import DOMAIN
+from qconvert.ir.template import DOMAIN, module_of
 
 # Operators that move values and compute none, with the data as first input.
 MOVES = frozenset({"DepthToSpace", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
@@ -59,7 +59,7 @@ def quantized_values(graph: Graph, is_static: IsStatic) -> list[QuantizedValue]:
 class _Flow:
     def __init__(self, graph: Graph, is_static: IsStatic) -> None:
         self.graph = graph
-        self.layers = {node for node in graph if _is_layer(node) and is_static(_module(node))}
+        self.layers = {node for node in graph if is_opaque_product(node) and is_static(module_of(node))}
         self.required = self._leading_to_layers(MOVES)
         self.wanted = self._leading_to_layers(PASSES | FLOWS | CUTS)
         self.roots: dict[Value, Value] = {}
@@ -119,19 +119,16 @@ class _Flow:
 
     def _layers(self, value: Value) -> tuple[str, ...]:
         nodes = dict.fromkeys(use.node for use in value.uses())
-        return tuple(_module(node) for node in nodes if node in self.layers and node.inputs[0] is value)
+        return tuple(module_of(node) for node in nodes if node in self.layers and node.inputs[0] is value)
 
     def _reads_codes(self, node: Node) -> bool:
         outputs_codes = node.outputs[0] in self.roots
         return node in self.layers or (outputs_codes and _is_one_of(node, PASSES | FLOWS))
 
 
-def _is_layer(node: Node) -> bool:
+def is_opaque_product(node: Node) -> bool:
+    """Return whether a node stands for a linear layer or a convolution."""
     return node.domain == DOMAIN and node.op_type in ("Conv", "Linear")
-
-
-def _module(layer: Node) -> str:
-    return layer.attributes["module"].as_string()
 
 
 def _is_one_of(node: Node, operators: frozenset[str]) -> bool:

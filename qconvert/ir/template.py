@@ -26,6 +26,11 @@ class InputGroup:
     made_by: str | None = None
 
 
+def module_of(node: onnx_ir.Node) -> str:
+    """Return the name of the module that an opaque node stands for."""
+    return node.attributes["module"].as_string()
+
+
 def made_by(value: onnx_ir.Value) -> str | None:
     """Return the ONNX type of the node that gives a value, None for an input of the graph."""
     node = value.producer()

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from qconvert.errors import InputError
 from qconvert.execution.adapter_branch import DOWN, UP, add_branch
-from qconvert.execution.modules import layer_kind
+from qconvert.execution.modules import as_matrix, layer_kind
 from qconvert.ir.model import Model, TensorInfo, TensorSource
 from qconvert.load.adapter import Adapter, open_adapter, tensor_name
 
@@ -53,12 +53,8 @@ def _shape_of(model: Model, name: str, folder: Path) -> tuple[int, int]:
             f"{folder} adapts {name}, and the model {model.name} {found}",
             hint="give the model that the adapter was trained on, as the class that it was trained as",
         )
-    return _matrix_shape(module)
-
-
-def _matrix_shape(module: nn.Module) -> tuple[int, int]:
-    first, second = module.get_parameter("weight").shape
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
+    out, width = as_matrix(module).shape
+    return out, width
 
 
 def _check_fit(adapter: Adapter, name: str, shape: tuple[int, int], folder: Path) -> None:

@@ -19,7 +19,7 @@ from qconvert.job import Job
 from qconvert.pipeline import preflight, verdict
 from qconvert.pipeline.preparation import prepare
 from qconvert.pipeline.staged import staged
-from qconvert.pipeline.training import save_trained, trainable
+from qconvert.pipeline.training import trainable
 from qconvert.pipeline.verify_process import verify_in_fresh_process
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.quantize import quantize
@@ -27,6 +27,7 @@ from qconvert.recipe import Recipe
 from qconvert.report.files import write_report
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.stage import Stage, open_stage
+from qconvert.training import save_trained
 from qconvert.write import Writer, run_digest, write_manifest
 from qconvert.write.origin import Origin, origin_of
 

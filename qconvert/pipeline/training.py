@@ -14,7 +14,7 @@ from qconvert.plan import plan as make_plan
 from qconvert.recipe import Recipe, adapter_beside_codes
 from qconvert.trace import trace
 from qconvert.trace.batch_norm import fold_batch_norms
-from qconvert.training import prepare, save
+from qconvert.training import prepare
 from qconvert.vocabulary import AUTO, CAST, TRAINED
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ def prepare_qat(module: AnyModule, recipe: Recipe, *, learned_steps: bool = Fals
         plan = make_plan(model, template, recipe, plugins.quantizer(TRAINED, {}))
         prepare(module, model, template, plan, folds, learned_steps=learned_steps)
     return module
-
-
-def save_trained(module: Module, path: Path) -> None:
-    """Write what training has made of a module that `prepare_qat` gave: a recipe takes it as `trained`.
-
-    Raises UsageError QC-TRAIN-001 and QC-TRAIN-005, InputError for numbers that are not finite, ResourceError (disk).
-    """
-    save(module, Path(path))
 
 
 def trainable(recipe: Recipe, trained: Path | None = None) -> Recipe:

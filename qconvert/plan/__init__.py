@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from qconvert.errors import UsageError
-from qconvert.execution.modules import layer_kind
+from qconvert.execution.modules import as_matrix, layer_kind
 from qconvert.ir.artifact import weight_file_names
 from qconvert.ir.contents import shards
 from qconvert.ir.decision import KeptFloat
@@ -114,14 +114,6 @@ def is_static(recipe: Recipe, quantizer: Quantizer) -> bool:
     return recipe.cast is None and any(scheme.is_static for scheme in asked)
 
 
-def matrix_shape(module: nn.Module, kind: LayerKind) -> tuple[int, int]:
-    """Return [out, in] of a layer's weight after transposing or flattening."""
-    weight = module.get_parameter("weight")
-    if kind == "conv1d":
-        return weight.shape[1], weight.shape[0]
-    return weight.shape[0], weight[0].numel()
-
-
 def _sort_modules(
     model: Model, template: Template, recipe: Recipe, default: QuantScheme
 ) -> tuple[dict[str, LayerPlan], list[KeptFloat], dict[str, str]]:
@@ -152,11 +144,12 @@ def _sort_modules(
         if reason is not None or kind is None or scheme is None:
             kept.append(KeptFloat(name=name, reason=reason or ""))
             continue
+        out_features, in_features = as_matrix(module).shape
         # A convolution has no kernel that quantizes each row: it is small on disk, and computes in float.
         activations = None if kind == "conv2d" and not scheme.is_static else scheme.activations
         own = dataclasses.replace(scheme, activations=activations, scale_bits=model.scale_bits)
         layers[name] = LayerPlan(
-            name, kind, *matrix_shape(module, kind), own, name in template.weights_read, dtype=model.loaded_dtype
+            name, kind, out_features, in_features, own, name in template.weights_read, dtype=model.loaded_dtype
         )
     return layers, kept, shared
 

@@ -1,10 +1,7 @@
 """Batch norms as parts of convolutions, before anything is quantized: integer kernels know no batch norm.
 
-    norm(conv(x)) = (conv(x) - mean) * factor + shift       factor = gamma / sqrt(variance + epsilon), for each channel
-                  = x * (weight * factor) + (bias - mean) * factor + shift
-
 A norm that follows no convolution, but an activation function say, is a convolution by itself: of each channel alone, one pixel
-wide, with the weight `factor`. Per channel that is quantized without loss.
+wide, with the norm's factor as its weight (execution/batch_norm.py). Per channel that is quantized without loss.
 """
 
 from __future__ import annotations
@@ -12,16 +9,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import onnx_ir
 import torch
 from torch import Tensor, nn
 
+from qconvert.execution.batch_norm import Fold
 from qconvert.graph.float_graph import replace, substitute
 from qconvert.ir.model import Model, TensorInfo, TensorSource
-from qconvert.ir.template import DOMAIN, Template
+from qconvert.ir.template import DOMAIN, Template, module_of
 from qconvert.trace.cleanup import remove_unused
 from qconvert.trace.groups import input_groups
 
@@ -54,10 +51,10 @@ def fold_batch_norms(model: Model, template: Template) -> tuple[Model, Template,
             else:
                 replace(norm.outputs[0], conv.outputs[0])
                 graph.graph.remove(norm, safe=True)
-                layer = module.get_submodule(_module(conv))
+                layer = module.get_submodule(module_of(conv))
                 layer.bias = _on_meta(taken.num_features)
                 module.set_submodule(name, nn.Identity())
-            folds[_module(conv)] = Fold.of(name, taken)
+            folds[module_of(conv)] = Fold.of(name, taken)
         remove_unused(graph)
     if not folds:
         return model, template, {}
@@ -67,26 +64,6 @@ def fold_batch_norms(model: Model, template: Template) -> tuple[Model, Template,
     changed = dataclasses.replace(model, module=module, source=FoldedSource(model.source, folds))
     names = {convolution: fold.norm for convolution, fold in folds.items()}
     return changed, dataclasses.replace(template, graphs=graphs, groups=groups, constants=constants), names
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fold:
-    """A batch norm that goes into a convolution.
-
-    norm: the name of its module. mean, variance: its running statistics, [channels] float64.
-    """
-
-    norm: str
-    mean: Tensor
-    variance: Tensor
-    epsilon: float
-
-    @staticmethod
-    def of(name: str, norm: nn.BatchNorm2d) -> Fold:
-        """Return what a norm, the module `name`, does."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        return Fold(name, norm.running_mean.double(), norm.running_var.double(), norm.eps)
 
 
 class FoldedSource:
@@ -119,14 +96,12 @@ class FoldedSource:
         fold = self._folds.get(conv)
         if fold is None or kind not in ("weight", "bias"):
             return self._source.read(name)
-        factor = self._source.read(f"{fold.norm}.weight").double() / torch.sqrt(fold.variance + fold.epsilon)
-        info = self.tensors[name]
+        gamma, info = self._source.read(f"{fold.norm}.weight"), self.tensors[name]
         if kind == "weight":
             weight = torch.ones(info.shape) if fold.norm == conv else self._source.read(name)
-            return (weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))).to(info.dtype)
-        has_bias = fold.norm != conv and name in self._source.tensors
-        bias = self._source.read(name).double() if has_bias else torch.zeros_like(factor)
-        return ((bias - fold.mean) * factor + self._source.read(f"{fold.norm}.bias").double()).to(info.dtype)
+            return fold.weight(weight, gamma).to(info.dtype)
+        bias = self._source.read(name) if fold.norm != conv and name in self._source.tensors else None
+        return fold.bias(bias, gamma, self._source.read(f"{fold.norm}.bias")).to(info.dtype)
 
 
 def _convolution_before(norm: onnx_ir.Node, graph: onnx_ir.Graph, model: Model) -> onnx_ir.Node | None:
@@ -135,8 +110,8 @@ def _convolution_before(norm: onnx_ir.Node, graph: onnx_ir.Graph, model: Model) 
     conv = None if x is None else x.producer()
     if x is None or conv is None or not _is_convolution(conv) or len(x.uses()) > 1 or x.is_graph_output():
         return None
-    calls = [_module(node) for node in graph if _is_convolution(node)]
-    return conv if calls.count(_module(conv)) == 1 and not _is_shared(model, _module(conv)) else None
+    calls = [module_of(node) for node in graph if _is_convolution(node)]
+    return conv if calls.count(module_of(conv)) == 1 and not _is_shared(model, module_of(conv)) else None
 
 
 def _is_convolution(node: onnx_ir.Node) -> bool:
@@ -145,10 +120,6 @@ def _is_convolution(node: onnx_ir.Node) -> bool:
 
 def _is_shared(model: Model, module: str) -> bool:
     return any(f"{module}.{leaf}" in (*model.tied, *model.tied.values()) for leaf in ("weight", "bias"))
-
-
-def _module(conv: onnx_ir.Node) -> str:
-    return conv.attributes["module"].as_string()
 
 
 def _norm_module(norm: onnx_ir.Node) -> str:

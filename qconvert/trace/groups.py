@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import onnx_ir
 
 from qconvert.ir.layer import Producer
-from qconvert.ir.template import DOMAIN, InputGroup, made_by
+from qconvert.ir.template import DOMAIN, InputGroup, made_by, module_of
 
 # Op -> the input that holds its weight; the normalised value is the first output.
 NORMS = {
@@ -29,7 +29,7 @@ def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]
     calls: dict[str, list[onnx_ir.Node]] = {}
     for node in (node for graph in graphs for node in graph):
         if node.domain == DOMAIN and node.op_type in ("Linear", "Conv"):
-            calls.setdefault(_module(node), []).append(node)
+            calls.setdefault(module_of(node), []).append(node)
     members: dict[tuple[tuple[onnx_ir.Value, ...], str], list[str]] = {}
     for name, nodes in calls.items():
         alone_or_block = name if nodes[0].op_type == "Conv" else block_of(name)
@@ -57,10 +57,6 @@ def _times_used(producer: Producer, calls: Mapping[str, Sequence[onnx_ir.Node]],
         return len(calls[producer.name])
     weight = f"{producer.name}.weight"
     return sum(len(graph.initializers[weight].uses()) for graph in graphs if weight in graph.initializers)
-
-
-def _module(node: onnx_ir.Node) -> str:
-    return node.attributes["module"].as_string()
 
 
 def _producer(value: onnx_ir.Value, readers: Collection[onnx_ir.Node]) -> Producer | None:
@@ -103,7 +99,7 @@ def _linear(value: onnx_ir.Value | None, own: bool = True) -> Producer | None:
     assert value is not None
     if own and len(value.uses()) != 1:
         return None
-    return Producer("linear", _module(node))
+    return Producer("linear", module_of(node))
 
 
 def _value_channels(attention: onnx_ir.Node) -> tuple[int, ...] | None:

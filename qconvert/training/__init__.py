@@ -3,6 +3,6 @@
 from torch.nn import Module
 
 from qconvert.training.prepare import prepare
-from qconvert.training.saved import save
+from qconvert.training.saved import save_trained
 
-__all__ = ["Module", "prepare", "save"]
+__all__ = ["Module", "prepare", "save_trained"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from qconvert.execution.modules import in_own_shape, layer_kind
+from qconvert.execution.modules import as_matrix, in_own_shape, layer_kind
 from qconvert.ir.scheme import QuantScheme
 from qconvert.training.weights import WeightQuantizer
 
@@ -69,14 +69,6 @@ class QATEmbedding(FakeQuantized, nn.Embedding):
 
 
 KINDS = {"linear": QATLinear, "conv1d": QATConv1D, "conv2d": QATConv2d, "embedding": QATEmbedding}
-
-
-def as_matrix(module: nn.Module) -> Tensor:
-    """Return the weight of a layer as [out, in], whatever its kind."""
-    weight = module.get_parameter("weight")
-    if isinstance(module, Conv1D):
-        return weight.T
-    return weight.flatten(1)
 
 
 def become_fake_quantized(module: nn.Module, weight_quantizer: WeightQuantizer, input_quantizer: nn.Module) -> None:

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from qconvert.errors import UsageError
-from qconvert.execution.modules import layer_kind
+from qconvert.execution.batch_norm import Fold
+from qconvert.execution.modules import as_matrix, layer_kind
 from qconvert.graph.layer_inputs import inputs_of_layers
 from qconvert.ir.activations import row_codes
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.template import Template
 from qconvert.training.inputs import RowInput, StaticInput
-from qconvert.training.layers import FakeQuantized, as_matrix, become_fake_quantized
+from qconvert.training.layers import FakeQuantized, become_fake_quantized
 from qconvert.training.weights import WeightQuantizer
 
 
@@ -70,13 +71,10 @@ def _check(module: nn.Module, model: Model, names: list[str], folds: Mapping[str
 
 
 def _fold(module: nn.Module, convolution: str, norm_name: str) -> None:
-    """Put a batch norm with the statistics that it has into the convolution before it, or make it one (trace/batch_norm.py)."""
+    """Put a batch norm, with the statistics that it has, into the convolution before it, or make it one."""
     norm = module.get_submodule(norm_name)
     assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    shift = norm.bias.detach().double() - norm.running_mean.double() * factor
+    fold = Fold.of(norm_name, norm)
     if convolution == norm_name:
         conv = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
         conv.to(device=norm.weight.device, dtype=norm.weight.dtype)
@@ -88,10 +86,11 @@ def _fold(module: nn.Module, convolution: str, norm_name: str) -> None:
         conv = before
         module.set_submodule(norm_name, nn.Identity())
     with torch.no_grad():
+        conv.weight.copy_(fold.weight(conv.weight, norm.weight))
+        bias = fold.bias(conv.bias, norm.weight, norm.bias)
         if conv.bias is None:
-            conv.bias = nn.Parameter(torch.zeros_like(norm.bias))
-        conv.weight.copy_(conv.weight.double() * factor.reshape(-1, 1, 1, 1))
-        conv.bias.copy_(conv.bias.double() * factor + shift)
+            conv.bias = nn.Parameter(torch.empty_like(norm.bias))
+        conv.bias.copy_(bias)
 
 
 def _found(module: nn.Module, name: str) -> nn.Module:

@@ -7,23 +7,25 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qconvert.errors import InputError, UsageError
+from qconvert.execution.modules import as_matrix
 from qconvert.ir.activation_codes import ActivationCodes
 from qconvert.ir.finite import all_finite, not_finite
 from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.trained import TrainedLayer
 from qconvert.storage.trained import write_trained
 from qconvert.training.inputs import StaticInput
-from qconvert.training.layers import FakeQuantized, QATEmbedding, as_matrix
+from qconvert.training.layers import FakeQuantized, QATEmbedding
 
 
-def save(module: nn.Module, path: Path) -> None:
-    """Write the codes that a forward of a prepared module computes with, their scales, and its floats.
+def save_trained(module: nn.Module, path: Path) -> None:
+    """Write what training has made of a module that `prepare_qat` gave: a recipe takes the file as `trained`.
+
+    It holds the codes that a forward computes with, their scales, and the floats beside them.
 
     Raises UsageError QC-TRAIN-001 for a module without layers that were prepared, QC-TRAIN-005 for a static range that no batch
     has set; InputError QC-WEIGHT-001 or QC-FLOAT-001 for what is not finite; ResourceError (disk).
     """
     layers: dict[str, tuple[QuantizedTensor, TrainedLayer]] = {}
-    taken: set[str] = set()
     for name, layer in _quantized_layers(module).items():
         weight = as_matrix(layer)
         if not all_finite(weight):
@@ -31,12 +33,11 @@ def save(module: nn.Module, path: Path) -> None:
         assert isinstance(layer, FakeQuantized)
         quantized = layer.weight_quantizer.quantized(weight)
         layers[name] = quantized, TrainedLayer(layer.scheme, _input_codes(name, layer.input_quantizer))
-        taken.add(f"{name}.weight")
     if not layers:
         raise UsageError(
             "QC-TRAIN-001", "no layer of the module was prepared", hint="call prepare_qat before training, and give that module"
         )
-    write_trained(Path(path), layers, _floats(module, taken))
+    write_trained(Path(path), layers, _floats(module))
 
 
 def _quantized_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -68,18 +69,18 @@ def _input_codes(name: str, quantizer: nn.Module) -> ActivationCodes | None:
     return codes
 
 
-def _floats(module: nn.Module, taken: set[str]) -> dict[str, Tensor]:
+def _floats(module: nn.Module) -> dict[str, Tensor]:
     """All other parameters and floating buffers that a checkpoint has, each once."""
-    own = tuple(f"{name}." for name, each in module.named_modules() if isinstance(each, FakeQuantized))
-    own = tuple(f"{prefix}{part}_quantizer." for prefix in own for part in ("weight", "input"))
-    quantized = {id(layer.get_parameter("weight")) for layer in _quantized_layers(module).values()}
-    kept = module.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    for layer in module.modules():
+        if isinstance(layer, FakeQuantized):
+            assert isinstance(layer, nn.Module)
+            parts = [layer.weight_quantizer, layer.input_quantizer]
+            seen |= {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+            seen.add(id(layer.get_parameter("weight")))
     floats: dict[str, Tensor] = {}
-    seen = set(quantized)
-    for name, tensor in kept.items():
-        if name in taken or name.startswith(own) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        if id(tensor) not in seen:
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in seen:
             seen.add(id(tensor))
             floats[name] = tensor
     return floats

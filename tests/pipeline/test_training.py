@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 from qconvert import Recipe, Report, convert, prepare_qat, save_trained
 from qconvert.cli import main
 from qconvert.errors import InputError, QConvertError, UsageError
+from qconvert.execution.modules import as_matrix
 from qconvert.ir.artifact import GRAPH
 from qconvert.ir.progress import silent
 from qconvert.pipeline import preflight, preparation
@@ -33,7 +34,7 @@ from qconvert.pipeline.verification import verify
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.training.inputs import StaticInput
-from qconvert.training.layers import FakeQuantized, as_matrix
+from qconvert.training.layers import FakeQuantized
 
 DIGITS = f"module:{static_modules.__file__}:classifier"
 RESIDUAL = f"module:{static_modules.__file__}:residual"
