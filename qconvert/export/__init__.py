@@ -16,7 +16,7 @@ from qconvert.export.lowering import MICROSOFT
 from qconvert.graph.float_graph import number_repeated_names
 from qconvert.graph.last_position import keep_last_position
 from qconvert.ir.activation_codes import NO_CODES, GraphCodes
-from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
+from qconvert.ir.artifact import CLUSTER_KEYS, LAYER_KEY
 from qconvert.ir.template import DOMAIN
 from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
@@ -63,10 +63,11 @@ def _finish(model: onnx_ir.Model) -> None:
     """Leave nothing in the file that depends on the machine: traces, paths, versions of tools."""
     RemoveUnusedNodesPass()(model)
     number_repeated_names(model.graph)
-    keep = {node: dict(node.metadata_props) for node in model.graph if LAYER_KEY in node.metadata_props}
+    clusters = [node for node in model.graph.all_nodes() if node.op_type != "MatMulNBits"]
+    keep = {node: dict(node.metadata_props) for node in clusters if LAYER_KEY in node.metadata_props}
     ClearMetadataAndDocStringPass()(model)
     for node, properties in keep.items():
-        node.metadata_props.update({key: properties[key] for key in (LAYER_KEY, INPUT_KEY)})
+        node.metadata_props.update({key: properties[key] for key in CLUSTER_KEYS if key in properties})
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "qconvert", None
     model.opset_imports.pop(DOMAIN, None)

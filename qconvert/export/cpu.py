@@ -10,6 +10,7 @@ from qconvert.export.graph import GraphBuilder
 from qconvert.export.lower_cpu import CpuLowering
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
+from qconvert.export.prompt_phase import add_prompt_phase
 from qconvert.export.static import insert_pairs, keep_float_products
 from qconvert.graph.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
@@ -46,6 +47,8 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     keep_float_products(graph)
     choose_by_processor(graph, builder, lowering.static.weights)
     _bind(graph, builder, model)
+    if context.job.recipe.prefill == "int8" and model.task.continues_prompts:
+        add_prompt_phase(graph, builder, model.output_head)
 
 
 def _bind(graph: onnx_ir.Graph, builder: GraphBuilder, model: Model) -> None:

@@ -49,7 +49,7 @@ def _genai_config(
 ) -> dict[str, Any]:
     """config: of transformers, which knows the names that an architecture has for a setting."""
     layers, kv_heads, head_size = cache
-    attention = next(node for node in graph if node.op_type == "GroupQueryAttention")
+    attention = next(node for node in graph.all_nodes() if node.op_type == "GroupQueryAttention")
     first, last, pad = (_tokens(name, config, generation) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
     context = int(config.max_position_embeddings)
     model: dict[str, Any] = {

@@ -79,14 +79,18 @@ class GraphBuilder:
             self._register(name, tensor, onnx_type, onnx_shape)
         return self.graph.initializers[name]
 
-    def view(self, initializer: Value, dtype: DataType, name: str) -> Value:
-        """Return another initializer on the bytes of an external one, of another type; the same name gives the same value."""
+    def view(self, initializer: Value, dtype: DataType, name: str, shape: Sequence[int] | None = None) -> Value:
+        """Return another initializer on the bytes of an external one, of another type, optionally under another shape; the same
+        name gives the same value.
+        """
         if name not in self.graph.initializers:
             stored = initializer.const_value
             assert isinstance(stored, onnx_ir.ExternalTensor)
-            shape = stored.shape
-            tensor = onnx_ir.ExternalTensor(stored.location, stored.offset, stored.length, dtype, shape=shape, name=name)
-            self._register(name, tensor, dtype, shape.numpy())
+            dims = stored.shape.numpy() if shape is None else tuple(shape)
+            tensor = onnx_ir.ExternalTensor(
+                stored.location, stored.offset, stored.length, dtype, shape=onnx_ir.Shape(dims), name=name
+            )
+            self._register(name, tensor, dtype, dims)
         return self.graph.initializers[name]
 
     def spanning(self, values: Sequence[Value], axis: int) -> Value:

@@ -21,6 +21,7 @@ from qconvert.export.context import ExportContext
 from qconvert.export.dequantized import dequantized
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
+from qconvert.export.rows import QuantizedRows
 from qconvert.export.static import StaticLowering
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
@@ -43,10 +44,8 @@ class CpuLowering(Lowering):
 
     def __init__(self, builder: GraphBuilder, context: ExportContext, *, decodes: bool) -> None:
         super().__init__(builder, context)
-        self._decodes = decodes
         self.static = StaticLowering(builder, context)
-        self._rows: dict[Value, tuple[Value, Value]] = {}
-        self._row_zero_points: dict[tuple[object, int], Value] = {}
+        self._rows = QuantizedRows(builder, decodes=decodes)
         self._qparams: dict[str, tuple[Value, Value | None]] = {}
 
     def lower(self, plan: LayerPlan, node: onnx_ir.Node, bias: Value | None) -> Value:
@@ -70,7 +69,7 @@ class CpuLowering(Lowering):
             case LayerForm.INT8_STATIC:
                 return self.static.lower(plan, node, x, bias)
             case _:
-                return self._matmul_nbits(plan, self._scaled_input(plan, x), bias)
+                return self._matmul_nbits(plan, module, x, bias)
 
     def stored_float(self, name: str) -> Value:
         """Return the stored tensor `name` in float32, cast where it is narrower."""
@@ -83,16 +82,16 @@ class CpuLowering(Lowering):
         product = self.builder.op("MatMul", [x, transposed], f"{plan.name}/MatMul")
         return product if bias is None else self.builder.op("Add", [product, bias], f"{plan.name}/AddBias")
 
-    def _matmul_nbits(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
+    def _matmul_nbits(self, plan: LayerPlan, module: str, unscaled: Value, bias: Value | None) -> Value:
         builder, name, bits = self.builder, plan.name, plan.scheme.bits
         size = CPU.block_size(plan)
         blocks = CPU.blocks(plan)
         packed = f"{name}.kernel_weight" if CPU.is_padded(plan) else f"{name}.weight_packed"
         weight = builder.external(packed, (plan.out_features, blocks, size * bits // 8), DataType.UINT8)
-        inputs = [x, weight, *self._block_qparams(plan), None, bias]
+        inputs = [self._scaled_input(plan, unscaled), weight, *self._block_qparams(plan), None, bias]
         while inputs[-1] is None:
             inputs.pop()
-        return builder.op(
+        output = builder.op(
             "MatMulNBits",
             inputs,
             f"{name}/MatMulNBits",
@@ -103,6 +102,7 @@ class CpuLowering(Lowering):
             block_size=size,
             accuracy_level=4,
         )
+        return self._named(output, module, unscaled)
 
     def _matmul_bnb4(self, plan: LayerPlan, x: Value, bias: Value | None) -> Value:
         builder, name, out, width = self.builder, plan.name, plan.out_features, plan.in_features
@@ -142,11 +142,11 @@ class CpuLowering(Lowering):
         x = self._scaled_input(plan, unscaled)
         columns = self.outlier_columns.get(name, ())
         rows = activations.row_codes(made_by(unscaled) if x is unscaled else None)
-        quantized, step = self._quantized_rows(self._without(x, columns, plan), rows, plan)
+        quantized, step = self._rows.codes(self._without(x, columns, plan), rows, plan.in_features, name)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
         scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
         one = builder.constant("qconvert/one", np.array(1, np.float32))
-        inputs: list[Value | None] = [quantized, weight, one, scale, self._zero_point(rows)]
+        inputs: list[Value | None] = [quantized, weight, one, scale, self._rows.zero_point(rows)]
         if not plan.scheme.symmetric:
             inputs.append(builder.external(f"{name}.weight_zero_point", (plan.out_features,)))
         product = builder.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", MICROSOFT)
@@ -155,57 +155,17 @@ class CpuLowering(Lowering):
             output = builder.op("Add", [output, self._outlier_product(x, columns, plan)], f"{name}/AddOutliers")
         if bias is not None:
             output = builder.op("Add", [output, bias], f"{name}/AddBias")
+        return self._named(output, module, unscaled)
+
+    def _named(self, output: Value, module: str, unscaled: Value) -> Value:
+        """Return `output`, whose node says which module it is and what that reads.
+
+        The verifier finds a cluster of int8 rows by these, to run it alone and to replace it; it puts in the smoothing scale
+        itself. The body for prompts is made of the MatMulNBits that have them (prompt_phase.py).
+        """
         producer = output.producer()
         assert producer is not None
         assert unscaled.name is not None
-        # The verifier finds the cluster by these, to run it alone and to replace it; it puts in the smoothing scale itself.
         producer.metadata_props[LAYER_KEY] = module
         producer.metadata_props[INPUT_KEY] = unscaled.name
         return output
-
-    def _quantized_rows(self, x: Value, rows: activations.RowCodes, plan: LayerPlan) -> tuple[Value, Value]:
-        """(uint8 rows, step of each row [..., 1]), made once per input."""
-        if x not in self._rows:
-            builder, name = self.builder, plan.name
-            unit = builder.constant(f"qconvert/row_scale_{rows.zero_point}", np.array(1 / rows.steps, np.float32))
-            step = builder.op("Mul", [self._largest(x, rows, name), unit], f"{name}/RowStep")
-            if rows.least_step:
-                least = builder.constant(f"qconvert/least_step_{rows.zero_point}", np.array(rows.least_step, np.float32))
-                step = builder.op("Max", [step, least], f"{name}/LeastRowStep")
-            # One block per row: faster than Div and QuantizeLinear with one scale, which pass over the input twice. A row of
-            # zeros becomes 0 / 0 and some code or other; its product, a finite number, is then multiplied by 0.
-            inputs = [x, step, self._zero_points_of(x, step, rows, name)]
-            quantized = builder.op("QuantizeLinear", inputs, f"{name}/QuantizeRows", axis=-1, block_size=plan.in_features)
-            self._rows[x] = quantized, step
-        return self._rows[x]
-
-    def _largest(self, x: Value, rows: activations.RowCodes, name: str) -> Value:
-        """Return the largest value of each row, or its largest magnitude where rows have both signs: [..., 1].
-
-        Two nodes are less to start for the one row of a decoding step; without Abs, which writes as much as it reads, many rows
-        take two thirds of the time.
-        """
-        builder = self.builder
-        axes = builder.constant("qconvert/last_axis", np.array([-1], np.int64))
-        if not rows.symmetric:
-            return builder.op("ReduceMax", [x, axes], f"{name}/RowMax", keepdims=1)
-        if self._decodes:
-            magnitude = builder.op("Abs", [x], f"{name}/Abs")
-            return builder.op("ReduceMax", [magnitude, axes], f"{name}/RowMax", keepdims=1)
-        largest = builder.op("ReduceMax", [x, axes], f"{name}/RowMax", keepdims=1)
-        smallest = builder.op("ReduceMin", [x, axes], f"{name}/RowMin", keepdims=1)
-        return builder.op("Max", [largest, builder.op("Neg", [smallest], f"{name}/Neg")], f"{name}/RowMagnitude")
-
-    def _zero_points_of(self, x: Value, step: Value, rows: activations.RowCodes, name: str) -> Value:
-        """One zero point per row, in the shape of `step`; made once for all inputs that are known to have as many rows."""
-        shape: object = x if x.shape is None or None in (dims := x.shape.dims[:-1]) else dims
-        key = shape, rows.zero_point
-        if key not in self._row_zero_points:
-            # Any step by the largest float is 0, and its code the zero point: one node, where Shape and Expand are two.
-            largest = self.builder.constant("qconvert/largest", np.array(np.finfo(np.float32).max))
-            inputs = [step, largest, self._zero_point(rows)]
-            self._row_zero_points[key] = self.builder.op("QuantizeLinear", inputs, f"{name}/RowZeroPoints")
-        return self._row_zero_points[key]
-
-    def _zero_point(self, rows: activations.RowCodes) -> Value:
-        return self.builder.constant(f"qconvert/row_zero_point_{rows.zero_point}", np.array(rows.zero_point, np.uint8))

@@ -75,13 +75,24 @@ def _type_of(value: Value | None) -> DataType:
     return _type_of(node.inputs[2 if node.op_type == "QuantizeLinear" else 0])  # the others here give what they take
 
 
+def signed_products_are_exact(builder: GraphBuilder) -> Value:
+    """Add nodes that tell whether the processor at hand multiplies unsigned by signed bytes exactly: a bool, folded."""
+    largest = [builder.constant(f"{EXACT}/factor_{index}", factor) for index, factor in enumerate(PROBE)]
+    product = builder.op("MatMulInteger", largest, f"{EXACT}/product")
+    smallest = builder.op("ReduceMin", [product], f"{EXACT}/smallest", keepdims=0)
+    expected = builder.constant(f"{EXACT}/expected", np.array(PROBE_SUM, np.int32))
+    exact = builder.op("Equal", [smallest, expected], EXACT)
+    exact.name = EXACT
+    return exact
+
+
 class _Chooser:
     """A probe of the processor in the graph of `builder`, by whose answer one product after the other is chosen."""
 
     def __init__(self, builder: GraphBuilder) -> None:
         self.builder = builder
         self.highest_bit = builder.constant("qconvert/highest_bit", np.array(HIGHEST_BIT, np.uint8))
-        self.exact = self._probe()
+        self.exact = signed_products_are_exact(builder)
         row = _constant(f"{FLIPPED}/row", np.array([HIGHEST_BIT], np.uint8))
         bit = _constant(f"{FLIPPED}/bit", np.array(HIGHEST_BIT, np.uint8))
         self.flipped_bit = self._either(
@@ -89,15 +100,6 @@ class _Chooser:
             Graph([], [row], nodes=[], initializers=[row], name=f"{FLIPPED}/signed"),
             Graph([], [bit], nodes=[], initializers=[bit], name=f"{FLIPPED}/unsigned"),
         )
-
-    def _probe(self) -> Value:
-        largest = [self.builder.constant(f"{EXACT}/factor_{index}", factor) for index, factor in enumerate(PROBE)]
-        product = self.builder.op("MatMulInteger", largest, f"{EXACT}/product")
-        smallest = self.builder.op("ReduceMin", [product], f"{EXACT}/smallest", keepdims=0)
-        expected = self.builder.constant(f"{EXACT}/expected", np.array(PROBE_SUM, np.int32))
-        exact = self.builder.op("Equal", [smallest, expected], EXACT)
-        exact.name = EXACT
-        return exact
 
     def _either(self, name: str, signed: Graph, unsigned: Graph) -> Value:
         node = onnx_ir.node("If", [self.exact], {"then_branch": signed, "else_branch": unsigned}, name=name)

@@ -24,6 +24,7 @@ from qconvert.vocabulary import (
     HalfType,
     Layout,
     Logits,
+    Prefill,
     Preset,
     TargetName,
 )
@@ -83,6 +84,12 @@ class Recipe(Part):
         "all",
         description="whose logits a decoder gives: all positions, or the last of each row alone, which spares the head the "
         "rest of a prompt",
+    )
+    prefill: Prefill = Field(
+        "same",
+        exclude_if=lambda prefill: prefill == "same",  # written where it is set: recipes of before mean what they meant
+        description="how a decoder's packed weights run prompts on the CPU: as they decode, or as int8 weights derived from them "
+        "when the model is loaded, with int8 activations: faster, and a little less faithful",
     )
     layout: Layout = Field(
         "transformers", description="who must be able to read the weights: transformers too, or model.onnx alone"

@@ -1,0 +1,185 @@
+"""int8 weights for the body that runs prompts, derived from packed codes when a session is created: nothing more on disk.
+
+    w [out, in] = round((code - zero point) * scale of the group / step of the row)        step = largest of the row / levels
+
+The elementwise product is a convolution of 8-bit codes, one channel for each group of each row: QLinearConv takes a scale for
+every channel and a bias in int32, which is minus the zero point, and gives a byte for a byte. All of it depends on constants
+alone, so ONNX Runtime folds it when it creates the session, and one int8 initializer [in, out] is left.
+
+What is folded in one pass over the graph is held until that pass ends: 4 bytes per weight here. So the weights come in WAVES,
+each of which waits for an `If` that the pass before has resolved; ONNX Runtime makes 10 passes at most
+(max_num_graph_transformation_steps). On SmolLM2, creating a session then peaks at 3.0 bytes per weight in place of 4.7.
+
+Signed weights saturate on AVX2 without VNNI (graph/integer_products.py), if they use their range: pairs of products are added
+up in 16 bits there. Half the range is exact everywhere, 2 * 255 * 63 being less than 2^15, so that is what they get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir
+from onnx_ir import DataType, Graph, Node, TensorType, Value
+
+from qconvert.export.graph import GraphBuilder
+from qconvert.export.processors import signed_products_are_exact
+from qconvert.ir.prompt_weights import LEAST_STEP, LEVELS, LEVELS_WITHOUT_VNNI
+
+WAVES = 6
+NAME = "qconvert/prompt_weights"
+# Of MatMulNBits, the numbers of bits that there is a form for.
+BITS = (4, 8)
+
+
+class Derived(NamedTuple):
+    """int8 weights [in, out] and their scales [out], in float32."""
+
+    weight: Value
+    scale: Value
+
+
+def can_derive(node: Node) -> bool:
+    """Return whether there is a form for the weights of a MatMulNBits: packed in 4 or 8 bits, in one stretch of a file."""
+    weight = node.inputs[1]
+    return (
+        node.attributes["bits"].as_int() in BITS
+        and weight is not None
+        and isinstance(weight.const_value, onnx_ir.ExternalTensor)
+    )
+
+
+def derived_weights(nodes: Sequence[Node], builder: GraphBuilder) -> dict[Node, Derived]:
+    """Add what derives the weights of every MatMulNBits of `nodes`, all of which `can_derive`.
+
+    The largest come in the first wave, when nothing else is held, and last in that: what is freed then is given back.
+    """
+    if not nodes:
+        return {}
+    by_size = sorted(nodes, key=_weights, reverse=True)
+    total, before = sum(map(_weights, nodes)), 0
+    waves: dict[Node, int] = {}
+    for node in by_size:
+        waves[node] = WAVES * before // total
+        before += _weights(node)
+    chains = _Chains(builder)
+    return {node: chains.derived(node, waves[node]) for node in sorted(nodes, key=_weights)}
+
+
+def _weights(node: Node) -> int:
+    return node.attributes["K"].as_int() * node.attributes["N"].as_int()
+
+
+class _Chains:
+    """Adds the nodes that derive one weight after the other."""
+
+    def __init__(self, builder: GraphBuilder) -> None:
+        self.builder = builder
+        self.one = self._constant("one", np.float32(1))
+        self.flat = self._constant("flat", np.int64([-1]))
+        self.rows = self._constant("rows", np.int64([1]))
+        exact = signed_products_are_exact(builder)
+        levels = [self._constant(f"levels_{count}", np.float32(count)) for count in (LEVELS, LEVELS_WITHOUT_VNNI)]
+        self.levels = builder.op("Where", [exact, *levels], f"{NAME}/levels")
+        self.waves = self._waves()
+
+    def derived(self, node: Node, wave: int) -> Derived:
+        builder, name = self.builder, str(node.name)
+        width, out, bits, size = (node.attributes[key].as_int() for key in ("K", "N", "bits", "block_size"))
+        blocks = -(-width // size)
+        _, packed, scales, *rest = node.inputs
+        zero_points = rest[0] if rest else None
+        assert packed is not None
+        assert scales is not None
+        codes, offset = self._codes(packed, (1, out * blocks, size), bits, name)
+        scale = self._op("Reshape", [scales, self._constant(f"blocks_{out}_{blocks}", np.int64([out, blocks]))], name, "Scales")
+        highest = 2**bits - 1
+        if zero_points is None:
+            zero, farthest = self._constant(f"zero_{bits}", np.int8(2 ** (bits - 1) - offset)), self._float(2 ** (bits - 1))
+        else:
+            zero = self._constant("zero", np.int8(0))
+            points = self._zero_points(zero_points, (out, blocks), bits, name)
+            farthest = self._op("Max", [points, self._op("Sub", [self._float(highest), points], name, "Above")], name, "Farthest")
+        largest = self._op("Mul", [self._op("Abs", [scale], name, "Magnitudes"), farthest], name, "Reach")
+        largest = self._op("ReduceMax", [largest, self.rows], name, "Largest", keepdims=1)
+        step = self._op("Div", [largest, self.levels], name, "Step")
+        step = self._op("Max", [step, self._float(LEAST_STEP)], name, "LeastStep")
+        ratio = self._op("Reshape", [self._op("Div", [scale, step], name, "Ratios"), self.flat], name, "FlatRatios")
+        shape = self._constant(f"channels_{out * blocks}", np.int64([out * blocks, 1, 1]))
+        ones = self._op("ConstantOfShape", [shape], name, "Ones", value=onnx_ir.tensor(np.array([1], np.int8)))
+        # x, its scale and zero point, w, its scales and zero point, scale and zero point of the result
+        inputs = [codes, self.one, zero, ones, ratio, self._constant("zero", np.int8(0)), self.waves[wave]]
+        inputs.append(self._constant("zero", np.int8(0)))
+        if zero_points is not None:
+            minus = self._op("Sub", [self._float(offset), points], name, "MinusZeroPoints")
+            minus = self._op("Cast", [self._op("Reshape", [minus, self.flat], name, "Bias")], name, "BiasCodes", to=DataType.INT32)
+            inputs.append(minus)
+        weight = self._op("QLinearConv", inputs, name, "Codes", group=out * blocks, kernel_shape=[1])
+        shape = self._constant(f"weight_{out}_{blocks * size}", np.int64([out, blocks * size]))
+        weight = self._op("Reshape", [weight, shape], name, "Weight")
+        if blocks * size > width:
+            ends = [self._constant(f"slice_{end}", np.int64([end])) for end in (0, width)]
+            weight = self._op("Slice", [weight, *ends, self.rows], name, "Unpadded")
+        transposed = self._op("Transpose", [weight], name, "Transposed", perm=[1, 0])
+        return Derived(transposed, self._op("Reshape", [step, self.flat], name, "Steps"))
+
+    def _codes(self, packed: Value, shape: tuple[int, int, int], bits: int, name: str) -> tuple[Value, int]:
+        """(codes as int8 in `shape`, what was taken off them)."""
+        if bits == 4:
+            view = self.builder.view(packed, DataType.UINT4, f"{packed.name}/codes", shape)
+            return self._op("Cast", [view], name, "Unpacked", to=DataType.INT8), 0
+        view = self.builder.view(packed, DataType.INT8, f"{packed.name}/codes", shape)
+        # The unsigned byte less 128, read as a signed one, has the other highest bit.
+        return self._op("BitwiseXor", [view, self._constant("highest_bit", np.int8(-128))], name, "Signed"), 128
+
+    def _zero_points(self, packed: Value, shape: tuple[int, int], bits: int, name: str) -> Value:
+        """The zero points in float32 [out, blocks], of those packed along the blocks."""
+        out, blocks = shape
+        points = packed
+        if bits == 4:
+            low = self._op("BitwiseAnd", [packed, self._constant("low_bits", np.uint8(15))], name, "LowZeroPoints")
+            four = self._constant("four", np.uint8(4))
+            high = self._op("BitShift", [packed, four], name, "HighZeroPoints", direction="RIGHT")
+            packed_shape = self._constant(f"pairs_{out}_{(blocks + 1) // 2}", np.int64([out, (blocks + 1) // 2, 1]))
+            halves = [self._op("Reshape", [half, packed_shape], name, "Half") for half in (low, high)]
+            points = self._op("Concat", halves, name, "Pairs", axis=-1)
+        shape_of_all = self._constant(f"points_{out}_{blocks}", np.int64([out, blocks + blocks % 2 if bits == 4 else blocks]))
+        points = self._op("Reshape", [points, shape_of_all], name, "ZeroPoints")
+        if bits == 4 and blocks % 2:
+            ends = [self._constant(f"slice_{end}", np.int64([end])) for end in (0, blocks)]
+            points = self._op("Slice", [points, *ends, self.rows], name, "WithoutPadding")
+        return self._op("Cast", [points], name, "FloatZeroPoints", to=DataType.FLOAT)
+
+    def _waves(self) -> list[Value]:
+        """1, for each wave: known once so many waves were folded."""
+        waves = [self.one]
+        for index in range(1, WAVES):
+            known = self.builder.op("ReduceSum", [waves[-1]], f"{NAME}/known_{index}", keepdims=0)
+            known = self.builder.op("Equal", [known, self.one], f"{NAME}/is_known_{index}")
+            # Branches of different ranks: what reads the value has no shape, and is not folded, until one was chosen.
+            branches = {
+                f"{branch}_branch": _giving(np.full(shape, 1, np.float32), f"{NAME}/wave_{index}/{branch}")
+                for branch, shape in (("then", ()), ("else", (1,)))
+            }
+            node = onnx_ir.node("If", [known], branches, name=f"{NAME}/wave_{index}")
+            node.outputs[0].type = TensorType(DataType.FLOAT)
+            self.builder.nodes.append(node)
+            waves.append(node.outputs[0])
+        return waves
+
+    def _op(self, op_type: str, inputs: Sequence[Value | None], name: str, label: str, **attributes: Any) -> Value:
+        return self.builder.op(op_type, inputs, f"{name}/{label}", **attributes)
+
+    def _float(self, number: float) -> Value:
+        return self._constant(f"float_{number}", np.float32(number))
+
+    def _constant(self, label: str, value: Any) -> Value:
+        return self.builder.constant(f"{NAME}/{label}", np.asarray(value))
+
+
+def _giving(array: np.ndarray[Any, Any], name: str) -> Graph:
+    """A branch that gives a constant."""
+    tensor = onnx_ir.tensor(array, name=name)
+    value = Value(name=name, shape=onnx_ir.Shape(array.shape), type=TensorType(tensor.dtype), const_value=tensor)
+    return Graph([], [value], nodes=[], initializers=[value], name=f"{name}/branch")
