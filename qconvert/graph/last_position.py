@@ -62,11 +62,20 @@ def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
 
 def keeps_last_position(graph: onnx_ir.Graph) -> bool:
     """Return whether a graph gives the logits of the last position alone."""
-    return any(node.name == NAME for node in graph)
+    return any(node.name == NAME for node in graph.all_nodes())
 
 
 def restore_all_positions(graph: onnx_ir.Graph) -> None:
-    """Undo `keep_last_position` in a lowered graph, in place."""
+    """Undo `keep_last_position` in a lowered graph, in place, in each of its bodies."""
+    for body in (*graph.subgraphs(), graph):
+        _restore_all_positions(body)
+    for node in graph:
+        for branch in (each.as_graph() for each in node.attributes.values() if each.type == onnx_ir.AttributeType.GRAPH):
+            for given, output in zip(branch.outputs, node.outputs, strict=True):
+                output.shape = given.shape or output.shape
+
+
+def _restore_all_positions(graph: onnx_ir.Graph) -> None:
     for node in list(graph):
         if node.name == NAME:
             hidden, kept = node.inputs[0], node.outputs[0]

@@ -87,7 +87,7 @@ def phase_of(model: onnx_ir.Model, phase: Phase) -> onnx_ir.Model:
     graph.extend(nodes)
     for value, output in zip(found, outputs, strict=True):
         value.name, output.name = output.name, f"{output.name}/chosen"
-        value.shape, value.type = output.shape, output.type
+        value.shape, value.type = value.shape or output.shape, output.type
         graph.outputs.append(value)
     choice.replace_input_with(0, None)
     RemoveUnusedNodesPass()(model)

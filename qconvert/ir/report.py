@@ -57,12 +57,14 @@ class Parity(_Part):
     max_relative_error: float | None = None
     cosine: float | None = None
     kl: float | None = None
+    kl_decode: float | None = None
     pieces: int | None = None
     reason: str | None = None
 
 
 class Fidelity(_Part):
-    """The artifact against the float model. kl in nats; perplexity over the evaluation windows; top1 the share of
+    """The artifact against the float model. kl in nats; kl_decode the same token by token, None where an artifact has one body
+    for that and for prompts; perplexity over the evaluation windows; top1 the share of
     positions (or rows) with the same most likely answer; cosine the mean over samples."""
 
     target: str

@@ -18,7 +18,7 @@ from qconvert.plugin.quantizer import Quantizer, round_to_nearest
 from qconvert.testing.failure import CheckFailure, place
 from qconvert.testing.robustness import require_covering_error
 from qconvert.testing.samples import Outcome, every_outcome, normal, quantized, schemes_of, typical, with_weight
-from qconvert.verify.parity import emulate_row_form
+from qconvert.verify.row_emulation import emulate_row_form
 
 # Sums of float32 in another order: 64 terms at 6e-8 each.
 ROUNDING = 1 + 64 * 2**-24

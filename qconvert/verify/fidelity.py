@@ -20,29 +20,31 @@ from qconvert.verify.finite import first_not_finite, require_finite_float
 
 
 def measure_fidelity(
-    artifact: Any, baseline: Any, batches: Sequence[Batch], task: Task, target: str, progress: Progress
-) -> Fidelity:
-    """Run both sessions on the evaluation batches, one sample at a time, and compare.
+    artifacts: Sequence[Any], baseline: Any, batches: Sequence[Batch], task: Task, target: str, progress: Progress
+) -> list[Fidelity]:
+    """Run all sessions on the evaluation batches, one sample at a time, and compare each of `artifacts` with the baseline.
 
     An artifact whose outputs are not finite has failed. Raises InputError QC-FLOAT-001 where the float model's are not.
     """
     by_token = task.generates
     done = 0
-    meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
+    meters: list[_TokenMeter | _VectorMeter] = [_TokenMeter() if by_token else _VectorMeter(task) for _ in artifacts]
     # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
     parts = [part for batch in batches for part in (rows_of(batch) if by_token else [batch])]
     floats = run_each(baseline, [feed(baseline, part) for part in parts], first=1)
     for part, (output,) in zip(parts, floats, strict=True):
-        found, expected = torch.from_numpy(artifact.run(None, feed(artifact, part))[0]), torch.from_numpy(output)
+        expected = torch.from_numpy(output)
         require_finite_float(expected, part, "evaluation", done)
-        row = first_not_finite(found, part)
-        if row is not None:
-            reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
-            return Fidelity(target=target, status="failed", reason=reason)
-        meter.update(found, expected, part)
+        for artifact, meter in zip(artifacts, meters, strict=True):
+            found = torch.from_numpy(artifact.run(None, feed(artifact, part))[0])
+            row = first_not_finite(found, part)
+            if row is not None:
+                reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
+                return [Fidelity(target=target, status="failed", reason=reason)] * len(artifacts)
+            meter.update(found, expected, part)
         done += row_count(part)
         progress.advance(row_count(part))
-    return meter.result(target)
+    return [meter.result(target) for meter in meters]
 
 
 class _TokenMeter:

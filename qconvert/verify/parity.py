@@ -4,12 +4,14 @@
    (float activations), and no codes of static activations, against torch on the dequantized weights. Rows are padded on
    the right, and on the left.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
-   its arithmetic in torch; static activations against float kernels on the same codes (verify/static_parity.py).
+   its arithmetic in torch (verify/row_emulation.py); static activations against float kernels on the same codes (verify/static_parity.py).
    A graph that gives the logits of the last position alone is compared at all of them, and then with itself
    (verify/last_position.py).
 3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
 4. The CUDA provider's graph, which computes in half the width, by cosine and KL against torch on the dequantized weights,
    that is, against what part 1 holds the CPU provider's graph to (verify/narrow_parity.py).
+   A graph with two bodies, for prompts and for decoding, is compared once with each; then what it chooses, with them
+   (verify/phases.py).
 5. The float graph that fidelity and latency compare with, against torch on the float weights.
 """
 
@@ -30,13 +32,12 @@ from qconvert.execution.materialize import ReadParameter
 from qconvert.execution.wide_rows import Rows
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
+from qconvert.graph.phases import Phase, phase_of, phases_of
 from qconvert.graph.static_codes import drop_static_codes
-from qconvert.ir import activations
-from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR
+from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, REST_KEY
 from qconvert.ir.batch import Batch, unpadded
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
-from qconvert.ir.quantized import QuantizedTensor
 from qconvert.ir.template import made_by
 from qconvert.ort import compare
 from qconvert.ort.large_pieces import in_tiles
@@ -47,6 +48,7 @@ from qconvert.targets import graph_files
 from qconvert.targets.cpu import CPU
 from qconvert.targets.target import Target
 from qconvert.verify.finite import require_finite_float
+from qconvert.verify.row_emulation import Cluster, emulated_cluster
 
 TOLERANCE = 1e-4
 
@@ -82,9 +84,18 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
     return max(compare.largest_difference(a, b.numpy()) for a, b in zip(found, expected, strict=False))
 
 
-def target_graphs(artifact: ArtifactReader, target: Target) -> dict[str, onnx_ir.Model]:
-    """Return the graphs for one target, fresh from disk, by part."""
-    return {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task, target).items()}
+def target_graphs(artifact: ArtifactReader, target: Target, phase: Phase | None = None) -> dict[str, onnx_ir.Model]:
+    """Return the graphs for one target, fresh from disk, by part.
+
+    phase: of graphs that have several bodies, the one that is wanted, in the place of the choice.
+    """
+    graphs = {part: onnx_ir.load(artifact.folder / file) for part, file in graph_files(artifact.model.task, target).items()}
+    return graphs if phase is None else {part: phase_of(model, phase) for part, model in graphs.items()}
+
+
+def target_phases(artifact: ArtifactReader, target: Target) -> tuple[Phase | None, ...]:
+    """Return the phases that the graphs for one target have bodies for; (None,) where one body is for all."""
+    return next((found for model in target_graphs(artifact, target).values() if (found := phases_of(model.graph))), (None,))
 
 
 def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]], target: Target = CPU) -> float:
@@ -92,12 +103,15 @@ def graph_parity(artifact: ArtifactReader, expected: Sequence[tuple[Tensor, ...]
 
     expected: `torch_outputs` on the dequantized weights.
     """
-    return compare.relative_error(artifact.model, float_activations_session(artifact, target), expected)
+    return max(
+        compare.relative_error(artifact.model, float_activations_session(artifact, target, phase), expected)
+        for phase in target_phases(artifact, target)
+    )
 
 
-def float_activations_session(artifact: ArtifactReader, target: Target) -> Any:
+def float_activations_session(artifact: ArtifactReader, target: Target, phase: Phase | None = None) -> Any:
     """Open a session over the graphs for one target with float activations, on dequantized weights; large ones in pieces."""
-    graphs, shapes = target_graphs(artifact, target), artifact.model.parameter_shapes
+    graphs, shapes = target_graphs(artifact, target, phase), artifact.model.parameter_shapes
     for model in graphs.values():
         restore_all_positions(model.graph)
         for node in list(model.graph):
@@ -162,13 +176,13 @@ def _value(graph: onnx_ir.Graph, name: str) -> onnx_ir.Value:
 
 def cluster_parity(artifact: ArtifactReader) -> float:
     """Measure part 2: the largest relative difference of an int8-activation cluster to its emulation; 0 where there is none."""
-    return worst_cluster(artifact)[0]
+    return max(worst_cluster(artifact, CPU, phase)[0] for phase in target_phases(artifact, CPU))
 
 
-def worst_cluster(artifact: ArtifactReader, target: Target = CPU) -> tuple[float, str]:
+def worst_cluster(artifact: ArtifactReader, target: Target = CPU, phase: Phase | None = None) -> tuple[float, str]:
     """Part 2: (largest relative difference of an int8-activation cluster to its emulation, what differs by that)."""
-    graphs = target_graphs(artifact, target)
-    clusters = [(part, *cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
+    graphs = target_graphs(artifact, target, phase)
+    clusters = [(part, cluster) for part, model in graphs.items() for cluster in _shown_clusters(model.graph)]
     if not clusters:
         return 0.0, ""
     open_piece = partial(memory_session, read=artifact.read, folder=artifact.folder, target=target.name)
@@ -176,51 +190,24 @@ def worst_cluster(artifact: ArtifactReader, target: Target = CPU) -> tuple[float
     inputs = compare.feed(session, probes.padded_batch(artifact.model))
     values = run_parts(session, inputs)
     errors = []
-    for part, layers, x, maker, y in clusters:
+    for part, cluster in clusters:
         seen = values[part]
-        rows = torch.from_numpy(seen[x])
-        biases = {name: artifact.read(f"{name}.bias").float() for name in layers if f"{name}.bias" in artifact.tensors}
-        expected = torch.cat([emulate_row_form(rows, artifact.layer(name), biases.get(name), maker) for name in layers], -1)
-        errors.append(
-            (compare.largest_difference(seen[y], expected.numpy()), f"outputs of {', '.join(layers)}, with int8 activations,")
-        )
+        expected = emulated_cluster(artifact, cluster, torch.from_numpy(seen[cluster.x]))
+        what = f"outputs of {', '.join(cluster.layers)}, with int8 activations,"
+        errors.append((compare.largest_difference(seen[cluster.y], expected.numpy()), what))
     return max(errors)
 
 
-def _shown_clusters(graph: onnx_ir.Graph) -> list[tuple[list[str], str, str | None, str]]:
-    """(layers, name of the input, type of the node that gives it, name of the output) of each cluster, with input and output
-    made outputs of the graph."""
+def _shown_clusters(graph: onnx_ir.Graph) -> list[Cluster]:
+    """The clusters of a graph, with their inputs and outputs made outputs of the graph."""
     clusters = []
     for last in (node for node in graph if LAYER_KEY in node.metadata_props):
         x = last.metadata_props[INPUT_KEY]
-        clusters.append((_layer_names(last), x, made_by(_value(graph, x)), str(last.outputs[0].name)))
+        maker, y = made_by(_value(graph, x)), str(last.outputs[0].name)
+        clusters.append(Cluster(_layer_names(last), x, maker, y, with_rest=REST_KEY in last.metadata_props))
     shown = {value.name for value in graph.outputs}
-    for name in dict.fromkeys(name for _, x, _, y in clusters for name in (x, y)):
+    for name in dict.fromkeys(name for cluster in clusters for name in (cluster.x, cluster.y)):
         value = _value(graph, name)
         if name not in shown and not value.is_graph_input():
             graph.outputs.append(value)
     return clusters
-
-
-def emulate_row_form(x: Tensor, tensor: QuantizedTensor, bias: Tensor | None, maker: str | None = None) -> Tensor:
-    """Compute y [..., out] of x [..., in] as the int8 kernels do: exact integer products, one activation scale per row.
-
-    maker: type of the node that gives x.
-    """
-    rows = activations.row_codes(maker if tensor.smoothing_scale is None else None)
-    if tensor.smoothing_scale is not None:
-        x = x * (1 / tensor.smoothing_scale)
-    kept = x
-    if tensor.outliers is not None:
-        kept = x.clone()
-        kept[..., tensor.outliers.columns] = 0
-    step = rows.step_of(kept)
-    codes = torch.round(kept / step).nan_to_num()  # a row of zeros; it is multiplied by 0 below
-    weight = tensor.q.double()
-    if tensor.zero_point is not None:
-        weight = weight - tensor.zero_point.double()
-    product = codes.double() @ weight.T  # exact: integers below 2^53
-    y = product * tensor.scale.expand(len(weight), -1)[:, 0].double() * step.double()
-    if tensor.outliers is not None:
-        y = y + (x[..., tensor.outliers.columns] @ tensor.outliers.weight.T).double()
-    return (y if bias is None else y + bias.double()).float()

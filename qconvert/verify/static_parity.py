@@ -15,6 +15,7 @@ import onnx_ir
 from onnx_ir import Value
 
 from qconvert.execution import probes
+from qconvert.graph.phases import Phase
 from qconvert.graph.static_codes import static_codes
 from qconvert.ort import compare
 from qconvert.ort.session import SessionSettings, joined, memory_session, run_named, run_parts
@@ -26,12 +27,12 @@ AS_THEY_ARE = SessionSettings(optimized=False)
 AGAIN = "/again"
 
 
-def worst_codes(artifact: ArtifactReader, target: Target) -> tuple[float, str]:
+def worst_codes(artifact: ArtifactReader, target: Target, phase: Phase | None = None) -> tuple[float, str]:
     """Return (the largest difference of codes beyond one, or of outputs, relative to the largest; of what)."""
     how = artifact.plan.activations
     if how is None:
         return 0.0, ""
-    graphs = target_graphs(artifact, target)
+    graphs = target_graphs(artifact, target, phase)
     outputs = {part: [str(value.name) for value in graph.graph.outputs] for part, graph in graphs.items()}
     codes = {part: [str(value.name) for value in static_codes(graph.graph)] for part, graph in graphs.items()}
     if not any(codes.values()):

@@ -31,7 +31,8 @@ from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
 from qconvert.verify.narrow_parity import narrow_parity, overflow
-from qconvert.verify.parity import float_activations_session, worst_cluster
+from qconvert.verify.parity import float_activations_session, target_phases, worst_cluster
+from qconvert.verify.phases import choice_pairs
 from qconvert.verify.placement import Placement, measure_placement
 from qconvert.verify.static_parity import worst_codes
 
@@ -71,10 +72,20 @@ class TargetCheck:
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
         session = joined({part: session_at_all_positions(path, name, SHARING) for part, path in self.paths.items()})
         progress.stage(f"fidelity on {name}", sum(map(row_count, samples)))
-        found = measure_fidelity(session, baseline, samples, model.task, name, progress)
+        sessions = [session]
+        if "decode" in target_phases(self.artifact, self.target):  # windows are prompts, and that body is not run on any
+            sessions.append(self._decoding_session())
+        found, *of_decoding = measure_fidelity(sessions, baseline, samples, model.task, name, progress)
+        if of_decoding and found.status == "passed":
+            found = found.model_copy(update={"kl_decode": of_decoding[0].kl})
         if found.status == "failed" and self.target.half_precision and self._in_float16:
             raise overflow(name, "the evaluation data")
         return found
+
+    def _decoding_session(self) -> Any:
+        """A session over the body for decoding, which gives for a whole window what it gives token by token."""
+        name = self.target.name
+        return joined({part: session_at_all_positions(path, name, SHARING, "decode") for part, path in self.paths.items()})
 
     def latency(self, progress: Progress) -> Latency:
         """Measure how fast the graphs are, and with which settings and kernels they ran."""
@@ -91,7 +102,7 @@ class TargetCheck:
             measured = measure_latency(model, open_artifact, None, samples, name)
             return _placed(measured, measure_placement(self.paths, name, workload(model, samples)[0]))
         measured = measure_latency(model, open_artifact, open_float, samples, name)
-        products = (node for graph in graphs for node in graph if node.op_type == "MatMulNBits")
+        products = (node for graph in graphs for node in graph.all_nodes() if node.op_type == "MatMulNBits")
         level = max((node.attributes["accuracy_level"].as_int() for node in products), default=None)
         loaded, loading = footprint(self.paths.values()) or (None, None)
         return measured.model_copy(update={"accuracy_level": level, "loaded_bytes": loaded, "loading_bytes": loading})
@@ -102,23 +113,28 @@ class TargetCheck:
 
     def _compared(self, dequantized: Outputs) -> Parity:
         """The largest relative difference, judged."""
-        pairs = [pair for path in self.paths.values() for pair in self._last_position(path)]
-        errors = [(compare.largest_difference(found, reference), "logits of the last position") for found, reference in pairs]
-        session = float_activations_session(self.artifact, self.target)
-        whole = compare.relative_error(self.job.model, session, dequantized), "outputs, with float activations,"
-        pieces = piece_count(session)
-        del session  # before another is opened
-        integers = worst_cluster(self.artifact, self.target), worst_codes(self.artifact, self.target)
-        return judged(self.target.name, *max(whole, *integers, *errors), pieces=pieces)
+        name, model = self.target.name, self.job.model
+        errors = [
+            (compare.largest_difference(found, reference), "what is chosen for a prompt or a step")
+            for path in self.paths.values()
+            for found, reference in choice_pairs(model, path, name)
+        ]
+        for phase in target_phases(self.artifact, self.target):
+            of_phase = "" if phase is None else f" of the body for {'prompts' if phase == 'prompt' else 'decoding'}"
+            pairs = [pair for path in self.paths.values() for pair in last_position_pairs(model, path, name, phase)]
+            errors += [(compare.largest_difference(*pair), f"logits of the last position{of_phase}") for pair in pairs]
+            session = float_activations_session(self.artifact, self.target, phase)
+            errors.append((compare.relative_error(model, session, dequantized), f"outputs{of_phase}, with float activations,"))
+            pieces = piece_count(session)
+            del session  # before another is opened
+            errors += [check(self.artifact, self.target, phase) for check in (worst_cluster, worst_codes)]
+        return judged(name, *max(errors), pieces=pieces)
 
     def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:
         """(what the graphs give, what they should): torch's outputs, and their own at the last positions."""
         session = joined({part: session_at_all_positions(path, self.target.name) for part, path in self.paths.items()})
-        own = [pair for path in self.paths.values() for pair in self._last_position(path)]
+        own = [pair for path in self.paths.values() for pair in last_position_pairs(self.job.model, path, self.target.name)]
         return compare.compared(self.job.model, session, dequantized) + own
-
-    def _last_position(self, path: Path) -> list[tuple[np.ndarray[Any, Any], ...]]:
-        return last_position_pairs(self.job.model, path, self.target.name)
 
 
 def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False, timed: bool = False) -> Any:

@@ -28,7 +28,6 @@ from qconvert.verify import check_digests
 from qconvert.verify.parity import (
     TOLERANCE,
     cluster_parity,
-    emulate_row_form,
     float_parity,
     graph_parity,
     torch_outputs,
