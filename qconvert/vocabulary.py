@@ -10,7 +10,9 @@ Layout = Literal["transformers", "onnx"]
 Logits = Literal["all", "last"]
 Prefill = Literal["int8", "same"]
 Preset = Literal["fast", "balanced", "best", "int8"]
-Metric = Literal["kl", "kl_decode", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
+Metric = Literal[
+    "kl", "kl_decode", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"
+]
 
 # What a preset sets where the recipe doesn't; chosen by measurement (docs/quantizers.md).
 PRESETS: dict[str, dict[str, Any]] = {

@@ -25,12 +25,10 @@ from onnx_ir import DataType, Graph, Node, TensorType, Value
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.processors import signed_products_are_exact
-from qconvert.ir.prompt_weights import LEAST_STEP, LEVELS, LEVELS_WITHOUT_VNNI
+from qconvert.ir.prompt_weights import LEAST_STEP, LEVELS, LEVELS_WITHOUT_VNNI, PROMPT_BITS
 
 WAVES = 6
 NAME = "qconvert/prompt_weights"
-# Of MatMulNBits, the numbers of bits that there is a form for.
-BITS = (4, 8)
 
 
 class Derived(NamedTuple):
@@ -44,7 +42,7 @@ def can_derive(node: Node) -> bool:
     """Return whether there is a form for the weights of a MatMulNBits: packed in 4 or 8 bits, in one stretch of a file."""
     weight = node.inputs[1]
     return (
-        node.attributes["bits"].as_int() in BITS
+        node.attributes["bits"].as_int() in PROMPT_BITS
         and weight is not None
         and isinstance(weight.const_value, onnx_ir.ExternalTensor)
     )
@@ -77,15 +75,15 @@ class _Chains:
     def __init__(self, builder: GraphBuilder) -> None:
         self.builder = builder
         self.one = self._constant("one", np.float32(1))
-        self.flat = self._constant("flat", np.int64([-1]))
-        self.rows = self._constant("rows", np.int64([1]))
+        self.flat = self._integers("flat", -1)
+        self.rows = self._integers("rows", 1)
         exact = signed_products_are_exact(builder)
         levels = [self._constant(f"levels_{count}", np.float32(count)) for count in (LEVELS, LEVELS_WITHOUT_VNNI)]
         self.levels = builder.op("Where", [exact, *levels], f"{NAME}/levels")
         self.waves = self._waves()
 
     def derived(self, node: Node, wave: int) -> Derived:
-        builder, name = self.builder, str(node.name)
+        name = str(node.name)
         width, out, bits, size = (node.attributes[key].as_int() for key in ("K", "N", "bits", "block_size"))
         blocks = -(-width // size)
         _, packed, scales, *rest = node.inputs
@@ -93,33 +91,36 @@ class _Chains:
         assert packed is not None
         assert scales is not None
         codes, offset = self._codes(packed, (1, out * blocks, size), bits, name)
-        scale = self._op("Reshape", [scales, self._constant(f"blocks_{out}_{blocks}", np.int64([out, blocks]))], name, "Scales")
-        highest = 2**bits - 1
+        scale = self._op("Reshape", [scales, self._integers(f"blocks_{out}_{blocks}", out, blocks)], name, "Scales")
         if zero_points is None:
             zero, farthest = self._constant(f"zero_{bits}", np.int8(2 ** (bits - 1) - offset)), self._float(2 ** (bits - 1))
         else:
             zero = self._constant("zero", np.int8(0))
             points = self._zero_points(zero_points, (out, blocks), bits, name)
-            farthest = self._op("Max", [points, self._op("Sub", [self._float(highest), points], name, "Above")], name, "Farthest")
+            farthest = self._op(
+                "Max", [points, self._op("Sub", [self._float(2**bits - 1), points], name, "Above")], name, "Farthest"
+            )
         largest = self._op("Mul", [self._op("Abs", [scale], name, "Magnitudes"), farthest], name, "Reach")
         largest = self._op("ReduceMax", [largest, self.rows], name, "Largest", keepdims=1)
         step = self._op("Div", [largest, self.levels], name, "Step")
         step = self._op("Max", [step, self._float(LEAST_STEP)], name, "LeastStep")
         ratio = self._op("Reshape", [self._op("Div", [scale, step], name, "Ratios"), self.flat], name, "FlatRatios")
-        shape = self._constant(f"channels_{out * blocks}", np.int64([out * blocks, 1, 1]))
+        shape = self._integers(f"channels_{out * blocks}", out * blocks, 1, 1)
         ones = self._op("ConstantOfShape", [shape], name, "Ones", value=onnx_ir.tensor(np.array([1], np.int8)))
         # x, its scale and zero point, w, its scales and zero point, scale and zero point of the result
         inputs = [codes, self.one, zero, ones, ratio, self._constant("zero", np.int8(0)), self.waves[wave]]
         inputs.append(self._constant("zero", np.int8(0)))
         if zero_points is not None:
             minus = self._op("Sub", [self._float(offset), points], name, "MinusZeroPoints")
-            minus = self._op("Cast", [self._op("Reshape", [minus, self.flat], name, "Bias")], name, "BiasCodes", to=DataType.INT32)
+            minus = self._op(
+                "Cast", [self._op("Reshape", [minus, self.flat], name, "Bias")], name, "BiasCodes", to=DataType.INT32
+            )
             inputs.append(minus)
         weight = self._op("QLinearConv", inputs, name, "Codes", group=out * blocks, kernel_shape=[1])
-        shape = self._constant(f"weight_{out}_{blocks * size}", np.int64([out, blocks * size]))
+        shape = self._integers(f"weight_{out}_{blocks * size}", out, blocks * size)
         weight = self._op("Reshape", [weight, shape], name, "Weight")
         if blocks * size > width:
-            ends = [self._constant(f"slice_{end}", np.int64([end])) for end in (0, width)]
+            ends = [self._integers(f"slice_{end}", end) for end in (0, width)]
             weight = self._op("Slice", [weight, *ends, self.rows], name, "Unpadded")
         transposed = self._op("Transpose", [weight], name, "Transposed", perm=[1, 0])
         return Derived(transposed, self._op("Reshape", [step, self.flat], name, "Steps"))
@@ -141,13 +142,13 @@ class _Chains:
             low = self._op("BitwiseAnd", [packed, self._constant("low_bits", np.uint8(15))], name, "LowZeroPoints")
             four = self._constant("four", np.uint8(4))
             high = self._op("BitShift", [packed, four], name, "HighZeroPoints", direction="RIGHT")
-            packed_shape = self._constant(f"pairs_{out}_{(blocks + 1) // 2}", np.int64([out, (blocks + 1) // 2, 1]))
+            packed_shape = self._integers(f"pairs_{out}_{(blocks + 1) // 2}", out, (blocks + 1) // 2, 1)
             halves = [self._op("Reshape", [half, packed_shape], name, "Half") for half in (low, high)]
             points = self._op("Concat", halves, name, "Pairs", axis=-1)
-        shape_of_all = self._constant(f"points_{out}_{blocks}", np.int64([out, blocks + blocks % 2 if bits == 4 else blocks]))
+        shape_of_all = self._integers(f"points_{out}_{blocks}", out, blocks + blocks % 2 if bits == 4 else blocks)
         points = self._op("Reshape", [points, shape_of_all], name, "ZeroPoints")
         if bits == 4 and blocks % 2:
-            ends = [self._constant(f"slice_{end}", np.int64([end])) for end in (0, blocks)]
+            ends = [self._integers(f"slice_{end}", end) for end in (0, blocks)]
             points = self._op("Slice", [points, *ends, self.rows], name, "WithoutPadding")
         return self._op("Cast", [points], name, "FloatZeroPoints", to=DataType.FLOAT)
 
@@ -173,6 +174,9 @@ class _Chains:
 
     def _float(self, number: float) -> Value:
         return self._constant(f"float_{number}", np.float32(number))
+
+    def _integers(self, label: str, *numbers: int) -> Value:
+        return self._constant(label, np.array(numbers, np.int64))
 
     def _constant(self, label: str, value: Any) -> Value:
         return self.builder.constant(f"{NAME}/{label}", np.asarray(value))

@@ -1,8 +1,8 @@
 """A second body for prompts, beside that for decoding, over the same packed weights.
 
-For one token, MatMulNBits is fastest: it reads the fewest bytes. For many, it is slower than float, and integer products of int8
-rows by int8 weights are the fastest. The body for prompts computes with these; its weights are derived from the packed codes
-when a session is created (derived_weights.py), so that nothing more is on disk.
+For one token, MatMulNBits is fastest: it reads the fewest bytes. For many, it is slower than float, and integer products of
+int8 rows by int8 weights are the fastest. The body for prompts computes with these; its weights are derived from the packed
+codes when a session is created (derived_weights.py), so that nothing more is on disk.
 
     y = rows(x) @ w8^T * step of the row * step of the channel
 
@@ -47,7 +47,9 @@ def add_prompt_phase(graph: Graph, builder: GraphBuilder, head: str | None) -> N
 
 def _is_packed(node: Node) -> bool:
     """Whether a node multiplies packed weights, and is not left behind by one that does its work (pack.py)."""
-    return node.op_type == "MatMulNBits" and can_derive(node) and bool(node.outputs[0].uses() or node.outputs[0].is_graph_output())
+    return (
+        node.op_type == "MatMulNBits" and can_derive(node) and bool(node.outputs[0].uses() or node.outputs[0].is_graph_output())
+    )
 
 
 def _int8_product(node: Node, derived: Derived, rows: QuantizedRows, builder: GraphBuilder, *, with_rest: bool) -> Value:

@@ -25,7 +25,10 @@ class QuantizedRows:
         self._zero_points: dict[tuple[object, int], Value] = {}
 
     def codes(self, x: Value, rows: activations.RowCodes, width: int, name: str) -> tuple[Value, Value]:
-        """Return (uint8 codes of x [..., in], step of each row [..., 1]). width: in; name: of the layer that reads them first."""
+        """Return (uint8 codes of x [..., in], step of each row [..., 1]).
+
+        width: in. name: of the layer that reads them first.
+        """
         if x not in self._rows:
             builder = self._builder
             unit = builder.constant(f"qconvert/row_scale_{rows.zero_point}", np.array(1 / rows.steps, np.float32))

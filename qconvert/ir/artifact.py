@@ -56,8 +56,8 @@ class StoredTensor:
 # into one are named one after the other, in the order of their channels.
 LAYER_KEY = "qconvert.layer"
 INPUT_KEY = "qconvert.input"
-# REST_KEY: where what is left of the rows is quantized once more. The layer of one whose weights are packed reads int8 weights that
-# are derived from them (ir/prompt_weights.py).
+# There too: whether what the codes of a row leave over is quantized once more. Layers with packed weights that are named so
+# multiply int8 weights that are derived from those (ir/prompt_weights.py).
 REST_KEY = "qconvert.rest"
 CLUSTER_KEYS = (LAYER_KEY, INPUT_KEY, REST_KEY)
 LAYER_SEPARATOR = ","

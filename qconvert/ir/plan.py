@@ -16,6 +16,7 @@ from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
 from qconvert.ir.quant_state import quant_state, state_suffix
 from qconvert.ir.scheme import Activations, Cast, QuantScheme
+from qconvert.vocabulary import Prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,8 @@ class Deployment:
     """What a process takes that runs an artifact on the CPU.
 
     loaded_bytes: resident memory once the graphs are loaded, an estimate of report.json's loaded_bytes.
+    loading_bytes: the most that it takes meanwhile, where weights are derived then; None where there are none.
+    deriving_seconds: how long one core then works on them.
     cache_bytes_per_token: of keys and values, for each token of a row; None for what has no cache, and for encoder-decoders.
     context_length: tokens that a decoder has positions for; None where its config does not say.
     """
@@ -99,6 +102,8 @@ class Deployment:
     loaded_bytes: int
     cache_bytes_per_token: int | None = None
     context_length: int | None = None
+    loading_bytes: int | None = None
+    deriving_seconds: float | None = None
 
     @property
     def cache_bytes(self) -> int | None:
@@ -127,6 +132,7 @@ class Plan:
     cast: stored tensor -> the type that it is rounded to, where nothing is quantized but all floats become narrower.
     average_bits: per quantized weight, with scales and zero points; None where nothing is quantized.
     deployment: what running the artifact takes on the CPU; None where that is no target.
+    prefill: how packed weights run prompts there.
     """
 
     scheme: QuantScheme | Cast
@@ -144,6 +150,7 @@ class Plan:
     cast: Mapping[str, torch.dtype] = field(default_factory=dict)
     average_bits: float | None = None
     deployment: Deployment | None = None
+    prefill: Prefill = "same"
 
     @property
     def peak_bytes(self) -> int:

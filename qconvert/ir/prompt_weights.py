@@ -7,6 +7,8 @@ from torch import Tensor
 
 from qconvert.ir.quantized import QuantizedTensor
 
+# Of packed codes that such weights can be derived from.
+PROMPT_BITS = (4, 8)
 # Steps from 0 to the largest weight of a row: all that a signed byte has, and half of them where products of unsigned by signed
 # bytes are added up in 16 bits (export/derived_weights.py).
 LEVELS, LEVELS_WITHOUT_VNNI = 127, 63
@@ -24,7 +26,8 @@ def prompt_weights(tensor: QuantizedTensor, levels: int) -> tuple[Tensor, Tensor
     scale = tensor.scale.float().expand(out, -1)
     groups = scale.shape[1]
     points = torch.zeros_like(scale) if tensor.zero_point is None else tensor.zero_point.float().expand(out, groups)
-    farthest = torch.full_like(scale, offset) if tensor.zero_point is None else torch.maximum(points + offset, offset - 1 - points)
+    # From the zero point to the lowest and to the highest code.
+    farthest = torch.maximum(points + offset, offset - 1 - points)
     step = ((scale.abs() * farthest).amax(1, keepdim=True) / levels).clamp(min=LEAST_STEP)
     ratio = (scale / step).repeat_interleave(width // groups, 1)
     centred = tensor.q.float() - points.repeat_interleave(width // groups, 1)

@@ -57,19 +57,22 @@ class Parity(_Part):
     max_relative_error: float | None = None
     cosine: float | None = None
     kl: float | None = None
-    kl_decode: float | None = None
     pieces: int | None = None
     reason: str | None = None
 
 
 class Fidelity(_Part):
-    """The artifact against the float model. kl in nats; kl_decode the same token by token, None where an artifact has one body
-    for that and for prompts; perplexity over the evaluation windows; top1 the share of
-    positions (or rows) with the same most likely answer; cosine the mean over samples."""
+    """The artifact against the float model, on the evaluation windows or samples.
+
+    kl in nats, of windows that are read at once; kl_decode of the same, token by token: another number where an artifact has a
+    body of its own for prompts. perplexity over the windows; top1 the share of positions (or rows) with the same most likely
+    answer; cosine the mean over samples.
+    """
 
     target: str
     status: Status
     kl: float | None = None
+    kl_decode: float | None = None
     top1: float | None = None
     perplexity: float | None = None
     perplexity_float: float | None = None

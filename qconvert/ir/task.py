@@ -50,7 +50,9 @@ SEQ2SEQ_LM = Task(
     unmeasured=("cosine",),
 )
 # An encoder gives its hidden state whatever lies above it.
-ENCODER = Task("encoder", outputs=("last_hidden_state", "logits", "pooler_output"), unmeasured=("kl", "top1", "perplexity"))
-MODULE = Task("module", takes_text=False, unmeasured=("kl", "perplexity"))
+ENCODER = Task(
+    "encoder", outputs=("last_hidden_state", "logits", "pooler_output"), unmeasured=("kl", "kl_decode", "top1", "perplexity")
+)
+MODULE = Task("module", takes_text=False, unmeasured=("kl", "kl_decode", "perplexity"))
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (CAUSAL_LM, SEQ2SEQ_LM, ENCODER, MODULE)})

@@ -21,6 +21,7 @@ from qconvert.ir.template import Template
 from qconvert.plan.cast import cast_plan
 from qconvert.plan.fit import Fitting
 from qconvert.plan.peaks import peaks
+from qconvert.plan.prefill import check_prefill, no_prompts
 from qconvert.plan.sizes import average_bits, deployment
 from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
@@ -34,7 +35,7 @@ from qconvert.recipe.gates import refuse_gates
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-017 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-020 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
     has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
@@ -59,6 +60,9 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     _check_trained(model, layers)
     _check_layout(fitting.layout_refuses(layers.values()))
     _check_tuning(layers.values(), recipe)
+    check_prefill(
+        [layer for name, layer in layers.items() if name not in template.embeddings or name in shared.values()], recipe
+    )
     check_targets(model, template, layers, recipe)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     floats = {name: info for name, info in model.source.tensors.items() if name not in replaced}
@@ -69,6 +73,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         calibrated=calibrates(recipe, quantizer),
         weights_bytes=sum(info.nbytes for info in floats.values()) + sum(layer.nbytes for layer in layers.values()),
         peaks=peaks(model, template.groups, layers, recipe, quantizer),
+        prefill=recipe.prefill,
         shared={head: embedding for head, embedding in shared.items() if head not in apart},
         targets=recipe.targets,
         cuda_bytes=cuda_bytes(floats, layers, recipe),
@@ -85,7 +90,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a model suits a recipe, as far as that is known before it is traced.
 
-    Raises UsageError QC-PLAN-011, QC-PLAN-017, QC-GATE-002.
+    Raises UsageError QC-PLAN-011, QC-PLAN-017, QC-PLAN-020, QC-GATE-002.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
@@ -99,6 +104,8 @@ def check(model: Model, recipe: Recipe) -> None:
             "transformers would load this folder without the adapter that stays beside the layers",
             hint="add --layout onnx for a folder that serves ONNX Runtime alone, or --merge-adapter",
         )
+    if recipe.prefill != "same" and not model.task.continues_prompts:
+        raise no_prompts(recipe.prefill, f"{model.name} is no decoder-only language model")
     refuse_gates(recipe.gates, model.task)
 
 

@@ -7,6 +7,7 @@ looks up.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from math import prod
 
@@ -17,6 +18,7 @@ from qconvert.ir.graph_names import is_cache
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Deployment, LayerPlan, Plan
+from qconvert.ir.prompt_weights import PROMPT_BITS
 from qconvert.ir.template import Template
 from qconvert.targets import targets_of
 from qconvert.targets.cpu import CPU
@@ -33,6 +35,11 @@ BLOCK_BYTES = 2 * FLOAT
 # What a convolution takes per weight: dequantized, in the order of its kernel, and what that has left with the allocator, which
 # differs: 10 bytes were measured, and 18.
 CONVOLUTION_BYTES = 3 * FLOAT
+# For each weight that is derived from packed codes for prompts, what is held meanwhile: its kernel's packed codes, and the
+# derived ones several times over (export/derived_weights.py). Measured on SmolLM2.
+LOADING_BYTES = 3.3
+# And how long one core takes to derive it (AMD EPYC with AVX-512).
+DERIVING_SECONDS = 7e-9
 # An allocation of at least that is given back to the system when it is freed (the largest M_MMAP_THRESHOLD of mallopt(3)).
 GIVEN_BACK = 1 << 25
 
@@ -57,15 +64,23 @@ def deployment(model: Model, template: Template, plan: Plan) -> Deployment | Non
         return None
     graphs = [graph.graph for graph in template.graphs.values()]
     nodes = [node for graph in graphs for node in graph if "module" in node.attributes]
+    names = [node.attributes["module"].as_string() for node in nodes]
+    looked_up = [node.op_type == "Embedding" for node in nodes]
+    derived = [_derived_weights(plan, name) for name in names]
     loaded = RUNTIME_BYTES + sum(
-        _node_bytes(model, plan, node.attributes["module"].as_string(), looked_up=node.op_type == "Embedding") for node in nodes
+        _node_bytes(model, plan, name, looked_up=each) + _derived_bytes(count)
+        for name, each, count in zip(names, looked_up, derived, strict=True)
     )
     caches = [value for graph in graphs for value in graph.inputs if is_cache(str(value.name))]
     if not caches or not model.task.continues_prompts:
         return Deployment(loaded)
     shapes = [value.shape for value in caches if value.shape is not None]  # [rows, heads, tokens, head size]
     cache = FLOAT * sum(int(str(shape[1])) * int(str(shape[3])) for shape in shapes)
-    return Deployment(loaded, cache, position_limit(model))
+    made = Deployment(loaded, cache, position_limit(model))
+    if not any(derived):
+        return made
+    peak, seconds = RUNTIME_BYTES + round(LOADING_BYTES * sum(derived)), DERIVING_SECONDS * sum(derived)
+    return dataclasses.replace(made, loading_bytes=max(loaded, peak), deriving_seconds=seconds)
 
 
 def _node_bytes(model: Model, plan: Plan, name: str, *, looked_up: bool) -> int:
@@ -88,6 +103,19 @@ def _node_bytes(model: Model, plan: Plan, name: str, *, looked_up: bool) -> int:
             return NODE_BYTES + weights
         case _:
             return NODE_BYTES
+
+
+def _derived_weights(plan: Plan, name: str) -> int:
+    """How many int8 weights a layer has for prompts."""
+    layer = plan.layer_of(name)
+    if plan.prefill == "same" or layer is None or layer.scheme.bits not in PROMPT_BITS:
+        return 0
+    return layer.out_features * layer.in_features if plan.form_of(name) is LayerForm.PACKED_WEIGHTS else 0
+
+
+def _derived_bytes(weights: int) -> int:
+    """int8 weights in the order of their kernel; what derived them stays with the allocator unless it is large."""
+    return weights if weights >= GIVEN_BACK else 2 * weights
 
 
 def _blocks(layer: LayerPlan) -> int:

@@ -88,8 +88,8 @@ class Recipe(Part):
     prefill: Prefill = Field(
         "same",
         exclude_if=lambda prefill: prefill == "same",  # written where it is set: recipes of before mean what they meant
-        description="how a decoder's packed weights run prompts on the CPU: as they decode, or as int8 weights derived from them "
-        "when the model is loaded, with int8 activations: faster, and a little less faithful",
+        description="how a decoder's packed weights run prompts on the CPU: the same way as they decode, or as int8 weights "
+        "that are derived from them when the model is loaded, with int8 activations: faster, and a little less faithful",
     )
     layout: Layout = Field(
         "transformers", description="who must be able to read the weights: transformers too, or model.onnx alone"

@@ -84,6 +84,10 @@ def _peaks(plan: Plan) -> str:
 def _deployment(part: Deployment) -> str:
     """Word what running takes: "deployed on the CPU: about 1.2 GB when loaded, and 65.5 kB of cache for each token"."""
     words = f"deployed on the CPU: about {wording.byte_size(part.loaded_bytes)} when loaded"
+    if part.loading_bytes is not None:
+        words += (
+            f" ({wording.byte_size(part.loading_bytes)} while loading, and {part.deriving_seconds:.2g} s longer, for prompts)"
+        )
     if part.cache_bytes_per_token is None:
         return words
     words += f", and {wording.byte_size(part.cache_bytes_per_token)} of cache for each token"
@@ -138,7 +142,7 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _deployment_document(part: Deployment) -> dict[str, int]:
+def _deployment_document(part: Deployment) -> dict[str, float]:
     document = asdict(part) | {"cache_bytes": part.cache_bytes}
     return {name: value for name, value in document.items() if value is not None}
 

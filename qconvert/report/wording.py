@@ -102,6 +102,7 @@ def fidelity(part: Fidelity) -> str:
     return _measured(
         part.reason,
         _number("KL ", part.kl, ".3g", " nats"),
+        _number("token by token ", None if part.kl_decode == part.kl else part.kl_decode, ".3g", " nats"),
         _number("top-1 ", part.top1, ".1%"),
         _number("perplexity ", part.perplexity, ".4g", against),
         _number("cosine ", part.cosine, ".5f"),

@@ -19,32 +19,43 @@ from qconvert.ort.pieces import run_each
 from qconvert.verify.finite import first_not_finite, require_finite_float
 
 
-def measure_fidelity(
-    artifacts: Sequence[Any], baseline: Any, batches: Sequence[Batch], task: Task, target: str, progress: Progress
-) -> list[Fidelity]:
-    """Run all sessions on the evaluation batches, one sample at a time, and compare each of `artifacts` with the baseline.
+def measure_fidelity(  # noqa: PLR0913 - the last one is there for some decoders only
+    artifact: Any,
+    baseline: Any,
+    batches: Sequence[Batch],
+    task: Task,
+    target: str,
+    progress: Progress,
+    *,
+    decoding: Any = None,
+) -> Fidelity:
+    """Run both sessions on the evaluation batches, one sample at a time, and compare.
+
+    decoding: of an artifact with a body of its own for prompts, a session over the other one, whose loss is measured too.
 
     An artifact whose outputs are not finite has failed. Raises InputError QC-FLOAT-001 where the float model's are not.
     """
     by_token = task.generates
     done = 0
-    meters: list[_TokenMeter | _VectorMeter] = [_TokenMeter() if by_token else _VectorMeter(task) for _ in artifacts]
+    meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
+    other = None if decoding is None else _TokenMeter()
     # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
     parts = [part for batch in batches for part in (rows_of(batch) if by_token else [batch])]
     floats = run_each(baseline, [feed(baseline, part) for part in parts], first=1)
     for part, (output,) in zip(parts, floats, strict=True):
-        expected = torch.from_numpy(output)
+        found, expected = torch.from_numpy(artifact.run(None, feed(artifact, part))[0]), torch.from_numpy(output)
         require_finite_float(expected, part, "evaluation", done)
-        for artifact, meter in zip(artifacts, meters, strict=True):
-            found = torch.from_numpy(artifact.run(None, feed(artifact, part))[0])
-            row = first_not_finite(found, part)
-            if row is not None:
-                reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
-                return [Fidelity(target=target, status="failed", reason=reason)] * len(artifacts)
-            meter.update(found, expected, part)
+        row = first_not_finite(found, part)
+        if row is not None:
+            reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
+            return Fidelity(target=target, status="failed", reason=reason)
+        meter.update(found, expected, part)
+        if other is not None:
+            other.update(torch.from_numpy(decoding.run(None, feed(decoding, part))[0]), expected, part)
         done += row_count(part)
         progress.advance(row_count(part))
-    return [meter.result(target) for meter in meters]
+    result = meter.result(target)
+    return result if other is None else result.model_copy(update={"kl_decode": other.result(target).kl})
 
 
 class _TokenMeter:
@@ -76,6 +87,7 @@ class _TokenMeter:
             target=target,
             status="passed",
             kl=self.kl / self.positions,
+            kl_decode=self.kl / self.positions,
             top1=self.same / self.positions,
             perplexity=math.exp(min(self.loss / predicted, 700.0)),
             perplexity_float=math.exp(min(self.loss_float / predicted, 700.0)),

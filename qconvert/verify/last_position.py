@@ -17,9 +17,7 @@ from qconvert.ort import compare
 from qconvert.ort.session import DEFAULT, SessionSettings, Values, file_session, memory_session
 
 
-def session_at_all_positions(
-    path: Path, target: str, settings: SessionSettings = DEFAULT, phase: Phase | None = None
-) -> Any:
+def session_at_all_positions(path: Path, target: str, settings: SessionSettings = DEFAULT, phase: Phase | None = None) -> Any:
     """Open a session over a graph as it ships, but that gives logits at all positions: [batch, sequence, vocabulary].
 
     phase: whose body is run, of a graph that has several, for any number of tokens; None lets the graph choose.

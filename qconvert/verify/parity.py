@@ -4,14 +4,14 @@
    (float activations), and no codes of static activations, against torch on the dequantized weights. Rows are padded on
    the right, and on the left.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
-   its arithmetic in torch (verify/row_emulation.py); static activations against float kernels on the same codes (verify/static_parity.py).
+   its arithmetic in torch (verify/row_emulation.py); static activations against float kernels on the same codes
+   (verify/static_parity.py).
    A graph that gives the logits of the last position alone is compared at all of them, and then with itself
-   (verify/last_position.py).
+   (verify/last_position.py). Of a graph with a body for prompts and one for decoding, parts 1 and 2 are made of each, and
+   what it chooses is compared with them (verify/phases.py).
 3. Where the layout promises it, the folder loaded with transformers, against torch on the dequantized weights.
 4. The CUDA provider's graph, which computes in half the width, by cosine and KL against torch on the dequantized weights,
    that is, against what part 1 holds the CPU provider's graph to (verify/narrow_parity.py).
-   A graph with two bodies, for prompts and for decoding, is compared once with each; then what it chooses, with them
-   (verify/phases.py).
 5. The float graph that fidelity and latency compare with, against torch on the float weights.
 """
 

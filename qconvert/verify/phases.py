@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir
 
 from qconvert.execution import probes
-from qconvert.graph.phases import MOST_DECODED, phases_of
+from qconvert.graph.phases import MOST_DECODED, Phase, phases_of
 from qconvert.ir.model import Model
 from qconvert.ort import compare
+from qconvert.ort.session import Values
 from qconvert.verify.last_position import phase_session
 
 
@@ -27,7 +28,9 @@ def choice_pairs(model: Model, path: Path, target: str) -> list[tuple[np.ndarray
     assert inputs["input_ids"].shape[1] > MOST_DECODED
     found = whole.run(None, inputs)
     after = compare.next_inputs(whole, inputs, found, step)
-    pairs = []
-    for phase, given, outputs in (("prompt", inputs, found), ("decode", after, whole.run(None, after))):
-        pairs += zip(outputs, phase_session(path, target, phase).run(None, given), strict=True)
-    return pairs
+    runs: dict[Phase, tuple[Values, Any]] = {"prompt": (inputs, found), "decode": (after, whole.run(None, after))}
+    return [
+        pair
+        for phase, (given, outputs) in runs.items()
+        for pair in zip(outputs, phase_session(path, target, phase).run(None, given), strict=True)
+    ]

@@ -72,12 +72,9 @@ class TargetCheck:
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
         session = joined({part: session_at_all_positions(path, name, SHARING) for part, path in self.paths.items()})
         progress.stage(f"fidelity on {name}", sum(map(row_count, samples)))
-        sessions = [session]
-        if "decode" in target_phases(self.artifact, self.target):  # windows are prompts, and that body is not run on any
-            sessions.append(self._decoding_session())
-        found, *of_decoding = measure_fidelity(sessions, baseline, samples, model.task, name, progress)
-        if of_decoding and found.status == "passed":
-            found = found.model_copy(update={"kl_decode": of_decoding[0].kl})
+        # Windows are prompts: the body for decoding is not run on any by the graph itself.
+        decoding = self._decoding_session() if "decode" in target_phases(self.artifact, self.target) else None
+        found = measure_fidelity(session, baseline, samples, model.task, name, progress, decoding=decoding)
         if found.status == "failed" and self.target.half_precision and self._in_float16:
             raise overflow(name, "the evaluation data")
         return found

@@ -32,6 +32,7 @@ from qconvert.verify.parity import (
     graph_parity,
     torch_outputs,
 )
+from qconvert.verify.row_emulation import emulate_row_form
 
 WEIGHT_ONLY, INT8_ACTIVATIONS = "int4-g16-asym", "int8-channel-a8"
 LAYER = "model.layers.2.mlp.up_proj"
