@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Node, Value
 
+from qconvert.graph.phases import bodies_of
 from qconvert.ir.artifact import INPUT_KEY
 from qconvert.ir.template import DOMAIN, module_of
 
@@ -67,12 +68,12 @@ def keeps_last_position(graph: onnx_ir.Graph) -> bool:
 
 def restore_all_positions(graph: onnx_ir.Graph) -> None:
     """Undo `keep_last_position` in a lowered graph, in place, in each of its bodies."""
-    for body in (*graph.subgraphs(), graph):
+    bodies = bodies_of(graph)
+    for body in (*bodies, graph):
         _restore_all_positions(body)
-    for node in graph:
-        for branch in (each.as_graph() for each in node.attributes.values() if each.type == onnx_ir.AttributeType.GRAPH):
-            for given, output in zip(branch.outputs, node.outputs, strict=True):
-                output.shape = given.shape or output.shape
+    for body in bodies:
+        for given, output in zip(body.outputs, graph.outputs, strict=True):
+            output.shape = given.shape or output.shape
 
 
 def _restore_all_positions(graph: onnx_ir.Graph) -> None:

@@ -32,6 +32,12 @@ def phases_of(graph: Graph) -> tuple[Phase, ...]:
     return () if _choice(graph) is None else PHASES
 
 
+def bodies_of(graph: Graph) -> list[Graph]:
+    """Return the bodies that a graph has inside; [] where it is the only one."""
+    choice = _choice(graph)
+    return [] if choice is None else [choice.attributes[BRANCHES[phase]].as_graph() for phase in PHASES]
+
+
 def branch_off(graph: Graph) -> dict[Phase, Graph]:
     """Move what depends on the inputs of `graph` into a body for decoding, and return that with a copy of it for prompts.
 

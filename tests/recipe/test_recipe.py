@@ -175,7 +175,7 @@ def test_what_is_no_gate_is_refused_and_the_metrics_are_listed(text: str) -> Non
         Gate.parse(text)
     assert code(raised) == "QC-RECIPE-003"
     assert f"'{text}'" in raised.value.message
-    assert "kl, top1, perplexity, cosine" in raised.value.hint
+    assert "kl, kl_decode, top1, perplexity, cosine" in raised.value.hint
 
 
 # --- files ---
