@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import onnx_ir
 from onnx_ir import DataType
 
 from qconvert.graph import pieces
+from qconvert.ir.timing import Timing
 from qconvert.ort.session import EncoderDecoderSession, Values, ort_value
 
 # Values between pieces stay what onnxruntime made: numpy has no bfloat16.
 OrtValues = dict[str, Any]
 OpenPiece = Callable[[onnx_ir.Model], Any]
-Measure = Callable[[Callable[[], object]], float]  # seconds of a call
+Measure = Callable[[Callable[[], object]], Timing]  # of a call
 TYPES = {DataType.FLOAT: "tensor(float)", DataType.INT64: "tensor(int64)", DataType.BOOL: "tensor(bool)"}
 
 
@@ -34,10 +36,10 @@ class Port:
 class PieceTimes:
     """How long a graph takes that was run in pieces.
 
-    seconds: of all pieces. measured: how many were run; the others are like one of those.
+    timing: of all pieces. measured: how many were run; the others are like one of those.
     """
 
-    seconds: float
+    timing: Timing
     pieces: int
     measured: int
 
@@ -80,15 +82,16 @@ def piece_count(session: Any) -> int | None:
             return None
 
 
-def seconds_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTimes:
+def times_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTimes:
     """Return how long a run takes, as `measure` says of each piece by itself."""
     match session:
         case PiecewiseSession():
-            return session.seconds(inputs, measure)
+            return session.times(inputs, measure)
         case EncoderDecoderSession():
-            encoder = seconds_in_pieces(session.encoder, _own(session.encoder, inputs), measure)
-            decoder = seconds_in_pieces(session.decoder, session.decoder_inputs(*_encoded(session, [inputs])), measure)
-            return PieceTimes(*map(sum, zip(astuple(encoder), astuple(decoder), strict=True)))
+            encoder = times_in_pieces(session.encoder, _own(session.encoder, inputs), measure)
+            decoder = times_in_pieces(session.decoder, session.decoder_inputs(*_encoded(session, [inputs])), measure)
+            pieces, measured = encoder.pieces + decoder.pieces, encoder.measured + decoder.measured
+            return PieceTimes(encoder.timing + decoder.timing, pieces, measured)
         case _:
             return PieceTimes(measure(partial(session.run, None, inputs)), 1, 1)
 
@@ -144,10 +147,11 @@ class PiecewiseSession:
                     yield [known[place].pop(name).numpy() for name in outputs]
             del session  # before the next one is opened
 
-    def seconds(self, inputs: Values, measure: Measure) -> PieceTimes:
+    def times(self, inputs: Values, measure: Measure) -> PieceTimes:
         """Add up what `measure` says of a run of each piece. Of those that are alike, as in a stack of blocks, one is run."""
-        known, total = {name: ort_value(value) for name, value in inputs.items()}, 0.0
-        measured: dict[object, tuple[float, list[Any]]] = {}
+        known = {name: ort_value(value) for name, value in inputs.items()}
+        timings: list[Timing] = []
+        measured: dict[object, tuple[Timing, list[Any]]] = {}
         for piece in self._pieces:
             kind = _kind(piece.graph)
             if kind not in measured:
@@ -155,10 +159,10 @@ class PiecewiseSession:
                 run = partial(_run, session, piece, known)
                 measured[kind] = measure(run), list(run().values())
                 del session, run
-            seconds, found = measured[kind]
-            total += seconds
+            timing, found = measured[kind]
+            timings.append(timing)
             known |= {str(value.name): given for value, given in zip(piece.graph.outputs, found, strict=True)}
-        return PieceTimes(total, len(self._pieces), len(measured))
+        return PieceTimes(reduce(add, timings), len(self._pieces), len(measured))
 
 
 def _port(value: onnx_ir.Value) -> Port:

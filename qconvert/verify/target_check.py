@@ -86,11 +86,19 @@ class TargetCheck:
 
         graphs = [onnx_ir.load(path).graph for path in self.paths.values()]
         open_float = partial(float_session, self.job, last_position=any(map(keeps_last_position, graphs)), timed=True)
+        measure = partial(
+            measure_latency,
+            model=model,
+            artifact=open_artifact,
+            batches=samples,
+            target=name,
+            seconds=self.job.recipe.timing_seconds,
+        )
         if self.target.half_precision:
             # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
-            measured = measure_latency(model, open_artifact, None, samples, name)
+            measured = measure(baseline=None)
             return _placed(measured, measure_placement(self.paths, name, workload(model, samples)[0]))
-        measured = measure_latency(model, open_artifact, open_float, samples, name)
+        measured = measure(baseline=open_float)
         products = (node for graph in graphs for node in graph if node.op_type == "MatMulNBits")
         level = max((node.attributes["accuracy_level"].as_int() for node in products), default=None)
         loaded, loading = footprint(self.paths.values()) or (None, None)
