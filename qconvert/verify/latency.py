@@ -38,7 +38,7 @@ ENCODER_BATCH, ENCODER_LENGTH = 16, 128
 TRIAL_REPEATS, TRIAL_TOKENS, NOISE = 3, 8, 0.05
 # Shares of the time that is left: for the choice of settings; for the artifact before a float model in pieces, for the tokens
 # that a decoder writes, and for the pieces.
-TRIAL_SHARE, OWN_SHARE, TOKENS_SHARE, PIECES_SHARE = 0.35, 0.3, 0.2, 0.7
+TRIAL_SHARE, OWN_SHARE, TOKENS_SHARE, PIECES_SHARE = 0.3, 0.3, 0.2, 0.8
 # How long it is looked what other programs do, before anything is timed.
 LOOK_SECONDS = 0.2
 
@@ -183,11 +183,10 @@ def _in_pieces(artifact: Callable[[], Any], floats: Sequence[Any], inputs: Batch
 
 
 def _piece_times(session: Any, inputs: Batch, budget: Budget) -> PieceTimes:
-    """How long a run of the float model takes, each of its pieces by itself, with an equal share of the time."""
-    left = iter(range(piece_count(session) or 1, 0, -1))
-    return times_in_pieces(
-        session, feed(session, inputs), lambda run: in_turns([run], budget.part(1 / next(left, 1)))[0].timing
-    )
+    """How long a run of the float model takes, each of its pieces by itself. All have as much time, to be opened and run."""
+    count = piece_count(session) or 1
+    parts = iter([budget.part(number / count) for number in range(1, count + 1)])
+    return times_in_pieces(session, feed(session, inputs), lambda run: in_turns([run], next(parts))[0].timing)
 
 
 def _run_of(session: Any, inputs: Batch) -> Callable[[], object]:
