@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"quantizer": "smoothquant", "scheme": "int8-channel-a8", "options": {"max_outliers": 16}},
 }
 PLUGIN_SECONDS = 600  # what one call of a plugin may take, unless it is said
+TIMING_SECONDS = 8  # what the timings of a verification may take on each target, unless it is said
 
 # The name that stands for "decide the schemes", and the quantizer that then does the work.
 AUTO, AUTO_QUANTIZER = "auto", "gptq"

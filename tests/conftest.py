@@ -116,7 +116,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "verify_in_fresh_process",
         lambda recipe, folder, _, progress: verification.measure(folder, recipe, progress),
     )
-    monkeypatch.setattr("qconvert.verify.latency.REPEATS", 2)
+    monkeypatch.setattr("qconvert.verify.repeats.MOST", 2)
+    monkeypatch.setattr("qconvert.verify.latency.LOOK_SECONDS", 0.0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     monkeypatch.setattr("qconvert.verify.latency.others_share", lambda before: 0.0)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from qconvert.errors import UsageError
-from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, Layout, Prefill, Preset, TargetName
+from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, TIMING_SECONDS, Layout, Prefill, Preset, TargetName
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
@@ -106,6 +106,12 @@ _REST = (
         "--gate", "gates", metavar="'kl<=0.2'", multiple=True, help="Limit that the artifact must keep; may be repeated."
     ),
     click.option("--no-verify", is_flag=True, help="Do not run the artifact; the report then says that nothing is proven."),
+    click.option(
+        "--timing-seconds",
+        type=float,
+        metavar="SECONDS",
+        help=f"What all timings may take on a target. Default: {TIMING_SECONDS}.",
+    ),
     click.option("--allow-unverified", is_flag=True, help="Exit 0 although a target could not be run here."),
     click.option("--force", is_flag=True, help="Replace an existing output folder."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
@@ -156,8 +162,7 @@ def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     settings |= {key: flags[key] for key in PLAIN if flags.get(key)}
     if flags["plugins"]:
         settings["plugins"] = [*part_of(settings, "plugins", list), *flags["plugins"]]
-    if flags["plugin_timeout"] is not None:
-        settings["plugin_timeout"] = flags["plugin_timeout"]
+    settings |= {key: flags[key] for key in ("plugin_timeout", "timing_seconds") if flags[key] is not None}
     if flags.get("scheme"):
         settings["scheme"] = parse_scheme(flags["scheme"])
     if flags["no_verify"]:

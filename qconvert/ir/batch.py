@@ -12,6 +12,8 @@ Batch = dict[str, Any]
 
 # The most samples of a batch, and the most tokens: enough rows for the matrix kernels, and logits [tokens, 50k] stay at 200 MB.
 BATCH_ROWS, BATCH_TOKENS = 8, 1024
+# The logits of several windows that are compared at once, of one of two models.
+LOGITS_BYTES = 256_000_000
 
 
 def row_count(inputs: Mapping[str, Tensor]) -> int:
@@ -31,3 +33,8 @@ def unpadded(row: Batch) -> Batch:
         return row
     length = int(mask.sum())
     return {name: value[:, :length] if value.shape == mask.shape else value for name, value in row.items()}
+
+
+def windows_at_once(tokens: int, vocabulary: int) -> int:
+    """Return how many windows of a model that writes text are run at the same time: as many as have logits of LOGITS_BYTES."""
+    return max(1, LOGITS_BYTES // (4 * tokens * vocabulary))

@@ -92,6 +92,8 @@ class Trial(_Part):
 # Where other programs took more of the cores' time than this, or, if that is not known, repeats are further apart than that,
 # the machine was busy.
 MOST_OF_OTHERS, MOST_SPREAD = 0.1, 0.2
+# With fewer repeats of either, nothing is called faster or slower than the other.
+FEWEST_TO_TELL = 3
 
 
 class Latency(_Part):
@@ -99,6 +101,9 @@ class Latency(_Part):
 
     speedup: float_p50_ms / p50_ms, both measured in one process; below 1 the artifact is slower than float. On a busy machine
         it is float_processor_ms / processor_ms, the time that the cores worked for one run.
+    repeats, float_repeats, decode_repeats: how many runs, and tokens, were timed. p25 and p75 are their quartiles, of a float
+        model in pieces the sum of those of the pieces. steady: whether they ended because more would have told little, and not
+        because the time was over (qconvert/verify/repeats.py). timing_seconds: what all timings took together.
     float_pieces: of a float model that is too large to be run whole, into how many pieces it was divided, whose times add up;
         float_pieces_measured: how many of them were run, the others being like one of those.
 
@@ -119,9 +124,18 @@ class Latency(_Part):
     accuracy_level: int | None = None
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    decode_p25_tokens_per_s: float | None = None
+    decode_p75_tokens_per_s: float | None = None
+    decode_repeats: int | None = None
+    p25_ms: float | None = None
     p50_ms: float | None = None
+    p75_ms: float | None = None
     p95_ms: float | None = None
+    repeats: int | None = None
+    float_p25_ms: float | None = None
     float_p50_ms: float | None = None
+    float_p75_ms: float | None = None
+    float_repeats: int | None = None
     float_pieces: int | None = None
     float_pieces_measured: int | None = None
     speedup: float | None = None
@@ -132,6 +146,8 @@ class Latency(_Part):
     processor_ms: float | None = None
     float_processor_ms: float | None = None
     spread: float | None = None
+    steady: bool | None = None
+    timing_seconds: float | None = None
     others_share: float | None = None
     loaded_bytes: int | None = None
     loading_bytes: int | None = None
@@ -143,6 +159,18 @@ class Latency(_Part):
         if self.others_share is not None:
             return self.others_share > MOST_OF_OTHERS
         return self.spread is not None and self.spread > MOST_SPREAD
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether times on the clock tell artifact and float apart: the middle halves of the repeats of both have nothing in
+        common, and there are enough of them to have a middle.
+        """
+        if self.repeats is None:  # a record of before says what it says
+            return True
+        if self.p25_ms is None or self.p75_ms is None or self.float_p25_ms is None or self.float_p75_ms is None:
+            return False
+        enough = min(self.repeats, self.float_repeats or 0) >= FEWEST_TO_TELL
+        return enough and (self.p75_ms < self.float_p25_ms or self.float_p75_ms < self.p25_ms)
 
 
 class Processor(_Part):

@@ -90,7 +90,7 @@ class TiledSession:
         made_input(clone.graph, self._name).shape = onnx_ir.Shape((None, rows.shape[1]))
         clone.graph.outputs[0].shape = None  # as long as a tile, not as the weight
         data = onnx_ir.to_proto(clone).SerializeToString()
-        options = session_options(SessionSettings(spinning=False))
+        options = session_options()
         self._session: Any = onnxruntime.InferenceSession(data, options, providers=[PROVIDERS[CPU.name]])
 
     def run_with_ort_values(self, outputs: Sequence[str], feeds: dict[str, Any]) -> list[Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ import onnx_ir
 from onnx_ir import DataType
 
 from qconvert.graph import pieces
+from qconvert.ir.timing import Timing
 from qconvert.ort.session import EncoderDecoderSession, Values, ort_value
+from qconvert.ort.several import several
 
 # Values between pieces stay what onnxruntime made: numpy has no bfloat16.
 OrtValues = dict[str, Any]
 OpenPiece = Callable[[onnx_ir.Model], Any]
-Measure = Callable[[Callable[[], object]], float]  # seconds of a call
+Run = Callable[[], list[np.ndarray[Any, Any]]]
+Measure = Callable[[Callable[[], object]], Timing]  # of a call
 TYPES = {DataType.FLOAT: "tensor(float)", DataType.INT64: "tensor(int64)", DataType.BOOL: "tensor(bool)"}
 
 
@@ -34,10 +38,10 @@ class Port:
 class PieceTimes:
     """How long a graph takes that was run in pieces.
 
-    seconds: of all pieces. measured: how many were run; the others are like one of those.
+    timing: of all pieces. measured: how many were run; the others are like one of those.
     """
 
-    seconds: float
+    timing: Timing
     pieces: int
     measured: int
 
@@ -54,18 +58,35 @@ def sized_session(model: onnx_ir.Model, open_piece: OpenPiece) -> Any:
 
 def run_each(session: Any, feeds: Sequence[Values], first: int | None = None) -> Iterator[list[np.ndarray[Any, Any]]]:
     """Yield the outputs for one input after the other. first: how many of the outputs; unset, all."""
+    return (run() for run in each_run(session, feeds, first))
+
+
+def each_run(session: Any, feeds: Sequence[Values], first: int | None = None, at_once: int = 1) -> Iterator[Run]:
+    """Yield, for one input after the other, what runs the session on it, and may be called on any thread.
+
+    at_once: inputs that go through the pieces of a graph at the same time; through the last piece they go when they are run.
+    """
     match session:
         case PiecewiseSession():
-            yield from session.run_each(feeds, first)
+            yield from session.each_run(feeds, first, at_once)
         case EncoderDecoderSession() if piece_count(session) is not None:
             known = _encoded(session, feeds)
-            decoded = run_each(session.decoder, [session.decoder_inputs(each) for each in known], first)
+            decoded = each_run(session.decoder, [session.decoder_inputs(each) for each in known], first, at_once)
             cross = [] if first else [port.name for port in session.cross_outputs()]
-            for each, found in zip(known, decoded, strict=True):
-                yield [*found, *(each[name] for name in cross)]
+            for each, run in zip(known, decoded, strict=True):
+                yield partial(_with, run, [each[name] for name in cross])
         case _:
             for each in feeds:
-                yield session.run(None, each)[:first]
+                yield partial(_first, session, each, first)
+
+
+def _with(run: Run, others: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    return [*run(), *others]
+
+
+def _first(session: Any, inputs: Values, count: int | None) -> list[np.ndarray[Any, Any]]:
+    outputs: list[np.ndarray[Any, Any]] = session.run(None, inputs)
+    return outputs[:count]
 
 
 def piece_count(session: Any) -> int | None:
@@ -80,15 +101,16 @@ def piece_count(session: Any) -> int | None:
             return None
 
 
-def seconds_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTimes:
+def times_in_pieces(session: Any, inputs: Values, measure: Measure) -> PieceTimes:
     """Return how long a run takes, as `measure` says of each piece by itself."""
     match session:
         case PiecewiseSession():
-            return session.seconds(inputs, measure)
+            return session.times(inputs, measure)
         case EncoderDecoderSession():
-            encoder = seconds_in_pieces(session.encoder, _own(session.encoder, inputs), measure)
-            decoder = seconds_in_pieces(session.decoder, session.decoder_inputs(*_encoded(session, [inputs])), measure)
-            return PieceTimes(*map(sum, zip(astuple(encoder), astuple(decoder), strict=True)))
+            encoder = times_in_pieces(session.encoder, _own(session.encoder, inputs), measure)
+            decoder = times_in_pieces(session.decoder, session.decoder_inputs(*_encoded(session, [inputs])), measure)
+            pieces, measured = encoder.pieces + decoder.pieces, encoder.measured + decoder.measured
+            return PieceTimes(encoder.timing + decoder.timing, pieces, measured)
         case _:
             return PieceTimes(measure(partial(session.run, None, inputs)), 1, 1)
 
@@ -131,23 +153,30 @@ class PiecewiseSession:
         return next(self.run_each([feeds]))
 
     def run_each(self, feeds: Sequence[Values], first: int | None = None) -> Iterator[list[np.ndarray[Any, Any]]]:
-        """Yield what `run` returns for each of the inputs; between two pieces what crosses there is kept of all of them."""
+        """Yield what `run` returns for each of the inputs."""
+        return (run() for run in self.each_run(feeds, first))
+
+    def each_run(self, feeds: Sequence[Values], first: int | None = None, at_once: int = 1) -> Iterator[Run]:
+        """Yield what `each_run` yields; between two pieces what crosses there is kept of all inputs."""
         outputs = [str(value.name) for value in self._graph.outputs[:first]]
         known = [{name: ort_value(value) for name, value in each.items()} for each in feeds]
-        for number, piece in enumerate(self._pieces):
+        for number, piece in enumerate(self._pieces[:-1]):
             needed = {str(value.name) for later in self._pieces[number + 1 :] for value in later.graph.inputs} | {*outputs}
             session = self._open(_typed(piece, known[0]))
-            for place, values in enumerate(known):
-                found = values | _run(session, piece, values)
-                known[place] = {name: value for name, value in found.items() if name in needed}
-                if number == len(self._pieces) - 1:
-                    yield [known[place].pop(name).numpy() for name in outputs]
+            for place, found in enumerate(several(partial(_run, session, piece), known, at_once)):
+                known[place] = {name: value for name, value in (known[place] | found).items() if name in needed}
             del session  # before the next one is opened
+        last = self._pieces[-1]
+        session = self._open(_typed(last, known[0]))
+        for place in range(len(known)):
+            values, known[place] = known[place], {}
+            yield partial(_run_last, session, last, values, outputs)
 
-    def seconds(self, inputs: Values, measure: Measure) -> PieceTimes:
+    def times(self, inputs: Values, measure: Measure) -> PieceTimes:
         """Add up what `measure` says of a run of each piece. Of those that are alike, as in a stack of blocks, one is run."""
-        known, total = {name: ort_value(value) for name, value in inputs.items()}, 0.0
-        measured: dict[object, tuple[float, list[Any]]] = {}
+        known = {name: ort_value(value) for name, value in inputs.items()}
+        timings: list[Timing] = []
+        measured: dict[object, tuple[Timing, list[Any]]] = {}
         for piece in self._pieces:
             kind = _kind(piece.graph)
             if kind not in measured:
@@ -155,10 +184,10 @@ class PiecewiseSession:
                 run = partial(_run, session, piece, known)
                 measured[kind] = measure(run), list(run().values())
                 del session, run
-            seconds, found = measured[kind]
-            total += seconds
+            timing, found = measured[kind]
+            timings.append(timing)
             known |= {str(value.name): given for value, given in zip(piece.graph.outputs, found, strict=True)}
-        return PieceTimes(total, len(self._pieces), len(measured))
+        return PieceTimes(reduce(add, timings), len(self._pieces), len(measured))
 
 
 def _port(value: onnx_ir.Value) -> Port:
@@ -180,6 +209,12 @@ def _run(session: Any, piece: onnx_ir.Model, known: OrtValues) -> OrtValues:
     inputs = {str(value.name): known[str(value.name)] for value in piece.graph.inputs}
     outputs = [str(value.name) for value in piece.graph.outputs]
     return dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
+
+
+def _run_last(session: Any, piece: onnx_ir.Model, known: OrtValues, outputs: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    """Run the last piece, and return the outputs of the whole graph."""
+    found = known | _run(session, piece, known)
+    return [found[name].numpy() for name in outputs]
 
 
 def _kind(graph: onnx_ir.Graph) -> object:

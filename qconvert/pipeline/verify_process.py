@@ -29,6 +29,8 @@ LARGER_MACHINE = (
     "free some and run the same command again, which resumes, or take --no-verify and run qconvert verify on a larger machine"
 )
 DONE = '{"done": true}\n'
+# Torch's idle threads wait in a loop otherwise, which takes cores from those that work where other programs want them, too.
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 
 
 def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progress: Progress) -> Report:
@@ -43,7 +45,7 @@ def verify_in_fresh_process(recipe: Recipe, folder: Path, scratch: Path, progres
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **import_path(), **watched_too(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        env={**PASSIVE, **os.environ, **import_path(), **watched_too(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None

@@ -20,7 +20,7 @@ from qconvert.execution.probes import position_limit
 from qconvert.execution.wide_rows import TILE_BYTES, is_large
 from qconvert.graph.float_graph import LARGE_BYTES
 from qconvert.graph.pieces import PIECE_BYTES, WHOLE_BYTES
-from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS
+from qconvert.ir.batch import BATCH_ROWS, BATCH_TOKENS, windows_at_once
 from qconvert.ir.large_tensors import LARGE
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
@@ -43,8 +43,9 @@ TUNED = 3
 SESSION, MAPPED_SESSION = 3, 1.5
 # How often a session holds the codes of an artifact: as its kernels order them, and in part as they are stored.
 LOADED = 1.7
-# Logits of one sample that a comparison holds: of both models, as the session and as the caller has them, and in float64.
-LOGITS = 8
+# Logits of one sample that a comparison holds: of both models, as the session and as the caller has them, and in float64; and
+# of each further sample at the same time.
+LOGITS, MORE_LOGITS = 8, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +168,17 @@ def _verify_peak(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) 
     unpacked = max((FLOAT * layer.out_features * layer.in_features for layer in coded), default=0)
     artifact = int(LOADED * packed) + _copied(_head_bytes(model, layers), copies) + unpacked
     hidden, _ = _samples(model, layers, recipe.evaluation)
-    logits = LOGITS * FLOAT * recipe.evaluation.length * _vocabulary(model) if model.task.generates else 0
+    logits = _compared_logits(model, recipe.evaluation) if model.task.generates else 0
     fidelity = artifact + hidden + int(copies * (weights.total if whole else PIECE_BYTES)) + logits
     apart = 0 if whole else max(_copied(weights.largest, copies), _loaded_outside(model, layers, recipe))
     return 2 * (PROCESS_BYTES + GRAPHS_BYTES) + max(fidelity, apart)
+
+
+def _compared_logits(model: Model, data: DataSpec) -> int:
+    """The logits of the windows that are compared at once. Measured with SmolLM2: four more windows took 0.87 GB."""
+    vocabulary = _vocabulary(model)
+    at_once = min(data.samples, windows_at_once(data.length, vocabulary)) if vocabulary else 0
+    return (LOGITS + (at_once - 1) * MORE_LOGITS) * FLOAT * data.length * vocabulary
 
 
 def _loaded_outside(model: Model, layers: Mapping[str, LayerPlan], recipe: Recipe) -> int:

@@ -20,6 +20,7 @@ from qconvert.vocabulary import (
     CAST_SCHEME,
     PLUGIN_SECONDS,
     PRESETS,
+    TIMING_SECONDS,
     TRAINED,
     HalfType,
     Layout,
@@ -108,6 +109,14 @@ class Recipe(Part):
     device: str = Field("cpu", description="where blocks run during calibration: cpu or cuda")
     gates: tuple[Gate, ...] = Field((), description="limits that the artifact must keep; a missed one is exit code 1")
     verify: bool = Field(True, description="run the artifact; without that, the report says that nothing is proven")
+    timing_seconds: float = Field(
+        TIMING_SECONDS,
+        gt=0,
+        allow_inf_nan=False,
+        exclude_if=lambda seconds: seconds == TIMING_SECONDS,  # recipes of before mean what they meant
+        description="seconds that all timings may take on a target; they end sooner where they are steady, and each thing is "
+        "timed once in any case",
+    )
     allow_unverified: bool = Field(False, description="succeed although a target could not be run here")
     force: bool = Field(False, description="replace the output folder of an earlier run")
 

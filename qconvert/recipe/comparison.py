@@ -12,7 +12,7 @@ from qconvert.recipe import Recipe
 # What all recipes of a comparison have in common: they are calibrated, and judged, on the same data.
 SHARED = (
     *("model", "adapter", "merge_adapter", "output", "calibration", "evaluation", "seed", "device", "verify"),
-    *("allow_unverified", "force", "plugins", "plugin_timeout"),
+    *("timing_seconds", "allow_unverified", "force", "plugins", "plugin_timeout"),
 )
 
 # Of a recipe's folder; compare.json and compare.png lie beside it.

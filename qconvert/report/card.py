@@ -114,7 +114,7 @@ def _verdict(report: Report) -> Iterator[str]:
         advice = "See the evidence below." if report.was_run else NOT_RUN
         yield f"> **{words[0].upper()}{words[1:]}.** {advice}"
     for part in report.latency:
-        if part.speedup is not None and part.speedup < 1 and not part.busy:
+        if part.speedup is not None and part.speedup < 1 and not part.busy and part.is_clear:
             yield f"> On {part.target} it is {wording.speed(part)}."
 
 

@@ -118,6 +118,7 @@ def latency(part: Latency) -> str:
         busy(part),
         _number("p50 ", part.p50_ms, ".3g", _number(" ms (float ", part.float_p50_ms, ".3g", f" ms{pieces(part)})") or " ms"),
         _number("p95 ", part.p95_ms, ".3g", " ms"),
+        spread(part),
         _number("prefill ", part.prefill_tokens_per_s, ".0f", " tokens/s"),
         _number("decode ", part.decode_tokens_per_s, ".0f", " tokens/s"),
         "" if part.threads is None else settings(part),
@@ -127,6 +128,16 @@ def latency(part: Latency) -> str:
         _number("", part.copies, "d", " copy between them" if part.copies == 1 else " copies between them"),
         memory(part),
     )
+
+
+def spread(part: Latency) -> str:
+    """Word how far repeats are apart: "half of 12 runs within 166 to 169 ms, of 12 of float within 180 to 185 ms"."""
+    if part.repeats is None or part.p25_ms is None or part.p75_ms is None:
+        return ""
+    runs = "1 run" if part.repeats == 1 else f"half of {part.repeats} runs within {part.p25_ms:.3g} to {part.p75_ms:.3g} ms"
+    if part.repeats == 1 or part.float_p25_ms is None or part.float_p75_ms is None:
+        return runs
+    return f"{runs}, of {part.float_repeats} of float within {part.float_p25_ms:.3g} to {part.float_p75_ms:.3g} ms"
 
 
 def memory(part: Latency) -> str:
@@ -167,11 +178,15 @@ def settings(part: Latency | Trial) -> str:
 
 
 def speed(part: Latency) -> str:
-    """Say plainly whether the artifact is slower than float; of a busy machine only the ratio of processor times is said."""
+    """Say plainly whether the artifact is slower than float, where repeats show it; of a busy machine only the ratio of
+    processor times is said.
+    """
     if part.speedup is None:
         return ""
     if part.busy:
         return f"{part.speedup:.2f} x the speed of float, by processor time"
+    if not part.is_clear:
+        return f"{part.speedup:.2f} x the speed of float, but their spreads overlap: neither was shown to be faster"
     if round(part.speedup, 2) == 1:
         return "as fast as float"
     if part.speedup < 1:

@@ -23,7 +23,7 @@ from qconvert.verify.finite import require_finite_float
 from qconvert.verify.loaders import needs_bitsandbytes, transformers_parity
 from qconvert.verify.parity import float_parity, torch_outputs
 from qconvert.verify.source import check_digests, check_source
-from qconvert.verify.target_check import SHARING, WRONG, Outputs, TargetCheck, float_session
+from qconvert.verify.target_check import WRONG, Outputs, TargetCheck, float_session, sharing
 
 __all__ = ["check_digests", "verify"]
 
@@ -48,7 +48,7 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
         found.append(_transformers_parity(artifact, dequantized))
     not_run = {check.target.name: check.not_run for check in checks if check.not_run}
     found += [Parity(target=name, status="not-run", reason=reason) for name, reason in not_run.items()]
-    baseline = float_session(job, SHARING)
+    baseline = float_session(job, sharing(job))
     sample = job.samples.evaluation[0]
     found.append(measured_parity("float", lambda: float_parity(job.model, baseline, sample), pieces=piece_count(baseline)))
     fidelity: dict[str, Fidelity] = {}

@@ -47,6 +47,11 @@ class CoreTimes:
         return min(max(others / available, 0.0), 1.0)
 
 
+def core_count() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def others_share(before: CoreTimes | None) -> float | None:
     """Return `CoreTimes.others_share_since` from `before` until now; None where the system does not tell."""
     now = CoreTimes.now()

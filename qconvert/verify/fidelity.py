@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +18,12 @@ from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity
 from qconvert.ir.task import Task
 from qconvert.ort.compare import feed
-from qconvert.ort.pieces import run_each
+from qconvert.ort.pieces import Run, each_run
+from qconvert.ort.several import several
 from qconvert.verify.finite import first_not_finite, require_finite_float
 
 
-def measure_fidelity(  # noqa: PLR0913 - the last one is there for some decoders only
+def measure_fidelity(  # noqa: PLR0913 - the last two are no part of what is compared with what
     artifact: Any,
     baseline: Any,
     batches: Sequence[Batch],
@@ -28,34 +32,80 @@ def measure_fidelity(  # noqa: PLR0913 - the last one is there for some decoders
     progress: Progress,
     *,
     decoding: Any = None,
+    at_once: int = 1,
 ) -> Fidelity:
     """Run both sessions on the evaluation batches, one sample at a time, and compare.
 
     decoding: of an artifact with a body of its own for prompts, a session over the other one, whose loss is measured too.
+    at_once: samples that are run and compared at the same time, each on a thread of its own.
 
     An artifact whose outputs are not finite has failed. Raises InputError QC-FLOAT-001 where the float model's are not.
     """
     by_token = task.generates
-    done = 0
-    meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
-    other = None if decoding is None else _TokenMeter()
+    sessions = [artifact] if decoding is None else [artifact, decoding]
+    meters = [_meter(task) for _ in sessions]
     # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
     parts = [part for batch in batches for part in (rows_of(batch) if by_token else [batch])]
-    floats = run_each(baseline, [feed(baseline, part) for part in parts], first=1)
-    for part, (output,) in zip(parts, floats, strict=True):
-        found, expected = torch.from_numpy(artifact.run(None, feed(artifact, part))[0]), torch.from_numpy(output)
-        require_finite_float(expected, part, "evaluation", done)
+    before = accumulate(map(row_count, parts), initial=0)
+    floats = each_run(baseline, [feed(baseline, part) for part in parts], first=1, at_once=at_once)
+    compare = partial(_compared, sessions, task)
+    with _one_thread_each(at_once), closing(several(compare, zip(parts, floats, before, strict=False), at_once)) as found:
+        for part, compared in zip(parts, found, strict=True):
+            if isinstance(compared, int):
+                reason = f"NaN or infinity comes out of it for evaluation sample {compared}, and not of the float model"
+                return Fidelity(target=target, status="failed", reason=reason)
+            for meter, more in zip(meters, compared, strict=True):
+                meter.add(more)
+            progress.advance(row_count(part))
+    whole, *others = (meter.result(target) for meter in meters)
+    return whole.model_copy(update={"kl_decode": others[0].kl}) if others else whole
+
+
+def _compared(sessions: Sequence[Any], task: Task, sample: tuple[Batch, Run, int]) -> list[_Meter] | int:
+    """A meter of one part for each session; or the number of the first sample, from 1, for which the artifact gives no finite numbers.
+
+    sample: the part, what runs the float model on it, and how many samples came before.
+    """
+    part, run_float, before = sample
+    expected = torch.from_numpy(run_float()[0])
+    require_finite_float(expected, part, "evaluation", before)
+    meters = []
+    for session in sessions:
+        found = torch.from_numpy(session.run(None, feed(session, part))[0])
         row = first_not_finite(found, part)
         if row is not None:
-            reason = f"NaN or infinity comes out of it for evaluation sample {done + row + 1}, and not of the float model"
-            return Fidelity(target=target, status="failed", reason=reason)
-        meter.update(found, expected, part)
-        if other is not None:
-            other.update(torch.from_numpy(decoding.run(None, feed(decoding, part))[0]), expected, part)
-        done += row_count(part)
-        progress.advance(row_count(part))
-    result = meter.result(target)
-    return result if other is None else result.model_copy(update={"kl_decode": other.result(target).kl})
+            return before + row + 1
+        meters.append(_meter(task))
+        meters[-1].update(found, expected, part)
+    return meters
+
+
+@contextmanager
+def _one_thread_each(at_once: int) -> Iterator[None]:
+    """Let torch compute on the thread that calls it where several do so: threads that wait for each other would take cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if at_once == 1 else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _meter(task: Task) -> _Meter:
+    return _TokenMeter() if task.generates else _VectorMeter(task)
+
+
+class _Meter(Protocol):
+    """What counts the differences between outputs."""
+
+    def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
+        """Count those of a batch."""
+
+    def add(self, other: Any) -> None:
+        """Count what another meter of the same kind has seen."""
+
+    def result(self, target: str) -> Fidelity:
+        """Return what was found on a target."""
 
 
 class _TokenMeter:
@@ -80,6 +130,12 @@ class _TokenMeter:
         self.loss += _loss(found, compared.found_norm, ids)
         self.loss_float += _loss(expected, compared.expected_norm, ids)
         self.predicted += length - 1
+
+    def add(self, other: _TokenMeter) -> None:
+        """Count what another meter has seen."""
+        self.max_abs = max(self.max_abs, other.max_abs)
+        for name in ("positions", "predicted", "kl", "same", "loss", "loss_float"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def result(self, target: str) -> Fidelity:
         predicted = max(self.predicted, 1)
@@ -127,6 +183,14 @@ class _VectorMeter:
         cosine = torch.nn.functional.cosine_similarity(found.flatten(1).double(), expected.flatten(1).double())
         self.cosine += float(cosine.clamp(-1, 1).sum())  # rounding leaves that of equal vectors above 1
         self.rows += len(cosine)
+
+    def add(self, other: _VectorMeter) -> None:
+        """Count what another meter has seen."""
+        self.max_abs = max(self.max_abs, other.max_abs)
+        self.cosine += other.cosine
+        self.rows += other.rows
+        if other.same is not None:
+            self.same = (self.same or 0) + other.same
 
     def result(self, target: str) -> Fidelity:
         return Fidelity(

@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir
 from torch import Tensor
 
+from qconvert.execution.probes import vocabulary_size
 from qconvert.graph.float_graph import float_graph
 from qconvert.graph.last_position import keep_last_position, keeps_last_position
-from qconvert.ir.batch import row_count
+from qconvert.ir.batch import row_count, windows_at_once
 from qconvert.ir.model import Model
 from qconvert.ir.progress import Progress
 from qconvert.ir.report import Fidelity, Latency, Parity
@@ -25,8 +26,10 @@ from qconvert.ort.pieces import piece_count, sized_session
 from qconvert.ort.session import SessionSettings, file_session, joined, memory_session, why_unavailable
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
+from qconvert.targets.cpu import CPU
 from qconvert.targets.target import Target
 from qconvert.verify.attempt import attempt, judged
+from qconvert.verify.cores import core_count
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
@@ -36,8 +39,6 @@ from qconvert.verify.phases import choice_pairs
 from qconvert.verify.placement import Placement, measure_placement
 from qconvert.verify.static_parity import worst_codes
 
-# Of two sessions that alternate, so that neither's idle threads take cores from the other.
-SHARING = SessionSettings(spinning=False)
 WRONG = "its parity failed: what it computes is wrong"
 # Torch's outputs on the dequantized weights, for each of the probes.
 Outputs = Sequence[tuple[Tensor, ...]]
@@ -70,19 +71,21 @@ class TargetCheck:
     def fidelity(self, baseline: Any, progress: Progress) -> Fidelity:
         """Compare the graphs with the float model, on the evaluation samples. Raises UsageError QC-CUDA-004."""
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
-        session = joined({part: session_at_all_positions(path, name, SHARING) for part, path in self.paths.items()})
+        settings = sharing(self.job)
+        session = joined({part: session_at_all_positions(path, name, settings) for part, path in self.paths.items()})
         progress.stage(f"fidelity on {name}", sum(map(row_count, samples)))
+        at_once = windows_of(self.job) if self.target is CPU else 1
         # Windows are prompts: the body for decoding is not run on any by the graph itself.
-        decoding = self._decoding_session() if "decode" in target_phases(self.artifact, self.target) else None
-        found = measure_fidelity(session, baseline, samples, model.task, name, progress, decoding=decoding)
+        decoding = self._decoding_session(settings) if "decode" in target_phases(self.artifact, self.target) else None
+        found = measure_fidelity(session, baseline, samples, model.task, name, progress, decoding=decoding, at_once=at_once)
         if found.status == "failed" and self.target.half_precision and self._in_float16:
             raise overflow(name, "the evaluation data")
         return found
 
-    def _decoding_session(self) -> Any:
+    def _decoding_session(self, settings: SessionSettings) -> Any:
         """A session over the body for decoding, which gives for a whole window what it gives token by token."""
         name = self.target.name
-        return joined({part: session_at_all_positions(path, name, SHARING, "decode") for part, path in self.paths.items()})
+        return joined({part: session_at_all_positions(path, name, settings, "decode") for part, path in self.paths.items()})
 
     def latency(self, progress: Progress) -> Latency:
         """Measure how fast the graphs are, and with which settings and kernels they ran."""
@@ -94,11 +97,19 @@ class TargetCheck:
 
         graphs = [onnx_ir.load(path).graph for path in self.paths.values()]
         open_float = partial(float_session, self.job, last_position=any(map(keeps_last_position, graphs)), timed=True)
+        measure = partial(
+            measure_latency,
+            model=model,
+            artifact=open_artifact,
+            batches=samples,
+            target=name,
+            seconds=self.job.recipe.timing_seconds,
+        )
         if self.target.half_precision:
             # The float graph has no kernels on a device: its attention would run on the CPU, and say nothing about either.
-            measured = measure_latency(model, open_artifact, None, samples, name)
+            measured = measure(baseline=None)
             return _placed(measured, measure_placement(self.paths, name, workload(model, samples)[0]))
-        measured = measure_latency(model, open_artifact, open_float, samples, name)
+        measured = measure(baseline=open_float)
         products = (node for graph in graphs for node in graph.all_nodes() if node.op_type == "MatMulNBits")
         level = max((node.attributes["accuracy_level"].as_int() for node in products), default=None)
         loaded, loading = footprint(self.paths.values()) or (None, None)
@@ -132,6 +143,21 @@ class TargetCheck:
         session = joined({part: session_at_all_positions(path, self.target.name) for part, path in self.paths.items()})
         own = [pair for path in self.paths.values() for pair in last_position_pairs(self.job.model, path, self.target.name)]
         return compare.compared(self.job.model, session, dequantized) + own
+
+
+def windows_of(job: Job) -> int:
+    """Return how many evaluation windows of a model that writes text are run at once; 1 of any other."""
+    if not job.model.task.generates:
+        return 1
+    batches = job.samples.evaluation
+    tokens = max(batch["input_ids"].shape[1] for batch in batches)
+    return min(windows_at_once(tokens, vocabulary_size(job.model)), sum(map(row_count, batches)))
+
+
+def sharing(job: Job) -> SessionSettings:
+    """Return the settings of sessions that run as many windows at once: with so few threads each that they have the cores."""
+    at_once = windows_of(job)
+    return SessionSettings() if at_once == 1 else SessionSettings(max(1, core_count() // at_once))
 
 
 def float_session(job: Job, settings: SessionSettings, *, last_position: bool = False, timed: bool = False) -> Any:

@@ -19,7 +19,7 @@ from qconvert.storage.stage import Stage
 from qconvert.write.origin import Origin, file_digests
 
 # Fields of a recipe that change no byte of the weights.
-AFTERWARDS = ("verify", "evaluation", "gates", "allow_unverified", "plugin_timeout")
+AFTERWARDS = ("verify", "evaluation", "gates", "timing_seconds", "allow_unverified", "plugin_timeout")
 
 
 def write_manifest(stage: Stage, recipe: Recipe, origin: Origin, written: WriteResult) -> None:

@@ -94,7 +94,7 @@ def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
     flags = "--quantizer awq --scheme int4-g32 --option grid=20 --option fast=true --option name=x "
     flags += "--rule lm_head=float --rule *.0.*=int8 "
     flags += "--calibration c.txt --evaluation builtin --target cpu --target cuda --layout onnx --ranges kl --device cuda "
-    flags += "--gate ratio<=0.3 --no-verify --allow-unverified --force"
+    flags += "--gate ratio<=0.3 --no-verify --timing-seconds 2.5 --allow-unverified --force"
     assert run(*flags.split()).exit_code == 0
     assert pipeline.given == Recipe.model_validate(
         {
@@ -112,6 +112,7 @@ def test_flags_alone_make_a_recipe(pipeline: FakePipeline) -> None:
             "device": "cuda",
             "gates": [{"metric": "ratio", "comparison": "<=", "limit": 0.3}],
             "verify": False,
+            "timing_seconds": 2.5,
             "allow_unverified": True,
             "force": True,
         }

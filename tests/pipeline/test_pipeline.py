@@ -480,6 +480,28 @@ def test_on_a_busy_machine_the_report_says_so_and_calls_nothing_slow(
         assert "slower" not in words
 
 
+@pytest.mark.usefixtures("quick")
+def test_the_recipe_says_how_long_is_measured_and_the_report_how_often(sources: Path, tmp_path: Path) -> None:
+    flags = ["--scheme", "int4-g32", "--timing-seconds", "1e-6"]
+    mine = recipe(sources / "llama", tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(mine.model_dump_json())
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml"), *flags])
+    assert result.exit_code == 0
+    (latency,) = json.loads((tmp_path / "out" / REPORT).read_text())["latency"]
+    # Each once, whatever the budget.
+    assert (latency["repeats"], latency["float_repeats"], latency["decode_repeats"], latency["steady"]) == (1, 1, 1, False)
+    assert latency["p25_ms"] == latency["p50_ms"] == latency["p75_ms"]
+    for text in (result.stderr, (tmp_path / "out" / CARD).read_text()):
+        words = " ".join(text.split())
+        assert f"{latency['speedup']:.2f} x the speed of float, but their spreads overlap: neither was shown" in words
+        assert "1 run" in words
+        assert "slower" not in words
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["recipe"]["timing_seconds"] == 1e-6
+    wrong = CliRunner().invoke(main, ["run", str(tmp_path / "recipe.yaml"), "--timing-seconds", "0", "--force"])
+    assert wrong.exit_code == 2
+    assert "QC-RECIPE-001" in wrong.stderr
+
+
 DAMAGES = [
     (damaged_graph, "cpu: outputs, with float activations, differ by"),
     (layer_that_loaders_do_not_find, "transformers: outputs differ by"),

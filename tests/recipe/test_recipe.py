@@ -70,6 +70,16 @@ def test_ranges_are_written_only_where_they_are_set() -> None:
         Recipe.from_settings(MINIMAL | {"ranges": {"percentile": 99}})
 
 
+def test_timings_have_some_seconds() -> None:
+    assert "timing_seconds" not in Recipe.from_settings(MINIMAL).model_dump()  # as before there was such a field
+    made = Recipe.from_settings(MINIMAL | {"timing_seconds": 30})
+    assert Recipe.model_validate_json(made.model_dump_json()) == made
+    for wrong in (0, -1, "long", float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="timing_seconds: Input should be") as raised:
+            Recipe.from_settings(MINIMAL | {"timing_seconds": wrong})
+        assert code(raised) == "QC-RECIPE-001"
+
+
 def test_a_preset_and_another_quantizer_contradict_each_other() -> None:
     with pytest.raises(UsageError, match="preset best uses the quantizer gptq, not awq") as raised:
         Recipe.from_settings(MINIMAL | {"preset": "best", "quantizer": "awq"})

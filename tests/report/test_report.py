@@ -398,6 +398,24 @@ def test_what_a_busy_machine_made_slow_is_not_called_slow() -> None:
     assert "measured while the machine was busy, p50" in wording.latency(unknown)
 
 
+def test_what_repeats_do_not_tell_apart_is_not_called_slower() -> None:
+    """Quartiles of float lie among those of the artifact; in the other report they don't."""
+    spread = {"repeats": 12, "p25_ms": 10.4, "p75_ms": 13.1, "float_repeats": 10, "float_p25_ms": 10.2, "float_p75_ms": 10.9}
+    part = REPORT.latency[0].model_copy(update=spread)
+    near = but(passed=True, gates=KEPT, parity=ON_CPU, latency=(part,))
+    words = "half of 12 runs within 10.4 to 13.1 ms, of 10 of float within 10.2 to 10.9 ms"
+    for text in (on_terminal(table(near)), card(near, RECIPE, "m")):
+        text = re.sub(r"\s+", " ", text)
+        assert words in text
+        assert "0.85 x the speed of float, but their spreads overlap: neither was shown to be faster" in text
+        assert "slower" not in text
+    assert ">" not in card(near, RECIPE, "m").partition("## ")[0]
+    far = but(latency=(part.model_copy(update={"p25_ms": 12.0}),))
+    assert "slower than float: 0.85 x its speed" in re.sub(r"\s+", " ", on_terminal(table(far)))
+    few = part.model_copy(update={"p25_ms": 12.0, "repeats": 2})
+    assert "neither was shown" in wording.latency(few)
+
+
 def test_the_onnx_layout_is_not_offered_to_transformers() -> None:
     text = card(but(transformers_class=None), RECIPE.model_copy(update={"layout": "onnx"}), "m")
     assert "from_pretrained" not in text.partition("## Load it with transformers")[2].partition("## Evidence")[0]

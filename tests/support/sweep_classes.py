@@ -107,7 +107,7 @@ def convert(source: Path, output: Path, *flags: str) -> tuple[int, str]:
     recipe.write_text(json.dumps({"calibration": data, "evaluation": data}))
     with (
         mock.patch.object(conversion, "verify_in_fresh_process", _measured_here),
-        mock.patch("qconvert.verify.latency.REPEATS", 1),
+        mock.patch("qconvert.verify.repeats.MOST", 1),
         mock.patch("os.sched_getaffinity", return_value={0}),
     ):
         result = CliRunner().invoke(main, ["run", str(recipe), f"--model={source}", f"--output={output}", *flags])

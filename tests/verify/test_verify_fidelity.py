@@ -104,6 +104,14 @@ def test_encoder_decoders_by_what_the_decoder_is_given() -> None:
     assert found == measured("causal-lm")
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "encoder"])
+def test_samples_that_are_compared_at_once_give_the_same_numbers(task: str) -> None:
+    one_by_one = measured(task)
+    threads = torch.get_num_threads()
+    assert measure_fidelity(ARTIFACT, FLOAT, batches(), TASKS[task], "cpu", silent, at_once=3) == one_by_one
+    assert torch.get_num_threads() == threads
+
+
 def test_encoders_by_the_cosine_of_mean_pooled_vectors() -> None:
     cosines, largest = [], 0.0
     for _, found, expected in samples():
