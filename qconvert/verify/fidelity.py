@@ -62,7 +62,7 @@ def measure_fidelity(  # noqa: PLR0913 - the last two are no part of what is com
 
 
 def _compared(sessions: Sequence[Any], task: Task, sample: tuple[Batch, Run, int]) -> list[_Meter] | int:
-    """A meter of one part for each session; or the number of the first sample, from 1, for which the artifact gives no finite numbers.
+    """A meter of one part for each session; or the number of the first sample, from 1, for which one gives no finite numbers.
 
     sample: the part, what runs the float model on it, and how many samples came before.
     """

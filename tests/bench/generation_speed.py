@@ -1,6 +1,7 @@
-"""How fast onnxruntime-genai runs a folder, alone in a process: python generation_speed.py FOLDER.
+"""How fast onnxruntime-genai runs a folder, alone in a process: python generation_speed.py FOLDER [TOKENS].
 
-Two threads. Prints the seconds of a prompt of 128 tokens and of each of the 128 tokens after it, medians of a few generations.
+Two threads. Prints the seconds of a prompt of 128 tokens, or as many as are wanted, and of each of the 128 tokens after it,
+medians of a few generations.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ def main() -> None:
     config = genai.Config(sys.argv[1])
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
     model = genai.Model(config)
+    prompt = int(sys.argv[2]) if len(sys.argv) > 2 else PROMPT
     prompts, tokens = [], []
     for _ in range(GENERATIONS):
         settings = genai.GeneratorParams(model)
-        settings.set_search_options(max_length=PROMPT + NEW, min_length=PROMPT + NEW, do_sample=False)
+        settings.set_search_options(max_length=prompt + NEW, min_length=prompt + NEW, do_sample=False)
         generator = genai.Generator(model, settings)
         start = time.perf_counter()
-        generator.append_tokens((np.arange(PROMPT) * 37 % 40000 + 100).astype(np.int32))
+        generator.append_tokens((np.arange(prompt) * 37 % 40000 + 100).astype(np.int32))
         generator.generate_next_token()
         prompts.append(time.perf_counter() - start)
         while not generator.is_done():

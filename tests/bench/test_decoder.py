@@ -40,16 +40,16 @@ class FedLike:
         self.run, self.get_inputs = session.run, other.get_inputs
 
 
-def race(folders: Sequence[Path]) -> dict[str, tuple[list[float], list[float]]]:
+def race(folders: Sequence[Path], prompt: int = PROMPT, rounds: int = ROUNDS) -> dict[str, tuple[list[float], list[float]]]:
     """Folder name -> (seconds for the prompt, seconds per new token), one entry per round.
 
     Each runs alone: idle threads of another session would take the cores. All take turns, in processes of their own, because
     where a model comes to lie in memory moves its speed by up to 10 %.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {folder.name: ([], []) for folder in folders}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for folder in folders if number % 2 == 0 else folders[::-1]:
-            command = [sys.executable, str(Path(__file__).with_name("generation_speed.py")), str(folder)]
+            command = [sys.executable, str(Path(__file__).with_name("generation_speed.py")), str(folder), str(prompt)]
             measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             for taken, value in zip(seconds[folder.name], measured, strict=True):
                 taken.append(value)
@@ -57,14 +57,14 @@ def race(folders: Sequence[Path]) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def show(
-    seconds: dict[str, tuple[list[float], list[float]]], base: str, words: dict[str, str]
+    seconds: dict[str, tuple[list[float], list[float]]], base: str, words: dict[str, str], length: int = PROMPT
 ) -> dict[str, tuple[float, float]]:
     """Print a line per folder; returns name -> how many times as fast as `base` it is, (prompt, new tokens)."""
     ratios = {}
     for name, parts in seconds.items():
         both = [[b / a for a, b in zip(parts[part], seconds[base][part], strict=True)] for part in (0, 1)]
         ratios[name] = median(both[0]), median(both[1])
-        prompt = f"{PROMPT / median(parts[0]):7.0f} tokens/s prefill ({ratios[name][0]:.2f} x {base})"
+        prompt = f"{length / median(parts[0]):7.0f} tokens/s prefill ({ratios[name][0]:.2f} x {base})"
         new = f"{1 / median(parts[1]):7.0f} decode ({ratios[name][1]:.2f} x, {min(both[1]):.2f} to {max(both[1]):.2f})"
         print(f"\n{name:18}{prompt}{new}  {words[name]}", end="")
     print()
