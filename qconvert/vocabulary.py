@@ -8,6 +8,7 @@ TargetName = Literal["cpu", "cuda"]
 HalfType = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
 Logits = Literal["all", "last"]
+KVCache = Literal["float", "int8"]
 Preset = Literal["fast", "balanced", "best", "int8"]
 Metric = Literal["kl", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from qconvert.errors import UsageError
-from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, Layout, Preset, TargetName
+from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, KVCache, Layout, Preset, TargetName
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
@@ -30,6 +30,7 @@ PLAIN = (
     "budget",
     "targets",
     "layout",
+    "kv_cache",
     "device",
     "allow_unverified",
     "force",
@@ -90,6 +91,11 @@ _REST = (
     click.option("--evaluation", metavar="SRC", help="The same, for the comparison with the float model."),
     click.option("--target", "targets", type=TARGETS, multiple=True, help="Where the artifact is to run; may be repeated."),
     click.option("--layout", type=click.Choice(get_args(Layout)), help="Who must be able to read the weights."),
+    click.option(
+        "--kv-cache",
+        type=click.Choice(get_args(KVCache)),
+        help="What a decoder keeps of the tokens before: float, or int8, a quarter of that.",
+    ),
     click.option(
         "--ranges",
         metavar="NAME",

@@ -11,6 +11,7 @@ from qconvert.export.lower_cpu import CpuLowering
 from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
 from qconvert.export.static import insert_pairs, keep_float_products
+from qconvert.graph.cache_codes import write_cache_codes
 from qconvert.graph.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
@@ -22,10 +23,13 @@ NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
 def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     """Make the template's `graph` one that the CPU provider runs, in place. Raises ResourceError (disk)."""
     model, plan, stage = context.job.model, context.job.plan, context.stage
-    for name, tensor in context.job.template.constants.items():
+    scales = {f"{cache}.scale": scale for cache, scale in context.cache_scales.items()}
+    for name, tensor in {**context.job.template.constants, **scales}.items():
         if name not in stage.sidecar.tensors:
             context.stored[name] = stage.sidecar.append(name, tensor)
     builder = GraphBuilder(graph, context.stored)
+    if scales:
+        write_cache_codes(graph, lambda cache: builder.external(f"{cache}.scale"))
     insert_pairs(graph, builder, context)
     lowering, shapes = CpuLowering(builder, context, decodes=model.task.generates), model.parameter_shapes
     together: dict[tuple[int, Value | None], list[Value]] = {}  # outputs of a group's linears, by what they read

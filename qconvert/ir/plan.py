@@ -16,6 +16,7 @@ from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
 from qconvert.ir.quant_state import quant_state, state_suffix
 from qconvert.ir.scheme import Activations, Cast, QuantScheme
+from qconvert.vocabulary import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class Plan:
     cast: stored tensor -> the type that it is rounded to, where nothing is quantized but all floats become narrower.
     average_bits: per quantized weight, with scales and zero points; None where nothing is quantized.
     deployment: what running the artifact takes on the CPU; None where that is no target.
+    kv_cache: what a decoder's keys and values are kept in.
     """
 
     scheme: QuantScheme | Cast
@@ -144,6 +146,7 @@ class Plan:
     cast: Mapping[str, torch.dtype] = field(default_factory=dict)
     average_bits: float | None = None
     deployment: Deployment | None = None
+    kv_cache: KVCache = "float"
 
     @property
     def peak_bytes(self) -> int:

@@ -18,7 +18,12 @@ from qconvert.ort.session import EncoderDecoderSession, Values, ort_value
 OrtValues = dict[str, Any]
 OpenPiece = Callable[[onnx_ir.Model], Any]
 Measure = Callable[[Callable[[], object]], float]  # seconds of a call
-TYPES = {DataType.FLOAT: "tensor(float)", DataType.INT64: "tensor(int64)", DataType.BOOL: "tensor(bool)"}
+TYPES = {
+    DataType.FLOAT: "tensor(float)",
+    DataType.INT8: "tensor(int8)",
+    DataType.INT64: "tensor(int64)",
+    DataType.BOOL: "tensor(bool)",
+}
 
 
 @dataclass(frozen=True, slots=True)

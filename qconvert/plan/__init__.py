@@ -18,6 +18,7 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template
+from qconvert.plan.cache import check_cache, check_cache_graph
 from qconvert.plan.cast import cast_plan
 from qconvert.plan.fit import Fitting
 from qconvert.plan.peaks import peaks
@@ -34,11 +35,13 @@ from qconvert.recipe.gates import refuse_gates
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-017 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-019 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
     has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
     check(model, recipe)
+    if recipe.kv_cache != "float":
+        check_cache_graph(model, template, recipe)
     if recipe.cast is not None:
         return cast_plan(model, template, recipe, quantizer, _unread(model, template))
     default = recipe.quantized_scheme or quantizer.default_scheme
@@ -67,6 +70,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         layers,
         tuple(kept),
         calibrated=calibrates(recipe, quantizer),
+        kv_cache=recipe.kv_cache,
         weights_bytes=sum(info.nbytes for info in floats.values()) + sum(layer.nbytes for layer in layers.values()),
         peaks=peaks(model, template.groups, layers, recipe, quantizer),
         shared={head: embedding for head, embedding in shared.items() if head not in apart},
@@ -85,7 +89,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a model suits a recipe, as far as that is known before it is traced.
 
-    Raises UsageError QC-PLAN-011, QC-PLAN-017, QC-GATE-002.
+    Raises UsageError QC-PLAN-011, QC-PLAN-017 to QC-PLAN-019, QC-GATE-002.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
@@ -99,13 +103,15 @@ def check(model: Model, recipe: Recipe) -> None:
             "transformers would load this folder without the adapter that stays beside the layers",
             hint="add --layout onnx for a folder that serves ONNX Runtime alone, or --merge-adapter",
         )
+    if recipe.kv_cache != "float":
+        check_cache(model, recipe)
     refuse_gates(recipe.gates, model.task)
 
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
     """Return whether calibration data is needed."""
     finds_ranges = is_static(recipe, quantizer) and recipe.trained is None
-    return bool(quantizer.observers) or recipe.tuning is not None or finds_ranges
+    return bool(quantizer.observers) or recipe.tuning is not None or finds_ranges or recipe.kv_cache != "float"
 
 
 def is_static(recipe: Recipe, quantizer: Quantizer) -> bool:

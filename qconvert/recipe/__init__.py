@@ -22,6 +22,7 @@ from qconvert.vocabulary import (
     PRESETS,
     TRAINED,
     HalfType,
+    KVCache,
     Layout,
     Logits,
     Preset,
@@ -83,6 +84,12 @@ class Recipe(Part):
         "all",
         description="whose logits a decoder gives: all positions, or the last of each row alone, which spares the head the "
         "rest of a prompt",
+    )
+    kv_cache: KVCache = Field(
+        "float",
+        exclude_if=lambda cache: cache == "float",  # written where it is not: recipes of before mean what they meant
+        description="what a decoder keeps of the tokens before: keys and values in float, or in int8 with scales that "
+        "calibration finds, a quarter of the memory",
     )
     layout: Layout = Field(
         "transformers", description="who must be able to read the weights: transformers too, or model.onnx alone"

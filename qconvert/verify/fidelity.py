@@ -28,7 +28,7 @@ def measure_fidelity(
     """
     by_token = task.generates
     done = 0
-    meter: _TokenMeter | _VectorMeter = _TokenMeter() if by_token else _VectorMeter(task)
+    meter: TokenMeter | _VectorMeter = TokenMeter() if by_token else _VectorMeter(task)
     # Samples of one batch share a padded length; token models are run row by row to bound the logits in memory.
     parts = [part for batch in batches for part in (rows_of(batch) if by_token else [batch])]
     floats = run_each(baseline, [feed(baseline, part) for part in parts], first=1)
@@ -45,7 +45,7 @@ def measure_fidelity(
     return meter.result(target)
 
 
-class _TokenMeter:
+class TokenMeter:
     """KL(float || artifact) in nats over all positions, top-1 agreement, and both perplexities."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class _TokenMeter:
         self.max_abs = 0.0
 
     def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
-        """found, expected: logits [1, sequence, vocabulary]."""
+        """Take in the logits of one row, found and expected [1, sequence, vocabulary]."""
         length = int(batch["attention_mask"][0].sum())
         # A decoder that has a source is given the text behind its start token: as many tokens.
         ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"][0, :length]
@@ -69,6 +69,7 @@ class _TokenMeter:
         self.predicted += length - 1
 
     def result(self, target: str) -> Fidelity:
+        """Return what was measured of all rows."""
         predicted = max(self.predicted, 1)
         return Fidelity(
             target=target,

@@ -16,7 +16,7 @@ from qconvert.graph.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.batch import row_count
 from qconvert.ir.model import Model
 from qconvert.ir.progress import Progress
-from qconvert.ir.report import Fidelity, Latency, Parity
+from qconvert.ir.report import CacheLoss, Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.footprint import footprint
@@ -27,6 +27,8 @@ from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets import graph_files
 from qconvert.targets.target import Target
 from qconvert.verify.attempt import attempt, judged
+from qconvert.verify.cache_loss import measure_cache_loss
+from qconvert.verify.cache_parity import worst_cache
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
 from qconvert.verify.latency import measure_latency, workload
@@ -76,6 +78,13 @@ class TargetCheck:
             raise overflow(name, "the evaluation data")
         return found
 
+    def cache_loss(self, progress: Progress) -> CacheLoss | None:
+        """Measure what a cache in codes loses; None for one in float."""
+        if self.job.plan.kv_cache == "float":
+            return None
+        progress.stage(f"cache on {self.target.name}", None)
+        return measure_cache_loss(self.artifact, self.paths["model"], self.job.samples.evaluation, SHARING)
+
     def latency(self, progress: Progress) -> Latency:
         """Measure how fast the graphs are, and with which settings and kernels they ran."""
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
@@ -109,7 +118,8 @@ class TargetCheck:
         pieces = piece_count(session)
         del session  # before another is opened
         integers = worst_cluster(self.artifact, self.target), worst_codes(self.artifact, self.target)
-        return judged(self.target.name, *max(whole, *integers, *errors), pieces=pieces)
+        cache = worst_cache(self.artifact, self.target, self.job.samples.evaluation[0])
+        return judged(self.target.name, *max(whole, *integers, cache, *errors), pieces=pieces)
 
     def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:
         """(what the graphs give, what they should): torch's outputs, and their own at the last positions."""
