@@ -28,8 +28,6 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
         if name not in stage.sidecar.tensors:
             context.stored[name] = stage.sidecar.append(name, tensor)
     builder = GraphBuilder(graph, context.stored)
-    if scales:
-        write_cache_codes(graph, lambda cache: builder.external(f"{cache}.scale"))
     insert_pairs(graph, builder, context)
     lowering, shapes = CpuLowering(builder, context, decodes=model.task.generates), model.parameter_shapes
     together: dict[tuple[int, Value | None], list[Value]] = {}  # outputs of a group's linears, by what they read
@@ -49,6 +47,8 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
         pack_shared_inputs(graph, builder, together.values())
     keep_float_products(graph)
     choose_by_processor(graph, builder, lowering.static.weights)
+    if scales:
+        write_cache_codes(graph, lambda cache: builder.external(f"{cache}.scale"))
     _bind(graph, builder, model)
 
 

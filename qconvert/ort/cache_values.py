@@ -9,7 +9,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from qconvert.graph.cache_codes import cached_attentions, caches_of, rotated_pairs
+from qconvert.graph.cache_codes import cached_attentions
 from qconvert.graph.float_graph import float_graph
 from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
@@ -22,16 +22,16 @@ from qconvert.ort.session import memory_session
 class CacheValues:
     """The float graph of a decoder as far as its last cache.
 
-    pairs: input that is a cache -> how many pairs of its channels were rotated (graph.cache_codes.rotated_pairs); None for a
-        cache of values, which nothing rotates.
+    pairs: input that is a cache -> how many pairs of its channels were rotated (see graph.cache_codes.CachedAttention); None
+        for a cache of values, which nothing rotates.
     """
 
     def __init__(self, model: Model, template: Template, read: Callable[[str], Tensor]) -> None:
         """read: gives a parameter, in float32 or narrower."""
         graph = float_graph(template.graphs["model"], model.parameter_shapes)
         attentions = cached_attentions(graph.graph)
-        caches = [cache for node in attentions for cache in caches_of(node)]
-        pairs = [pairs for node in attentions for pairs in (rotated_pairs(node), None)]
+        caches = [cache for attention in attentions for cache in attention.caches]
+        pairs = [pairs for attention in attentions for pairs in (attention.rotated_pairs, None)]
         self.pairs = {str(past.name): how for (past, _), how in zip(caches, pairs, strict=True)}
         graph.graph.outputs[:] = [present for _, present in caches]
         RemoveUnusedNodesPass()(graph)  # the head among them

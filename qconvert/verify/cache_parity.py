@@ -1,8 +1,9 @@
 """A KV cache in codes: what each attention of the graph as it ships makes of its inputs, against torch with the same codes.
 
 The graph is run on rows padded on either side, on a sample of full length, and on what comes after each. In torch, keys are
-rotated, keys and values have to lie nearest to their codes, and attention is computed on what these codes stand for. They are
-those that the graph has made: of a value on the border of two codes, either is right.
+rotated, keys and values have to lie nearest to their codes, and attention is computed on what these codes stand for, or in
+float where a prompt meets an empty cache. The codes are those that the graph has made: of a value on the border of two, either
+is right.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from onnx_ir import Node
 from torch import Tensor
 
 from qconvert.execution import probes
-from qconvert.graph.cache_codes import LARGEST, SCALES, cached_attentions, caches_of, has_cache_codes, rotated_pairs
+from qconvert.graph.cache_codes import LARGEST, SCALES, CachedAttention, cached_attentions, has_cache_codes
 from qconvert.ir.batch import Batch, unpadded
 from qconvert.ir.model import Model
 from qconvert.ort import compare
@@ -43,12 +44,12 @@ def worst_cache(artifact: ArtifactReader, target: Target, sample: Batch) -> tupl
     attentions = cached_attentions(graph.graph)
     constants = {
         str(value.name): value.const_value.numpy()
-        for node in attentions
-        for value in node.inputs
+        for attention in attentions
+        for value in attention.node.inputs
         if value and value.const_value
     }
     shown = {str(value.name) for value in (*graph.graph.inputs, *graph.graph.outputs)} | {*constants}
-    for value in [value for node in attentions for value in (*node.inputs, node.outputs[0]) if value is not None]:
+    for value in [value for each in attentions for value in (*each.node.inputs, each.place.outputs[0]) if value is not None]:
         if str(value.name) not in shown:
             value.type = value.type or onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
             graph.graph.outputs.append(value)
@@ -74,9 +75,9 @@ def _runs(model: Model, sample: Batch) -> Iterator[tuple[Batch, Tensor]]:
     yield {name: value[:, :first] for name, value in row.items()}, row["input_ids"][:, first:]
 
 
-def _all_errors(attentions: Sequence[Node], values: Values) -> list[tuple[float, str]]:
+def _all_errors(attentions: Sequence[CachedAttention], values: Values) -> list[tuple[float, str]]:
     known = {name: torch.from_numpy(_plain(value)) for name, value in values.items()}
-    return [error for node in attentions for error in _errors(node, known)]
+    return [error for attention in attentions for error in _errors(attention, known)]
 
 
 def _plain(value: Any) -> np.ndarray[Any, Any]:
@@ -84,39 +85,41 @@ def _plain(value: Any) -> np.ndarray[Any, Any]:
     return np.array(value if isinstance(value, np.ndarray) else value.numpy())
 
 
-def _errors(node: Node, known: dict[str, Tensor]) -> Iterator[tuple[float, str]]:
+def _errors(attention: CachedAttention, known: dict[str, Tensor]) -> Iterator[tuple[float, str]]:
     """The differences of one attention, of what. known: values by their names."""
-    query, *new = _rotated(node, known)
+    node = attention.node
+    query, *new = _rotated(attention, known)
     length = query.shape[2]
     before = known[str(node.inputs[LENGTHS].name)] + 1 - length  # type: ignore[union-attr]
     caches = []
-    for (past, present), fresh, place in zip(caches_of(node), new, SCALES, strict=True):
+    for (past, present), fresh, place in zip(attention.caches, new, SCALES, strict=True):
         scale, made = known[str(node.inputs[place].name)], known[str(present.name)]  # type: ignore[union-attr]
         exact = (fresh.double() / scale.double()).clamp(-LARGEST - 1, LARGEST)
         for row, start in enumerate(before.tolist()):
             kept = torch.equal(made[row, :, :start], known[str(past.name)][row, :, :start])
             beyond = float((made[row, :, start : start + length] - exact[row]).abs().max()) - 0.5
             yield (max(beyond, 0.0) / (2 * LARGEST) if kept else float("inf")), f"codes of {present.name}"
-        caches.append(made.double() * scale.double())
+        in_float = attention.begins_in_float and not known[str(past.name)].numel()
+        caches.append(fresh.double() if in_float else made.double() * scale.double())
     expected = torch.stack(
         [
             _attended(node, query[row].double(), caches[0][row, :, : start + length], caches[1][row, :, : start + length])
             for row, start in enumerate(before.tolist())
         ]
     )
-    found = known[str(node.outputs[0].name)]
+    found = known[str(attention.place.outputs[0].name)]
     yield compare.largest_difference(found.numpy(), expected.numpy()), f"what attention makes of codes ({node.name})"
 
 
-def _rotated(node: Node, known: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _rotated(attention: CachedAttention, known: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Query, keys and values [batch, heads, sequence, head size] of the run, the first two rotated."""
+    node, pairs = attention.node, attention.rotated_pairs
     heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
     given = [known[str(value.name)] for value in node.inputs[:3] if value is not None]
     size = given[0].shape[-1] // (heads if len(given) == 3 else heads + 2 * kv_heads)
     if len(given) == 1:
         given = list(given[0].split([heads * size, kv_heads * size, kv_heads * size], -1))
     query, key, value = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in given)
-    pairs = rotated_pairs(node)
     if not pairs:
         return query, key, value
     lengths = known[str(node.inputs[LENGTHS].name)]  # type: ignore[union-attr]
