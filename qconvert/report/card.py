@@ -252,6 +252,11 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
         notes.append(
             "Layers whose scheme ends in -a8 quantize their activations to int8 at run time on the CPU, with one scale per row."
         )
+    if recipe.kv_cache != "float":
+        notes.append(
+            f"The KV cache is {recipe.kv_cache}: past_key_values and present are codes, whose scales are in the graph. A "
+            "prompt that meets an empty cache is attended to in float; what reads the cache later reads codes."
+        )
     if CUDA in targets:
         notes.append(
             f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was "
