@@ -97,7 +97,7 @@ class Conversion:
         ranges, scales = static_ranges(job, weights, progress), cache_scales(job, weights, progress)
         written = replace(written, activations=ranges)
         progress.stage("export", None)
-        export(job, written, stage, ranges.codes if ranges else NO_CODES, scales)
+        export(job, written, stage, codes=ranges.codes if ranges else NO_CODES, cache_scales=scales)
         write_manifest(stage, job.recipe, self.origin, written)
         if job.recipe.verify:
             report = verify_in_fresh_process(job.recipe, stage.folder, stage.scratch, progress)
