@@ -9,6 +9,7 @@ HalfType = Literal["float16", "bfloat16"]
 Layout = Literal["transformers", "onnx"]
 Logits = Literal["all", "last"]
 Prefill = Literal["int8", "same"]
+KVCache = Literal["float", "int8"]
 Preset = Literal["fast", "balanced", "best", "int8"]
 Metric = Literal[
     "kl", "kl_decode", "top1", "perplexity", "cosine", "max_abs", "ratio", "speedup", "weights_bytes", "average_bits"

@@ -68,7 +68,7 @@ def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[t
     samples = job.samples.calibration
     progress.stage("ranges", sum(map(row_count, samples)))
     seen: dict[tuple[str, str], Distribution] = {}
-    for row in _rows(job.model, samples):
+    for row in rows_of_samples(job.model, samples):
         for part, found in values.run(compare.feed(values.session, row)).items():
             for name, value in found.items():
                 tensor = torch.from_numpy(value)
@@ -81,8 +81,8 @@ def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[t
     return seen
 
 
-def _rows(model: Model, samples: Sequence[Batch]) -> Iterator[Batch]:
-    """The samples, each by itself and without padding."""
+def rows_of_samples(model: Model, samples: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield the samples, each by itself and without padding."""
     for batch in samples:
         for number in range(row_count(batch)):
             yield unpadded(model.take_rows(batch, slice(number, number + 1)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from qconvert.errors import UsageError
-from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, TIMING_SECONDS, Layout, Prefill, Preset, TargetName
+from qconvert.vocabulary import PLUGIN_SECONDS, RANGES, TIMING_SECONDS, KVCache, Layout, Prefill, Preset, TargetName
 
 if TYPE_CHECKING:
     from qconvert.recipe import Recipe
@@ -31,6 +31,7 @@ PLAIN = (
     "targets",
     "layout",
     "prefill",
+    "kv_cache",
     "device",
     "allow_unverified",
     "force",
@@ -95,6 +96,11 @@ _REST = (
         "--prefill",
         type=click.Choice(get_args(Prefill)),
         help="How a decoder's packed weights run prompts: as int8, faster, or the same way as they decode.",
+    ),
+    click.option(
+        "--kv-cache",
+        type=click.Choice(get_args(KVCache)),
+        help="What a decoder keeps of the tokens before: float, or int8, a quarter of that.",
     ),
     click.option(
         "--ranges",

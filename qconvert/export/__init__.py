@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import onnx_ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from torch import Tensor
 
 from qconvert.export.context import ExportContext
 from qconvert.export.cpu import lower_for_cpu
@@ -28,21 +30,29 @@ from qconvert.targets.cuda import CUDA
 from qconvert.targets.target import Target
 
 IR_VERSION = 10
+NO_SCALES: Mapping[str, Tensor] = MappingProxyType({})
 # Target -> what makes a part of the template its graph, in place.
 LOWERINGS: Mapping[Target, Callable[[onnx_ir.Graph, ExportContext], None]] = {CPU: lower_for_cpu, CUDA: lower_for_cuda}
 
 
-def export(job: Job, written: WriteResult, stage: Stage, codes: GraphCodes = NO_CODES) -> None:
+def export(
+    job: Job,
+    written: WriteResult,
+    stage: Stage,
+    codes: GraphCodes = NO_CODES,
+    cache_scales: Mapping[str, Tensor] = NO_SCALES,
+) -> None:
     """Write the graphs of every target, and for decoders genai_config.json, into `stage.folder`.
 
-    codes: of the values that are quantized in static ranges.
+    codes: of the values that are quantized in static ranges. cache_scales: of the caches that are kept in codes, by the name of
+        their input.
 
     Every tensor but small constants is external data in the files of weights or the sidecar.
 
     Raises ResourceError (disk), and UsageError QC-CUDA-001 to QC-CUDA-003 for what can't be a graph for CUDA.
     """
     model, template, recipe = job.model, job.template, job.recipe
-    context = ExportContext.of(job, written, stage)
+    context = dataclasses.replace(ExportContext.of(job, written, stage), cache_scales=cache_scales)
     first, *_ = asked = targets_of(recipe.targets)
     for target in asked:
         for part, file in graph_files(model.task, target).items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from qconvert.ir.activation_codes import ActivationCodes
 from qconvert.ir.artifact import StoredTensor
 from qconvert.ir.write_result import WriteResult
@@ -21,6 +23,7 @@ class ExportContext:
     outlier_columns: layer -> its outlier columns, of the layers that have some.
     group_of: layer -> the number of the InputGroup that it was quantized in.
     codes: of the graph at hand, value that is quantized in a static range -> its codes.
+    cache_scales: input that is a cache in codes -> its scales.
     """
 
     job: Job
@@ -29,6 +32,7 @@ class ExportContext:
     outlier_columns: Mapping[str, tuple[int, ...]]
     group_of: Mapping[str, int]
     codes: Mapping[str, ActivationCodes] = field(default_factory=dict)
+    cache_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(job: Job, written: WriteResult, stage: Stage) -> ExportContext:

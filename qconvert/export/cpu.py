@@ -12,6 +12,7 @@ from qconvert.export.pack import pack_query_key_value, pack_shared_inputs
 from qconvert.export.processors import choose_by_processor
 from qconvert.export.prompt_phase import add_prompt_phase
 from qconvert.export.static import insert_pairs, keep_float_products
+from qconvert.graph.cache_codes import write_cache_codes
 from qconvert.graph.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
 from qconvert.ir.template import DOMAIN
@@ -23,7 +24,8 @@ NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
 def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     """Make the template's `graph` one that the CPU provider runs, in place. Raises ResourceError (disk)."""
     model, plan, stage = context.job.model, context.job.plan, context.stage
-    for name, tensor in context.job.template.constants.items():
+    scales = {f"{cache}.scale": scale for cache, scale in context.cache_scales.items()}
+    for name, tensor in {**context.job.template.constants, **scales}.items():
         if name not in stage.sidecar.tensors:
             context.stored[name] = stage.sidecar.append(name, tensor)
     builder = GraphBuilder(graph, context.stored)
@@ -46,6 +48,8 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
         pack_shared_inputs(graph, builder, together.values())
     keep_float_products(graph)
     choose_by_processor(graph, builder, lowering.static.weights)
+    if scales:
+        write_cache_codes(graph, lambda cache: builder.external(f"{cache}.scale"))
     _bind(graph, builder, model)
     if context.job.recipe.prefill == "int8" and model.task.continues_prompts:
         add_prompt_phase(graph, builder, model.output_head)

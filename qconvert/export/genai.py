@@ -11,6 +11,8 @@ from typing import Any
 
 import onnx_ir
 
+from qconvert.graph.cache_codes import cached_attentions
+from qconvert.graph.phases import bodies_of
 from qconvert.ir.artifact import GENAI_CONFIG
 from qconvert.ir.model import Model
 from qconvert.storage.disk import disk_errors
@@ -49,7 +51,7 @@ def _genai_config(
 ) -> dict[str, Any]:
     """config: of transformers, which knows the names that an architecture has for a setting."""
     layers, kv_heads, head_size = cache
-    attention = next(node for node in graph.all_nodes() if node.op_type == "GroupQueryAttention")
+    attentions = [attention for body in (*bodies_of(graph), graph) for attention in cached_attentions(body)]
     first, last, pad = (_tokens(name, config, generation) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
     context = int(config.max_position_embeddings)
     model: dict[str, Any] = {
@@ -62,7 +64,7 @@ def _genai_config(
         "decoder": {
             "hidden_size": int(config.hidden_size),
             "head_size": head_size,
-            "num_attention_heads": attention.attributes["num_heads"].as_int(),
+            "num_attention_heads": attentions[0].node.attributes["num_heads"].as_int(),
             "num_key_value_heads": kv_heads,
             "num_hidden_layers": layers,
             "inputs": {
@@ -78,7 +80,9 @@ def _genai_config(
             },
         },
     }
-    search = {"max_length": context, "past_present_share_buffer": True}
+    # A prompt that is attended to in float makes a cache of its own length, which is none of max_length (graph/cache_codes.py).
+    shared = not any(attention.begins_in_float for attention in attentions)
+    search = {"max_length": context, "past_present_share_buffer": shared}
     search |= {key: generation[key] for key in SEARCH_OPTIONS if generation.get(key) is not None}
     return {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
 

@@ -16,7 +16,7 @@ from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import TensorInfo
 from qconvert.ir.quant_state import quant_state, state_suffix
 from qconvert.ir.scheme import Activations, Cast, QuantScheme
-from qconvert.vocabulary import Prefill
+from qconvert.vocabulary import KVCache, Prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,7 @@ class Plan:
     average_bits: per quantized weight, with scales and zero points; None where nothing is quantized.
     deployment: what running the artifact takes on the CPU; None where that is no target.
     prefill: how packed weights run prompts there.
+    kv_cache: what a decoder's keys and values are kept in.
     """
 
     scheme: QuantScheme | Cast
@@ -151,6 +152,7 @@ class Plan:
     average_bits: float | None = None
     deployment: Deployment | None = None
     prefill: Prefill = "same"
+    kv_cache: KVCache = "float"
 
     @property
     def peak_bytes(self) -> int:

@@ -191,6 +191,33 @@ class Processor(_Part):
     dot_product: bool | None = None
 
 
+class CacheLoss(_Part):
+    """A graph whose KV cache is in codes, against the same graph with a cache in float: evaluation samples, joined to windows
+    of `context` tokens, go through both in several runs, each on the cache of those before.
+
+    kl in nats, mean over positions; top1: share of them with the same most likely token; perplexity: over the windows.
+    """
+
+    context: int
+    windows: int
+    kl: float | None = None
+    top1: float | None = None
+    perplexity: float | None = None
+    perplexity_float_cache: float | None = None
+
+
+class CacheReport(_Part):
+    """A KV cache in codes.
+
+    bytes_per_token, float_bytes_per_token: of one row, and what a cache in float would take. loss: None where nothing was run.
+    """
+
+    kind: Literal["int8"]
+    bytes_per_token: int
+    float_bytes_per_token: int
+    loss: CacheLoss | None = None
+
+
 class Evidence(_Part):
     """The measures of a verification, and the machine that they were taken on."""
 
@@ -198,6 +225,7 @@ class Evidence(_Part):
     parity: tuple[Parity, ...] = ()
     fidelity: tuple[Fidelity, ...] = ()
     latency: tuple[Latency, ...] = ()
+    cache_loss: CacheLoss | None = None
 
 
 class GateResult(_Part):
@@ -243,6 +271,7 @@ class Report(_Part):
     context_length: tokens that a decoder has positions for, prompt and answer together; None for other tasks, and where the
         model's config does not say.
     transformers_class: the class that loads the whole folder in transformers; None where nothing does.
+    kv_cache: of a decoder that keeps keys and values in codes; else None.
     histograms: which layers and values have one, where not all do; else None.
     """
 
@@ -263,6 +292,7 @@ class Report(_Part):
     kept_float: tuple[KeptFloat, ...] = ()
     assignment: Assignment | None = None
     activations: ActivationRanges | None = None
+    kv_cache: CacheReport | None = None
     histograms: str | None = None
 
     @property
@@ -289,6 +319,7 @@ class Report(_Part):
         parts = {
             "assignment": self.assignment and self.assignment.document(),
             "activations": self.activations and self.activations.document(),
+            "kv_cache": self.kv_cache and self.kv_cache.model_dump(mode="json", exclude_none=True),
             "processor": self.processor and self.processor.model_dump(mode="json", exclude_none=True),
         }
         found = {name: part for name, part in parts.items() if part is not None}

@@ -22,7 +22,12 @@ OrtValues = dict[str, Any]
 OpenPiece = Callable[[onnx_ir.Model], Any]
 Run = Callable[[], list[np.ndarray[Any, Any]]]
 Measure = Callable[[Callable[[], object]], Timing]  # of a call
-TYPES = {DataType.FLOAT: "tensor(float)", DataType.INT64: "tensor(int64)", DataType.BOOL: "tensor(bool)"}
+TYPES = {
+    DataType.FLOAT: "tensor(float)",
+    DataType.INT8: "tensor(int8)",
+    DataType.INT64: "tensor(int64)",
+    DataType.BOOL: "tensor(bool)",
+}
 
 
 @dataclass(frozen=True, slots=True)

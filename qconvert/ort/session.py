@@ -63,12 +63,12 @@ def node_session(node: onnx_ir.Node, target: str = CPU.name) -> Any:
 
 
 # ONNX Runtime's names of the types that caches have -> their numbers in ONNX.
-FLOATS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+CACHE_TYPES = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 
 
 def empty(shape: Sequence[int], kind: str) -> Any:
     """Return a value without elements as a session takes it, of a type that numpy may not have: kind "tensor(bfloat16)"."""
-    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), FLOATS[kind])
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), CACHE_TYPES[kind])
 
 
 def ort_value(value: Any) -> Any:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qconvert.calibrate import Participant, calibrate, static_ranges
+from qconvert.calibrate import Participant, cache_scales, calibrate, static_ranges
 from qconvert.errors import UsageError
 from qconvert.execution.materialize import ReadParameter
 from qconvert.export import export
@@ -93,10 +93,11 @@ class Conversion:
         """Make of the written weights what can be published. Raises ParityError, and then the stage is gone."""
         job, stage = self.job, self.stage
         written = self.writer.finish()
-        ranges = static_ranges(job, ArtifactReader(stage.folder, job.model, job.plan, dict(written.tensors)), progress)
+        weights = ArtifactReader(stage.folder, job.model, job.plan, dict(written.tensors))
+        ranges, scales = static_ranges(job, weights, progress), cache_scales(job, weights, progress)
         written = replace(written, activations=ranges)
         progress.stage("export", None)
-        export(job, written, stage, codes=ranges.codes if ranges else NO_CODES)
+        export(job, written, stage, codes=ranges.codes if ranges else NO_CODES, cache_scales=scales)
         write_manifest(stage, job.recipe, self.origin, written)
         if job.recipe.verify:
             report = verify_in_fresh_process(job.recipe, stage.folder, stage.scratch, progress)

@@ -14,7 +14,18 @@ from qconvert.ir.batch import row_count
 from qconvert.ir.histogram import which_have_one
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
-from qconvert.ir.report import Evidence, Fidelity, GateResult, Latency, Parity, Report, SampleCounts, Size
+from qconvert.ir.report import (
+    CacheLoss,
+    CacheReport,
+    Evidence,
+    Fidelity,
+    GateResult,
+    Latency,
+    Parity,
+    Report,
+    SampleCounts,
+    Size,
+)
 from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
 from qconvert.recipe import Recipe
@@ -57,8 +68,19 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
         kept_float=plan.kept_float,
         assignment=written.assignment,
         activations=written.activations,
+        kv_cache=_kv_cache(plan, found.cache_loss),
         histograms=_histograms(written),
     )
+
+
+def _kv_cache(plan: Plan, loss: CacheLoss | None) -> CacheReport | None:
+    """What is said of a cache in codes, which is one byte for each number; None for one in float."""
+    if plan.kv_cache == "float":
+        return None
+    assert plan.deployment is not None
+    nbytes = plan.deployment.cache_bytes_per_token
+    assert nbytes is not None
+    return CacheReport(kind=plan.kv_cache, bytes_per_token=nbytes, float_bytes_per_token=4 * nbytes, loss=loss)
 
 
 def _histograms(written: WriteResult) -> str | None:

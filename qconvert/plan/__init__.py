@@ -18,10 +18,11 @@ from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan, Plan
 from qconvert.ir.scheme import QuantScheme, no_kernel
 from qconvert.ir.template import Template
+from qconvert.plan.cache import check_cache, check_cache_graph
 from qconvert.plan.cast import cast_plan
 from qconvert.plan.fit import Fitting
 from qconvert.plan.peaks import peaks
-from qconvert.plan.prefill import check_prefill, no_prompts
+from qconvert.plan.prefill import check_prefill, check_prompts
 from qconvert.plan.sizes import average_bits, deployment
 from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
@@ -35,11 +36,13 @@ from qconvert.recipe.gates import refuse_gates
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-020 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-021 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
     has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
     check(model, recipe)
+    if recipe.kv_cache != "float":
+        check_cache_graph(model, template, recipe)
     if recipe.cast is not None:
         return cast_plan(model, template, recipe, quantizer, _unread(model, template))
     default = recipe.quantized_scheme or quantizer.default_scheme
@@ -71,6 +74,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         layers,
         tuple(kept),
         calibrated=calibrates(recipe, quantizer),
+        kv_cache=recipe.kv_cache,
         weights_bytes=sum(info.nbytes for info in floats.values()) + sum(layer.nbytes for layer in layers.values()),
         peaks=peaks(model, template.groups, layers, recipe, quantizer),
         prefill=recipe.prefill,
@@ -90,7 +94,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a model suits a recipe, as far as that is known before it is traced.
 
-    Raises UsageError QC-PLAN-011, QC-PLAN-017, QC-PLAN-020, QC-GATE-002.
+    Raises UsageError QC-PLAN-011, QC-PLAN-017 to QC-PLAN-021, QC-GATE-002.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
@@ -104,15 +108,17 @@ def check(model: Model, recipe: Recipe) -> None:
             "transformers would load this folder without the adapter that stays beside the layers",
             hint="add --layout onnx for a folder that serves ONNX Runtime alone, or --merge-adapter",
         )
-    if recipe.prefill != "same" and not model.task.continues_prompts:
-        raise no_prompts(recipe.prefill, f"{model.name} is no decoder-only language model")
+    if recipe.kv_cache != "float":
+        check_cache(model, recipe)
+    if recipe.prefill != "same":
+        check_prompts(model, recipe)
     refuse_gates(recipe.gates, model.task)
 
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
     """Return whether calibration data is needed."""
     finds_ranges = is_static(recipe, quantizer) and recipe.trained is None
-    return bool(quantizer.observers) or recipe.tuning is not None or finds_ranges
+    return bool(quantizer.observers) or recipe.tuning is not None or finds_ranges or recipe.kv_cache != "float"
 
 
 def is_static(recipe: Recipe, quantizer: Quantizer) -> bool:

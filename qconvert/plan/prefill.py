@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from qconvert.errors import UsageError
 from qconvert.ir.layer_form import LayerForm
+from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.prompt_weights import PROMPT_BITS
 from qconvert.recipe import Recipe
@@ -16,6 +17,18 @@ from qconvert.vocabulary import Prefill
 PACKED = (LayerForm.PACKED_WEIGHTS, LayerForm.PACKED_EMBEDDING)
 
 
+def check_prompts(model: Model, recipe: Recipe) -> None:
+    """Check what is known before a model is traced. Raises UsageError QC-PLAN-020 and QC-PLAN-021."""
+    if not model.task.continues_prompts:
+        raise _no_prompts(recipe.prefill, f"{model.name} is no decoder-only language model")
+    if recipe.kv_cache != "float":
+        raise UsageError(
+            "QC-PLAN-021",
+            f"prefill: {recipe.prefill} and kv_cache: {recipe.kv_cache} do not go together yet: no graph has both",
+            hint="leave out one: prefill makes prompts faster, kv_cache makes long contexts smaller",
+        )
+
+
 def check_prefill(layers: Iterable[LayerPlan], recipe: Recipe) -> None:
     """Check what is known once every layer has its scheme. Raises UsageError QC-PLAN-020.
 
@@ -24,11 +37,10 @@ def check_prefill(layers: Iterable[LayerPlan], recipe: Recipe) -> None:
     if recipe.prefill == "same":
         return
     if CPU not in targets_of(recipe.targets):
-        raise no_prompts(recipe.prefill, f"it is for {CPU.name}, and the artifact is for {', '.join(recipe.targets)}")
+        raise _no_prompts(recipe.prefill, f"it is for {CPU.name}, and the artifact is for {', '.join(recipe.targets)}")
     if not any(layer.form in PACKED and layer.scheme.bits in PROMPT_BITS for layer in layers):
-        raise no_prompts(recipe.prefill, "no linear layer has packed weights of 4 or 8 bits and float activations")
+        raise _no_prompts(recipe.prefill, "no linear layer has packed weights of 4 or 8 bits and float activations")
 
 
-def no_prompts(prefill: Prefill, reason: str) -> UsageError:
-    """Return the error QC-PLAN-020 for a recipe whose `prefill` has nothing to work on."""
+def _no_prompts(prefill: Prefill, reason: str) -> UsageError:
     return UsageError("QC-PLAN-020", f"there is no use for prefill: {prefill}: {reason}", hint="leave out prefill")

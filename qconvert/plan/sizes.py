@@ -8,7 +8,7 @@ looks up.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import torch
@@ -23,8 +23,11 @@ from qconvert.ir.template import Template
 from qconvert.targets import targets_of
 from qconvert.targets.cpu import CPU
 from qconvert.targets.cpu_sidecar import sidecar_infos
+from qconvert.vocabulary import KVCache
 
 FLOAT = 4
+# What a number of a cache takes.
+CACHE_BYTES: Mapping[KVCache, int] = {"float": FLOAT, "int8": 1}
 # A process of Python that has imported ONNX Runtime, and what the first session adds to it.
 RUNTIME_BYTES = 58_000_000
 # Of a layer: nodes and constants, and those of rows that are quantized one by one, for two kinds of processors.
@@ -75,7 +78,7 @@ def deployment(model: Model, template: Template, plan: Plan) -> Deployment | Non
     if not caches or not model.task.continues_prompts:
         return Deployment(loaded)
     shapes = [value.shape for value in caches if value.shape is not None]  # [rows, heads, tokens, head size]
-    cache = FLOAT * sum(int(str(shape[1])) * int(str(shape[3])) for shape in shapes)
+    cache = CACHE_BYTES[plan.kv_cache] * sum(int(str(shape[1])) * int(str(shape[3])) for shape in shapes)
     made = Deployment(loaded, cache, position_limit(model))
     if not any(derived):
         return made

@@ -23,6 +23,7 @@ from qconvert.vocabulary import (
     TIMING_SECONDS,
     TRAINED,
     HalfType,
+    KVCache,
     Layout,
     Logits,
     Prefill,
@@ -91,6 +92,12 @@ class Recipe(Part):
         exclude_if=lambda prefill: prefill == "same",  # written where it is set: recipes of before mean what they meant
         description="how a decoder's packed weights run prompts on the CPU: the same way as they decode, or as int8 weights "
         "that are derived from them when the model is loaded, with int8 activations: faster, and a little less faithful",
+    )
+    kv_cache: KVCache = Field(
+        "float",
+        exclude_if=lambda cache: cache == "float",  # written where it is not: recipes of before mean what they meant
+        description="what a decoder keeps of the tokens before: keys and values in float, or in int8 with scales that "
+        "calibration finds, a quarter of the memory",
     )
     layout: Layout = Field(
         "transformers", description="who must be able to read the weights: transformers too, or model.onnx alone"

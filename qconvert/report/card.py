@@ -79,7 +79,7 @@ print([output.shape for output in session.run(None, feeds)])""",
 }
 
 NOT_RUN = "Nobody has run this artifact. Run `qconvert verify .` in this folder before you rely on it."
-EMPTY_CACHE = "np.zeros(shape, dtype=np.float32)\nlogits"
+EMPTY_CACHE, EMPTY_CODES = (f"np.zeros(shape, dtype=np.{dtype})\nlogits" for dtype in ("float32", "int8"))
 ENCODER_RUN = "encoder.run(None, source)"
 ENCODER_RUN_ON_CUDA = (
     "encoder.run_with_ort_values(\n"
@@ -124,7 +124,8 @@ def _usage(report: Report, recipe: Recipe) -> Iterator[str]:
     targets = targets_of(recipe.targets)
     first, *others = targets
     yield f"In this folder, with `pip install '{first.package}'{' transformers' if task.takes_text else ''}`:"
-    yield f"```python\n{RUN[report.task] if first is CPU else _on(first, RUN[report.task], recipe)}\n```"
+    code = RUN[report.task] if recipe.kv_cache == "float" else RUN[report.task].replace(EMPTY_CACHE, EMPTY_CODES)
+    yield f"```python\n{code if first is CPU else _on(first, code, recipe)}\n```"
     if report.context_length is not None:
         limit = f"at most {report.context_length} tokens, as many as the model has positions"
         yield f"A prompt and its answer together are {limit}. ONNX Runtime may refuse more."
@@ -209,6 +210,8 @@ def _evidence(report: Report) -> str:
         rows.append(("outlier columns", "", "", outliers))
     if report.activations is not None:
         rows.append(("static activations", "", report.activations.estimator, wording.activations(report.activations)))
+    if report.kv_cache is not None:
+        rows.append(("KV cache", "", report.kv_cache.kind, wording.kv_cache(report.kv_cache)))
     rows += [("too small, and now 0", "", "", line) for line in wording.zeroed(report.layers)]
     rows += [
         ("another scheme than asked for", "", str(len(names)), f"{scheme}: {wording.some(names)}")
@@ -249,6 +252,11 @@ def _notes(report: Report, recipe: Recipe) -> Iterator[str]:
         notes.append(
             "Layers whose scheme ends in -a8 quantize their activations to int8 at run time on the CPU, with one scale per row."
         )
+    if recipe.kv_cache != "float":
+        notes.append(
+            f"The KV cache is {recipe.kv_cache}: past_key_values and present are codes, whose scales are in the graph. A "
+            "prompt that meets an empty cache is attended to in float; what reads the cache later reads codes."
+        )
     if CUDA in targets:
         notes.append(
             f"On CUDA, activations and caches are {recipe.cuda_dtype}, and no kernel quantizes activations. Every node was "
@@ -276,6 +284,8 @@ def _command(recipe: Recipe, model_name: str) -> str:
         words += ["--rule", f"{rule.pattern}={rule.scheme or 'float'}"]
     words += _data("--calibration", recipe.calibration) + _data("--evaluation", recipe.evaluation)
     words += [word for target in recipe.targets for word in ("--target", target)]
+    if recipe.kv_cache != "float":
+        words += ["--kv-cache", recipe.kv_cache]
     if recipe.layout != "transformers":
         words += ["--layout", recipe.layout]
     if recipe.ranges is not None:

@@ -56,6 +56,7 @@ def _sections(report: Report) -> Iterable[tuple[str, RenderableType]]:
         "budget": _text(wording.assignment(report.assignment, report.fidelity) if report.assignment else None),
         "outliers": _text(wording.outliers(report.layers)),
         "activations": _text(wording.activations(report.activations) if report.activations else None),
+        "cache": _text(wording.kv_cache(report.kv_cache) if report.kv_cache else None),
         "worst": _worst(wording.worst(report.layers)) if report.layers else None,
         "float": _lines(
             Text(f"{len(names)} kept, {printable(reason)}: {wording.some(names)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qconvert.errors import printable
 from qconvert.ir.activation_ranges import ActivationRanges
 from qconvert.ir.decision import Assignment, KeptFloat
-from qconvert.ir.report import Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
+from qconvert.ir.report import CacheReport, Fidelity, GateResult, Latency, LayerReport, Parity, Processor, Report, Trial
 from qconvert.ir.scheme import QuantScheme, parse_scheme
 from qconvert.vocabulary import CAST
 
@@ -250,6 +250,22 @@ def activations(part: ActivationRanges) -> str:
     if worst is None or not worst.clipped:
         return f"{words}, none clipped"
     return f"{words}, at most {100 * worst.clipped:.2g} % of one clipped: {printable(worst.name)}"
+
+
+def kv_cache(part: CacheReport) -> str:
+    """Word what a cache in codes takes, and what it loses."""
+    words = (
+        f"{part.kind}, {byte_size(part.bytes_per_token)} per token, where float takes {byte_size(part.float_bytes_per_token)}"
+    )
+    loss = part.loss
+    if loss is None:
+        return words
+    return _measured(
+        None,
+        f"{words}; against a float cache at {loss.context} tokens: KL {loss.kl:.3g}",
+        _number("same top token ", None if loss.top1 is None else 100 * loss.top1, ".1f", " %"),
+        f"perplexity {loss.perplexity:.4g} instead of {loss.perplexity_float_cache:.4g}",
+    )
 
 
 def reasons(kept: Iterable[KeptFloat]) -> list[tuple[str, list[str]]]:

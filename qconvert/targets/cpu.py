@@ -32,4 +32,5 @@ CPU = Target(
     provider_options=(),
     takes_static=True,
     takes_codebooks=True,
+    takes_cache_codes=True,
 )

@@ -25,6 +25,7 @@ class Target:
     describe: what a layer becomes there, in a few words; None where that goes without saying.
     provider_options: of onnxruntime-genai.
     takes_static: whether there is a graph for static activations. takes_codebooks: for codes that are places in a codebook.
+    takes_cache_codes: for a KV cache in int8.
     """
 
     name: TargetName
@@ -39,6 +40,7 @@ class Target:
     provider_options: tuple[dict[str, Any], ...]
     takes_static: bool = False
     takes_codebooks: bool = False
+    takes_cache_codes: bool = False
 
     def graph_file(self, part: str) -> str:
         """Return the file of the graph of a part of a model (see Task.parts)."""

@@ -63,12 +63,19 @@ def verify(folder: Path, job: Job, progress: Progress) -> Evidence:
         else:
             fidelity[name] = check.fidelity(baseline, progress)
     baseline = None  # before others are opened: float weights are large
+    losses = [check.cache_loss(progress) for check in checks if check.target.name not in not_run]
     latency = [
         Latency(target=name, status="not-run", reason=not_run[name]) if name in not_run else check.latency(progress)
         for check in checks
         for name in [check.target.name]
     ]
-    return Evidence(processor=processor(), parity=tuple(found), fidelity=tuple(fidelity.values()), latency=tuple(latency))
+    return Evidence(
+        processor=processor(),
+        parity=tuple(found),
+        fidelity=tuple(fidelity.values()),
+        latency=tuple(latency),
+        cache_loss=next(filter(None, losses), None),
+    )
 
 
 def _transformers_parity(artifact: ArtifactReader, dequantized: Outputs) -> Parity:

@@ -92,7 +92,7 @@ def _one_thread_each(at_once: int) -> Iterator[None]:
 
 
 def _meter(task: Task) -> _Meter:
-    return _TokenMeter() if task.generates else _VectorMeter(task)
+    return TokenMeter() if task.generates else _VectorMeter(task)
 
 
 class _Meter(Protocol):
@@ -108,7 +108,7 @@ class _Meter(Protocol):
         """Return what was found on a target."""
 
 
-class _TokenMeter:
+class TokenMeter:
     """KL(float || artifact) in nats over all positions, top-1 agreement, and both perplexities."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class _TokenMeter:
         self.max_abs = 0.0
 
     def update(self, found: Tensor, expected: Tensor, batch: Batch) -> None:
-        """found, expected: logits [1, sequence, vocabulary]."""
+        """Take in the logits of one row, found and expected [1, sequence, vocabulary]."""
         length = int(batch["attention_mask"][0].sum())
         # A decoder that has a source is given the text behind its start token: as many tokens.
         ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"][0, :length]
@@ -131,13 +131,14 @@ class _TokenMeter:
         self.loss_float += _loss(expected, compared.expected_norm, ids)
         self.predicted += length - 1
 
-    def add(self, other: _TokenMeter) -> None:
+    def add(self, other: TokenMeter) -> None:
         """Count what another meter has seen."""
         self.max_abs = max(self.max_abs, other.max_abs)
         for name in ("positions", "predicted", "kl", "same", "loss", "loss_float"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def result(self, target: str) -> Fidelity:
+        """Return what was measured of all rows."""
         predicted = max(self.predicted, 1)
         return Fidelity(
             target=target,

@@ -1,11 +1,11 @@
 """Parity: the artifact against its own dequantized weights. A gap is a bug of qconvert.
 
 1. The same graph with every int8-activation cluster replaced by its dequantized MatMul, MatMulNBits at accuracy level 1
-   (float activations), and no codes of static activations, against torch on the dequantized weights. Rows are padded on
-   the right, and on the left.
+   (float activations), and no codes of static activations or in caches, against torch on the dequantized weights. Rows
+   are padded on the right, and on the left.
 2. Each int8-activation cluster of the graph as it ships, on the inputs that it meets there, against an emulation of
    its arithmetic in torch (verify/row_emulation.py); static activations against float kernels on the same codes
-   (verify/static_parity.py).
+   (verify/static_parity.py); each attention whose cache is in codes against torch on such a cache (verify/cache_parity.py).
    A graph that gives the logits of the last position alone is compared at all of them, and then with itself
    (verify/last_position.py). Of a graph with a body for prompts and one for decoding, parts 1 and 2 are made of each, and
    what it chooses is compared with them (verify/phases.py).
@@ -30,6 +30,7 @@ from qconvert.execution import probes
 from qconvert.execution.block_runner import BlockRunner
 from qconvert.execution.materialize import ReadParameter
 from qconvert.execution.wide_rows import Rows
+from qconvert.graph.cache_codes import drop_cache_codes
 from qconvert.graph.float_graph import number_repeated_names, parameter, substitute
 from qconvert.graph.last_position import restore_all_positions
 from qconvert.graph.phases import Phase, phase_of, phases_of
@@ -121,6 +122,7 @@ def float_activations_session(artifact: ArtifactReader, target: Target, phase: P
                 _replace_cluster(model.graph, node, names, plans, f"{names[0]}.bias" in artifact.tensors)
             elif node.op_type == "MatMulNBits":
                 node.attributes["accuracy_level"] = onnx_ir.AttrInt64("accuracy_level", 1)
+        drop_cache_codes(model.graph)
         drop_static_codes(model.graph, partial(_float_bias, model.graph, shapes))
         RemoveUnusedNodesPass()(model)
         number_repeated_names(model.graph)

@@ -17,7 +17,7 @@ from qconvert.graph.last_position import keep_last_position, keeps_last_position
 from qconvert.ir.batch import row_count, windows_at_once
 from qconvert.ir.model import Model
 from qconvert.ir.progress import Progress
-from qconvert.ir.report import Fidelity, Latency, Parity
+from qconvert.ir.report import CacheLoss, Fidelity, Latency, Parity
 from qconvert.job import Job
 from qconvert.ort import compare
 from qconvert.ort.footprint import footprint
@@ -29,6 +29,8 @@ from qconvert.targets import graph_files
 from qconvert.targets.cpu import CPU
 from qconvert.targets.target import Target
 from qconvert.verify.attempt import attempt, judged
+from qconvert.verify.cache_loss import measure_cache_loss
+from qconvert.verify.cache_parity import worst_cache
 from qconvert.verify.cores import core_count
 from qconvert.verify.fidelity import measure_fidelity
 from qconvert.verify.last_position import last_position_pairs, session_at_all_positions
@@ -87,6 +89,13 @@ class TargetCheck:
         name = self.target.name
         return joined({part: session_at_all_positions(path, name, settings, "decode") for part, path in self.paths.items()})
 
+    def cache_loss(self, progress: Progress) -> CacheLoss | None:
+        """Measure what a cache in codes loses; None for one in float."""
+        if self.job.plan.kv_cache == "float":
+            return None
+        progress.stage(f"cache on {self.target.name}", None)
+        return measure_cache_loss(self.artifact, self.paths["model"], self.job.samples.evaluation, sharing(self.job))
+
     def latency(self, progress: Progress) -> Latency:
         """Measure how fast the graphs are, and with which settings and kernels they ran."""
         name, model, samples = self.target.name, self.job.model, self.job.samples.evaluation
@@ -136,6 +145,7 @@ class TargetCheck:
             pieces = piece_count(session)
             del session  # before another is opened
             errors += [check(self.artifact, self.target, phase) for check in (worst_cluster, worst_codes)]
+        errors.append(worst_cache(self.artifact, self.target, self.job.samples.evaluation[0]))
         return judged(name, *max(errors), pieces=pieces)
 
     def _pairs(self, dequantized: Outputs) -> list[tuple[np.ndarray[Any, Any], ...]]:

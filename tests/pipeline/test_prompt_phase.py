@@ -192,6 +192,9 @@ def test_it_is_refused_where_there_is_nothing_to_derive(settings: dict[str, Any]
     assert raised.value.code == "QC-PLAN-020"
     with pytest.raises(UsageError, match="is no decoder-only language model"):
         convert(recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", tmp_path, scheme="int4-g32"))
+    with pytest.raises(UsageError, match="do not go together") as raised:
+        convert(recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g32", kv_cache="int8"))
+    assert raised.value.code == "QC-PLAN-021"
     assert not (tmp_path / "out").exists()
 
 

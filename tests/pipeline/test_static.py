@@ -153,8 +153,8 @@ def test_an_artifact_whose_weights_are_read_wrongly_is_not_published(tmp_path: P
     """The scales of one layer, where another one's belong: what parity is for."""
     exported = export
 
-    def wrongly(job: Any, written: Any, stage: Any, codes: Any) -> None:
-        exported(job, written, stage, codes)
+    def wrongly(job: Any, written: Any, stage: Any, **settings: Any) -> None:
+        exported(job, written, stage, **settings)
         path = stage.folder / GRAPH
         model = onnx.load(path, load_external_data=False)
         (scale,) = (each for each in model.graph.initializer if each.name == "2.weight_scale")

@@ -88,7 +88,7 @@ def onnxruntime_logits(artifact: ArtifactReader, tokens: list[int], prompt: int)
 
 def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {
-        each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+        each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.int8 if each.type == "tensor(int8)" else np.float32)
         for each in session.get_inputs()
         if each.name.startswith("past")
     }

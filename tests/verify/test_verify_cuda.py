@@ -323,8 +323,9 @@ def test_on_a_gpu_every_scheme_agrees_with_its_weights(scheme: str, dtype: str, 
 
 
 def test_the_types_of_caches_are_onnxs() -> None:
-    assert session.FLOATS == {
+    assert session.CACHE_TYPES == {
         "tensor(float)": TensorProto.FLOAT,
+        "tensor(int8)": TensorProto.INT8,
         "tensor(float16)": TensorProto.FLOAT16,
         "tensor(bfloat16)": TensorProto.BFLOAT16,
     }
