@@ -83,12 +83,13 @@ class CpuLowering(Lowering):
         return product if bias is None else self.builder.op("Add", [product, bias], f"{plan.name}/AddBias")
 
     def _matmul_nbits(self, plan: LayerPlan, module: str, unscaled: Value, bias: Value | None) -> Value:
+        x = self._scaled_input(plan, unscaled)
         builder, name, bits = self.builder, plan.name, plan.scheme.bits
         size = CPU.block_size(plan)
         blocks = CPU.blocks(plan)
         packed = f"{name}.kernel_weight" if CPU.is_padded(plan) else f"{name}.weight_packed"
         weight = builder.external(packed, (plan.out_features, blocks, size * bits // 8), DataType.UINT8)
-        inputs = [self._scaled_input(plan, unscaled), weight, *self._block_qparams(plan), None, bias]
+        inputs = [x, weight, *self._block_qparams(plan), None, bias]
         while inputs[-1] is None:
             inputs.pop()
         output = builder.op(
