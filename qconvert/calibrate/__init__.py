@@ -2,7 +2,7 @@
 
 from qconvert.calibrate.data import read_samples
 from qconvert.calibrate.participant import Participant
-from qconvert.calibrate.ranges import static_ranges
+from qconvert.calibrate.ranges import static_ranges, value_codes
 from qconvert.calibrate.walk import calibrate
 
-__all__ = ["Participant", "calibrate", "read_samples", "static_ranges"]
+__all__ = ["Participant", "calibrate", "read_samples", "static_ranges", "value_codes"]
