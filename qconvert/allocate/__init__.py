@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from qconvert.allocate.choices import Choice, choice_bytes, choices, stored_bytes
 from qconvert.allocate.knapsack import solve
 from qconvert.allocate.sensitivity import measure_losses
+from qconvert.allocate.static import keep_within
 from qconvert.errors import UsageError
 from qconvert.ir.budget import Budget
 from qconvert.ir.decision import Assignment
@@ -21,7 +22,7 @@ from qconvert.job import Job
 from qconvert.recipe import Recipe
 from qconvert.recipe.fields import Rule
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "keep_within"]
 
 
 def allocate(blocks: Iterable[Block], job: Job, progress: Progress) -> tuple[Recipe, Assignment]:

@@ -3,7 +3,7 @@
 from qconvert.calibrate.cache_scales import cache_scales
 from qconvert.calibrate.data import read_samples
 from qconvert.calibrate.participant import Participant
-from qconvert.calibrate.ranges import static_ranges
+from qconvert.calibrate.ranges import static_ranges, value_codes
 from qconvert.calibrate.walk import calibrate
 
-__all__ = ["Participant", "cache_scales", "calibrate", "read_samples", "static_ranges"]
+__all__ = ["Participant", "cache_scales", "calibrate", "read_samples", "static_ranges", "value_codes"]

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qconvert.calibrate.ranges import rows_of_samples
 from qconvert.graph.cache_codes import LARGEST
 from qconvert.ir.batch import row_count
 from qconvert.ir.finite import all_finite, not_finite
@@ -39,7 +38,7 @@ def cache_scales(job: Job, artifact: ArtifactReader, progress: Progress) -> Mapp
     values, samples = CacheValues(job.model, job.template, artifact.read), job.samples.calibration
     progress.stage("cache scales", sum(map(row_count, samples)))
     scales: dict[str, Tensor] = {}
-    for row in rows_of_samples(job.model, samples):
+    for row in job.model.single_rows(samples):
         for name, cache in values.run(row).items():
             if not all_finite(cache):
                 raise not_finite(f"is what {name!r} becomes during calibration")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from qconvert.calibrate.trained_ranges import trained_ranges
-from qconvert.ir.activation_codes import ActivationCodes
+from qconvert.ir.activation_codes import ActivationCodes, GraphCodes
 from qconvert.ir.activation_ranges import ActivationRange, ActivationRanges
-from qconvert.ir.batch import Batch, row_count, unpadded
-from qconvert.ir.distribution import Distribution
+from qconvert.ir.batch import row_count
+from qconvert.ir.distribution import Distribution, ValueRange
 from qconvert.ir.finite import all_finite, not_finite
-from qconvert.ir.model import Model
 from qconvert.ir.progress import Progress
 from qconvert.job import Job
 from qconvert.ort import compare
-from qconvert.ort.static_values import StaticValues
+from qconvert.ort.static_values import StaticValues, coded_roots, coded_values
 from qconvert.plugin.host import contract
 from qconvert.storage.artifact_reader import ArtifactReader
 
@@ -29,25 +30,21 @@ def static_ranges(job: Job, artifact: ArtifactReader, progress: Progress) -> Act
 
     Raises InputError QC-FLOAT-001 for a value that is not finite, PluginError for an estimator that breaks its contract.
     """
-    plan, estimator, trained = job.plan, job.range_estimator, job.model.trained
-    if not plan.is_static:
+    if not job.plan.is_static:
         return None
-    if trained is not None:
-        return trained_ranges(job, trained)
-    assert estimator is not None
-    how = plan.activations
-    assert how is not None
-    values = StaticValues(job.model, job.template, plan.is_static_layer, artifact.read)
+    if job.model.trained is not None:
+        return trained_ranges(job, job.model.trained)
+    assert job.range_estimator is not None
+    readers = coded_roots(job.template, job.plan.is_static_layer)
+    values = StaticValues(job.model, job.template, readers, artifact.read)
     found = []
     for (part, name), seen in _distributions(job, values, progress).items():
-        symmetric = how.symmetric and seen.minimum < 0  # codes of numbers that do not occur would be for nothing
-        chosen = contract.choose_range(estimator, seen, how.codes, symmetric, name)
-        codes = ActivationCodes.of(chosen.low, chosen.high, how)
+        chosen, codes = _chosen(job, seen, name)
         found.append(
             ActivationRange(
                 part=part,
                 name=name,
-                layers=values.readers[part][name],
+                layers=readers[part][name],
                 count=seen.count,
                 minimum=seen.minimum,
                 maximum=seen.maximum,
@@ -60,7 +57,30 @@ def static_ranges(job: Job, artifact: ArtifactReader, progress: Progress) -> Act
                 histogram=seen.histogram,
             )
         )
-    return ActivationRanges(estimator.name, tuple(found)).bounded
+    return ActivationRanges(job.range_estimator.name, tuple(found)).bounded
+
+
+def value_codes(job: Job, read: Callable[[str], Tensor], progress: Progress) -> GraphCodes:
+    """Return codes for every value that is one in any graph in which some of the planned static layers stay in float.
+
+    Where a convolution stays in float, the pool behind it may be the first value in codes, which has a range of its own then.
+    read: gives a parameter. Raises what `static_ranges` raises.
+    """
+    values = StaticValues(job.model, job.template, coded_values(job.template, job.plan.is_static_layer), read)
+    found: dict[str, dict[str, ActivationCodes]] = defaultdict(dict)
+    for (part, name), seen in _distributions(job, values, progress).items():
+        _, found[part][name] = _chosen(job, seen, name)
+    return found
+
+
+def _chosen(job: Job, seen: Distribution, name: str) -> tuple[ValueRange, ActivationCodes]:
+    """The range of a value that the job's estimator chooses, and the codes that spread over it."""
+    how, estimator = job.plan.activations, job.range_estimator
+    assert how is not None
+    assert estimator is not None
+    symmetric = how.symmetric and seen.minimum < 0  # codes of numbers that do not occur would be for nothing
+    chosen = contract.choose_range(estimator, seen, how.codes, symmetric, name)
+    return chosen, ActivationCodes.of(chosen.low, chosen.high, how)
 
 
 def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[tuple[str, str], Distribution]:
@@ -68,7 +88,7 @@ def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[t
     samples = job.samples.calibration
     progress.stage("ranges", sum(map(row_count, samples)))
     seen: dict[tuple[str, str], Distribution] = {}
-    for row in rows_of_samples(job.model, samples):
+    for row in job.model.single_rows(samples):
         for part, found in values.run(compare.feed(values.session, row)).items():
             for name, value in found.items():
                 tensor = torch.from_numpy(value)
@@ -79,10 +99,3 @@ def _distributions(job: Job, values: StaticValues, progress: Progress) -> dict[t
                 seen[part, name] = distribution if known is None else known.merged(distribution)
         progress.advance()
     return seen
-
-
-def rows_of_samples(model: Model, samples: Sequence[Batch]) -> Iterator[Batch]:
-    """Yield the samples, each by itself and without padding."""
-    for batch in samples:
-        for number in range(row_count(batch)):
-            yield unpadded(model.take_rows(batch, slice(number, number + 1)))

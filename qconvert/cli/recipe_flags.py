@@ -73,7 +73,10 @@ _ALGORITHM = (
         "and the like; nf4 or fp4, with -gN, then -dq, for nf4; float16 or bfloat16 for cast.",
     ),
     click.option(
-        "--budget", metavar="B", help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB."
+        "--budget",
+        metavar="B",
+        help="For auto: average bits per quantized weight, such as 4.5, or size of all weights: 90MB. For a scheme with "
+        "-static: what the output may lose, 'cosine>=0.999' or 'kl<=0.05'.",
     ),
     click.option("--trained", metavar="FILE", help="What qconvert.save_trained wrote: codes are taken as they were trained."),
     click.option("--option", "options", metavar="K=V", multiple=True, help="Option of the quantizer."),

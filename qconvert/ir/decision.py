@@ -17,10 +17,12 @@ class KeptFloat:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What `auto` decided. average_bits: of all quantized weights. schemes: name -> number of layers.
+    """What a budget decided. average_bits: of all quantized weights. schemes: name -> number of layers; "float": those that
+    stay in float for a budget on the loss.
 
     predicted_kl in nats, for models that write text; predicted_error: of the output, relative, for others. Both are sums over
-    what each layer loses alone, on calibration data.
+    what each layer loses alone, on calibration data. For a budget on the loss, predicted_kl and predicted_cosine are what the
+    whole lost there, of the output that loses most.
     """
 
     budget: str
@@ -28,6 +30,12 @@ class Assignment:
     schemes: Mapping[str, int]
     predicted_kl: float | None = None
     predicted_error: float | None = None
+    predicted_cosine: float | None = None
+
+    @property
+    def limits_loss(self) -> bool:
+        """Whether the budget says what may be lost, and not what weights may take."""
+        return "=" in self.budget
 
     def document(self) -> dict[str, Any]:
         """The JSON document of it; what a task has no use for is absent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qconvert.ir.batch import Batch, row_count
+from qconvert.ir.batch import Batch, row_count, unpadded
 from qconvert.ir.task import TASKS, Task
 
 if TYPE_CHECKING:
@@ -142,6 +142,12 @@ class Model:
     def take_rows(self, inputs: Mapping[str, Tensor], rows: slice | Tensor) -> Batch:
         """Return some rows of a module's inputs. rows: an index of their first axis."""
         return {name: value if name in self.shared_inputs else value[rows] for name, value in inputs.items()}
+
+    def single_rows(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the rows of all batches, each by itself and without padding."""
+        for batch in batches:
+            for number in range(row_count(batch)):
+                yield unpadded(self.take_rows(batch, slice(number, number + 1)))
 
     def example_rows(self, count: int) -> Batch:
         """Return `count` rows of the example inputs; where there are fewer, they repeat."""

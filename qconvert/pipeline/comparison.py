@@ -54,7 +54,7 @@ def compare(recipes: Mapping[str, Recipe], progress: Progress = silent, plugins:
     folder = attempts[0].recipe.output.parent
     with staged(progress) as progress, ExitStack() as stages:
         # What a recipe of its own wants of the model is its own affair.
-        anyones = attempts[0].recipe.model_copy(update={"gates": (), "logits": "all", "layout": "onnx"})
+        anyones = attempts[0].recipe.model_copy(update={"gates": (), "budget": None, "logits": "all", "layout": "onnx"})
         model = load_model(anyones, plugins, progress)
         jobs = _jobs(attempts, model, plugins, progress)
         shared = [_open(attempt, job, stages) for attempt, job in jobs]

@@ -19,6 +19,7 @@ from qconvert.load.folder import CONFIG, no_folder
 from qconvert.plugin.host import calls
 from qconvert.plugin.host.manager import PluginManager, plugin_manager
 from qconvert.recipe import Recipe
+from qconvert.recipe.budget import refuse_budget
 from qconvert.recipe.gates import Gate, refuse_gates
 from qconvert.storage.output import check_output, recover
 from qconvert.storage.published import FACTORY, published_recipe
@@ -33,8 +34,8 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
 
     writes: whether an output folder that is there is in its way.
 
-    Raises UsageError QC-OUTPUT-001 to 005, QC-PLUGIN-002 and 009, QC-DATA-002, QC-GATE-002, QC-PLAN-001, 007 and 015,
-    InputError QC-INPUT-001, 020 and 021 and QC-DATA-001, ResourceError QC-LOCK-001, and what plugins raise.
+    Raises UsageError QC-OUTPUT-001 to 005, QC-PLUGIN-002 and 009, QC-DATA-002, QC-GATE-002, QC-BUDGET-008, QC-PLAN-001, 007
+    and 015, InputError QC-INPUT-001, 020 and 021 and QC-DATA-001, ResourceError QC-LOCK-001, and what plugins raise.
     """
     plugins = plugins_of(recipe)
     _check(recipe, plugins, writes=writes)
@@ -49,6 +50,7 @@ def check(recipe: Recipe, *, writes: bool = True) -> PluginManager:
         if scheme.codebook is not None and without:
             raise no_codebooks(scheme, "the recipe's scheme", without)
     refuse_gates(recipe.gates, _task(recipe.model))
+    refuse_budget(recipe.loss_budget, _task(recipe.model))
     return plugins
 
 

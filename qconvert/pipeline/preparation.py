@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from qconvert.allocate import allocate
-from qconvert.calibrate import Participant, calibrate, read_samples
+from qconvert.allocate import allocate, keep_within
+from qconvert.calibrate import Participant, calibrate, read_samples, value_codes
 from qconvert.execution.block_runner import checked_device
+from qconvert.ir.decision import Assignment
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Plan
 from qconvert.ir.progress import Progress, silent
@@ -28,11 +29,11 @@ from qconvert.plan.peaks import trace_peak
 from qconvert.plugin.host.manager import PluginManager
 from qconvert.plugin.host.stand_ins import TrainedCodes
 from qconvert.plugin.quantizer import Quantizer
+from qconvert.quantize import on_trial
 from qconvert.recipe import Recipe
 from qconvert.storage.output import check_output
 from qconvert.trace import sketch, trace
 from qconvert.trace.batch_norm import without_batch_norms
-from qconvert.vocabulary import AUTO
 from qconvert.write.origin import file_digests
 
 # What layers are planned with before a budget has decided: it fits every width.
@@ -75,10 +76,12 @@ def plan(recipe: Recipe, plugins: PluginManager | None = None) -> Plan:
     plugins = plugins or preflight.check(recipe, writes=False)
     checked_device(recipe.device)
     with staged(silent) as progress:
-        decides = recipe.quantizer == AUTO
+        decides = recipe.budget is not None
         job = reading_job(recipe, plugins, progress, trace if decides else sketch)
         if decides:
-            job = replace(job, samples=read_samples(job.model, recipe, True, plugins.find_data))
+            estimator = plugins.range_estimator(recipe.ranges) if job.plan.is_static else None
+            samples = read_samples(job.model, recipe, True, plugins.find_data)
+            job = replace(job, samples=samples, range_estimator=estimator)
         return decided(job, progress).plan
 
 
@@ -124,17 +127,28 @@ def ready_for_ranges(recipe: Recipe, quantizer: Quantizer, model: Model, templat
 
 def outline(recipe: Recipe, quantizer: Quantizer, model: Model, template: Template) -> Plan:
     """Plan what is to be done as far as it is known before calibration: a budget has not decided on any scheme then."""
-    if recipe.quantizer == AUTO:  # whether the layout takes what is decided is known then
+    if recipe.budget is not None and recipe.loss_budget is None:  # whether the layout takes what is decided is known then
         recipe = recipe.decided(UNDECIDED).model_copy(update={"layout": "onnx"})
     return make_plan(model, template, recipe, quantizer)
 
 
 def decided(job: Job, progress: Progress) -> Job:
     """Return the job with the schemes that a budget decides on, where its recipe has one."""
-    if job.recipe.quantizer != AUTO:
+    if job.recipe.budget is None:
         return job
     # Losses are measured on float blocks, whatever is done to the quantized ones afterwards.
     measured = replace(job, recipe=job.recipe.model_copy(update={"tuning": None, "sequential": False}), tuner=None)
-    recipe, assignment = allocate(calibrate([Participant(measured)]), job, progress)
+    if job.recipe.loss_budget is None:
+        recipe, assignment = allocate(calibrate([Participant(measured)]), job, progress)
+    else:
+        recipe, assignment = _kept_within(job, measured, progress)
     made = make_plan(job.model, job.template, recipe, job.quantizer)
     return replace(job, recipe=recipe, plan=replace(made, assignment=assignment))
+
+
+def _kept_within(job: Job, measured: Job, progress: Progress) -> tuple[Recipe, Assignment]:
+    """Find the layers that stay in float for a budget on the loss. measured: the job as it is calibrated for that."""
+    progress.stage("allocate", len(job.model.blocks) or 1)
+    weights = on_trial(calibrate([Participant(measured)]), measured, progress)
+    codes = value_codes(measured, weights.reader(lambda name: False), progress)
+    return keep_within(job, weights, codes, progress)

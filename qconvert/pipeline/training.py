@@ -58,6 +58,10 @@ def trainable(recipe: Recipe, trained: Path | None = None) -> Recipe:
             f"the quantizer {recipe.quantizer} has no schemes to train with",
             hint="give a scheme, such as int8-channel-a8-static, and rules",
         )
+    if recipe.budget is not None:
+        raise UsageError(
+            "QC-TRAIN-002", f"the budget {recipe.budget} is given to training, which decides nothing", hint="leave it out"
+        )
     scheme = recipe.scheme
     if scheme is None and recipe.quantizer != TRAINED:
         scheme = preflight.plugins_of(recipe).quantizer(recipe.quantizer, recipe.options).default_scheme

@@ -29,6 +29,7 @@ from qconvert.plan.tied import modules_that_share, shared_heads
 from qconvert.plugin.host import contract
 from qconvert.plugin.quantizer import Quantizer
 from qconvert.recipe import Recipe
+from qconvert.recipe.budget import refuse_budget
 from qconvert.recipe.fields import Rule
 from qconvert.recipe.gates import refuse_gates
 
@@ -94,7 +95,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a model suits a recipe, as far as that is known before it is traced.
 
-    Raises UsageError QC-PLAN-011, QC-PLAN-017 to QC-PLAN-021, QC-GATE-002.
+    Raises UsageError QC-PLAN-011, QC-PLAN-017 to QC-PLAN-021, QC-GATE-002, QC-BUDGET-008.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(
@@ -113,6 +114,7 @@ def check(model: Model, recipe: Recipe) -> None:
     if recipe.prefill != "same":
         check_prompts(model, recipe)
     refuse_gates(recipe.gates, model.task)
+    refuse_budget(recipe.loss_budget, model.task)
 
 
 def calibrates(recipe: Recipe, quantizer: Quantizer) -> bool:
@@ -149,7 +151,7 @@ def _sort_modules(
             _needs_a_rule(kind, named),
             _shares(sharing[name]) if name in sharing and head is None else None,
             None if name in reached else "the exported graph does not use it as a layer",
-            "a rule keeps it in float" if scheme is None else None,
+            _ruled_out(named) if scheme is None else None,
             _taken_name(model, name),
             _head_needs_a_rule(name, named, default) if name == model.output_head else None,
         )
@@ -178,6 +180,10 @@ def _no_layer(module: nn.Module, kind: LayerKind | None) -> str | None:
 def _needs_a_rule(kind: LayerKind | None, named: Rule | None) -> str | None:
     unnamed = kind == "embedding" and named is None
     return "an embedding stays in float unless a rule names it" if unnamed else None
+
+
+def _ruled_out(named: Rule | None) -> str:
+    return named.reason if named and named.reason else "a rule keeps it in float"
 
 
 def _head_needs_a_rule(name: str, named: Rule | None, default: QuantScheme) -> str | None:

@@ -79,6 +79,8 @@ def peaks(
 ) -> dict[str, int]:
     """Return the peak of each stage of a run by the stage's name."""
     found = {"trace": trace_peak(model), "quantize": _quantize_peak(model, groups, layers, recipe, quantizer)}
+    if recipe.loss_budget is not None:
+        found["allocate"] = _allocate_peak(model, layers, quantizer)
     return found | ({"verify": _verify_peak(model, layers, recipe)} if recipe.verify else {})
 
 
@@ -104,6 +106,16 @@ def _quantize_peak(
     running = weights.outside + _held_of_block(model, layers, weights) + statistics + activations
     tuning = TUNED * weights.block if recipe.tuning else 0
     return PROCESS_BYTES + GRAPHS_BYTES + _in_memory(hidden) + max(running, quantizing + tuning)
+
+
+def _allocate_peak(model: Model, layers: Mapping[str, LayerPlan], quantizer: Quantizer) -> int:
+    """The codes of all layers on trial, where scales are folded also their weights in float, and a session of the float graph,
+    whole or a piece, none of whose weights is mapped.
+    """
+    codes = sum(layer.out_features * layer.in_features for layer in layers.values())
+    folded = FLOAT * codes if type(quantizer).prepare is not Quantizer.prepare else 0
+    whole = FLOAT * sum(map(prod, model.parameter_shapes.values()))
+    return PROCESS_BYTES + GRAPHS_BYTES + codes + folded + SESSION * (whole if whole <= WHOLE_BYTES else PIECE_BYTES)
 
 
 def _in_float(model: Model, layer: LayerPlan, quantizer: Quantizer) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from torch import Tensor
+
+from qconvert.execution.trial_weights import TrialWeights
 from qconvert.execution.unit import DifferentiableBlock
 from qconvert.execution.wide_rows import is_large, tiles
 from qconvert.ir.finite import require_finite
 from qconvert.ir.layer import Block, Layer
+from qconvert.ir.progress import Progress
 from qconvert.ir.quantized import QuantizedBlock, QuantizedLayer, QuantizedTensor, stacked
 from qconvert.ir.scheme import QuantScheme
 from qconvert.job import Job
@@ -26,10 +30,30 @@ def quantize(block: Block, job: Job) -> QuantizedBlock:
     Raises UsageError QC-CALIB-001 for layers whose input was never seen, InputError QC-WEIGHT-001 for weights that are not
     finite; PluginError for a quantizer or a tuner that breaks its contract.
     """
+    return _in_codes(_folded(block, job), job)
+
+
+def on_trial(blocks: Iterable[Block], job: Job, progress: Progress) -> TrialWeights:
+    """Quantize all blocks and write nothing. Raises what `quantize` raises."""
+    tensors: dict[str, QuantizedTensor] = {}
+    floats: dict[str, Tensor] = {}
+    for block in blocks:
+        folded = _folded(block, job)
+        tensors |= {layer.name: layer.tensor for layer in _in_codes(folded, job).layers}
+        floats |= {name: value if isinstance(value, Tensor) else value[ALL] for name, value in folded.parameters().items()}
+        progress.advance()
+    return TrialWeights(job.model, job.plan, tensors, floats)
+
+
+def _folded(block: Block, job: Job) -> Folded:
     block.require_seen()
     for layer in block.layers:
         require_finite(f"{layer.name}.weight", layer.weight)
-    folded = fold(block, job)
+    return fold(block, job)
+
+
+def _in_codes(folded: Folded, job: Job) -> QuantizedBlock:
+    block = folded.block
     layers: dict[str, QuantizedLayer] = {}
     for member in folded.members():
         name = member.stored.name

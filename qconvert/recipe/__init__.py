@@ -9,8 +9,10 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from qconvert.errors import UsageError
+from qconvert.ir.budget import LossBudget, parse_budget
 from qconvert.ir.report import Size
 from qconvert.ir.scheme import Cast, QuantScheme
+from qconvert.recipe.budget import check_budget
 from qconvert.recipe.fields import BudgetField, DataSpec, Part, Ranges, Rule, SchemeField, Tuning, without_repeats
 from qconvert.recipe.gates import Gate
 from qconvert.vocabulary import (
@@ -67,7 +69,9 @@ class Recipe(Part):
         description="put the adapter into the weights before they are quantized",
     )
     budget: BudgetField | None = Field(
-        None, description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB"
+        None,
+        description="for auto: average bits per quantized weight, e.g. 4.5, or size of all weights, e.g. 90MB; for schemes "
+        "with -static: what the output may lose, e.g. cosine>=0.999",
     )
     options: dict[str, Any] = Field({}, description="options of the quantizer, by name")
     plugins: tuple[Path, ...] = Field((), description="Python files with plugins that are tried without being installed")
@@ -169,20 +173,8 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        """Raises UsageError QC-BUDGET-002 and -003."""
-        if (self.budget is not None) != (self.quantizer == AUTO):
-            given, missing = ("a budget", f"the quantizer {AUTO}") if self.budget else (f"the quantizer {AUTO}", "a budget")
-            raise UsageError(
-                "QC-BUDGET-002",
-                f"{given} is given without {missing}",
-                hint=f"schemes are chosen with both: --quantizer {AUTO} --budget 4.5",
-            )
-        if self.budget is not None and self.scheme is not None:
-            raise UsageError(
-                "QC-BUDGET-003",
-                f"the budget {self.budget} decides the schemes, but the recipe wants {self.scheme}",
-                hint="leave out the scheme; a rule may name those of single layers",
-            )
+        """Raises UsageError QC-BUDGET-002, -003 and -007."""
+        check_budget(self.budget, self.quantizer, self.scheme)
         return self
 
     @model_validator(mode="after")
@@ -223,7 +215,7 @@ class Recipe(Part):
                 else f"{self.trained} has the codes that were trained, and the quantizer {self.quantizer} chooses others",
                 hint="give --trained FILE and no quantizer",
             )
-        unused = [name for name in ("options", "tuning", "sequential", "ranges") if getattr(self, name)]
+        unused = [name for name in ("options", "tuning", "sequential", "ranges", "budget") if getattr(self, name)]
         if self.trained is not None and unused:
             raise UsageError(
                 "QC-TRAIN-002",
@@ -269,6 +261,12 @@ class Recipe(Part):
     def quantized_scheme(self) -> QuantScheme | None:
         """The scheme of layers that are quantized; None where the recipe names none."""
         return self.scheme if isinstance(self.scheme, QuantScheme) else None
+
+    @property
+    def loss_budget(self) -> LossBudget | None:
+        """The budget, where it limits what is lost."""
+        budget = None if self.budget is None else parse_budget(self.budget)
+        return budget if isinstance(budget, LossBudget) else None
 
     @property
     def worker(self) -> str:

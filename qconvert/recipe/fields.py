@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from qconvert.errors import QConvertError, UsageError
-from qconvert.ir.budget import Budget
+from qconvert.ir.budget import parse_budget
 from qconvert.ir.scheme import Cast, QuantScheme, parse_scheme
 from qconvert.vocabulary import RANGES, TUNER
 
@@ -43,7 +43,7 @@ def _parse_budget(value: object) -> object:
     """YAML has 4.5 as a number. Raises UsageError QC-BUDGET-001."""
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if isinstance(text, str):
-        Budget.parse(text)
+        parse_budget(text)
     return text
 
 
@@ -78,6 +78,11 @@ class Rule(Part):
 
     pattern: str = Field(description="fnmatch on the full module name, e.g. '*.mlp.*'")
     scheme: RuleSchemeField = Field(description="a scheme, or 'float', which keeps the layer in float")
+    reason: str | None = Field(
+        None,
+        exclude_if=lambda reason: reason is None,
+        description="why a layer stays in float, as the report says it; a budget gives what it has measured",
+    )
 
     def matches(self, name: str) -> bool:
         """Return whether the rule's pattern fits the layer `name`, case and all."""

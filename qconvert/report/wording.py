@@ -76,13 +76,26 @@ def assignment(part: Assignment, measured: Iterable[Fidelity] = ()) -> str:
     predicted = _number("predicted KL ", part.predicted_kl, ".3g", " nats") or _number(
         "predicted relative error of the output ", part.predicted_error, ".3g"
     )
+    if part.limits_loss:
+        return _kept_within(part, measured)
     found = [_number("measured ", each.kl, ".3g", f" nats on {each.target}") for each in measured]
     return _measured(None, f"{part.average_bits:.4g} bits per quantized weight for the budget {part.budget}", predicted, *found)
 
 
+def _kept_within(part: Assignment, measured: Iterable[Fidelity]) -> str:
+    """Word how many layers stay in float for a budget on the loss, and what was measured."""
+    in_float, every = part.schemes.get("float", 0), sum(part.schemes.values())
+    found = [_number("measured ", each.kl or each.cosine, ".5g", f" on {each.target}") for each in measured]
+    predicted = _number("predicted KL ", part.predicted_kl, ".3g", " nats") or _number(
+        "predicted cosine ", part.predicted_cosine, ".5f"
+    )
+    return _measured(None, f"{in_float} of {every} layers in float for the budget {part.budget}", predicted, *found)
+
+
 def title(report: Report) -> str:
     """Word the scheme, or where there are several how many bits they average."""
-    return f"{report.assignment.average_bits:.3g} bits" if report.assignment else report.scheme
+    mixed = report.assignment is not None and not report.assignment.limits_loss
+    return f"{report.assignment.average_bits:.3g} bits" if report.assignment and mixed else report.scheme
 
 
 def parity(part: Parity) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -59,20 +60,68 @@ def residual() -> tuple[nn.Module, dict[str, Tensor]]:
         return network.eval(), {"image": torch.randn(48, 3, 32, 32)}
 
 
-@functools.cache
-def trained_digits() -> nn.Module:
-    """Return a network of 64-100-100-10 that knows the first 1200 of scikit-learn's digits."""
+class VisionBlock(nn.Module):
+    """A block of a vision transformer, its attention written out."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first_norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.output, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first_norm(x)
+        parts = (part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        seen = nn.functional.scaled_dot_product_attention(*parts)
+        x = x + self.output(seen.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.second_norm(x))))  # type: ignore[no-any-return]
+
+
+class VisionTransformer(nn.Module):
+    """A tiny one for digits of 8 x 8 pixels, in patches of 2 x 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.positions = nn.Conv2d(1, 32, 2, 2), nn.Parameter(0.02 * torch.randn(1, 16, 32))
+        self.blocks = nn.Sequential(*(VisionBlock(32, 4) for _ in range(2)))
+        self.norm, self.classes = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patches(pixels.unflatten(1, (1, 8, 8))).flatten(2).transpose(1, 2) + self.positions
+        return self.classes(self.norm(self.blocks(x)).mean(1))  # type: ignore[no-any-return]
+
+
+def trained(make: Callable[[], nn.Module], steps: int, rows: int = 1200) -> nn.Module:
+    """Return a network that knows the first 1200 of scikit-learn's digits, of which each step sees so many `rows`."""
     pixels, labels = digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+        network = make()
         optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-        for _ in range(150):
-            loss = nn.functional.cross_entropy(network(pixels[:1200]), labels[:1200])
+        for step in range(steps):
+            seen = slice(start := step * rows % 1200, start + rows)
+            loss = nn.functional.cross_entropy(network(pixels[seen]), labels[seen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return network.eval()
+
+
+@functools.cache
+def trained_digits() -> nn.Module:
+    """Return a network of 64-100-100-10 that knows digits."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+
+    return trained(make, 150)
+
+
+@functools.cache
+def trained_transformer() -> nn.Module:
+    """Return a vision transformer that knows digits."""
+    return trained(VisionTransformer, 400, rows=100)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -84,3 +133,32 @@ def digits() -> tuple[Tensor, Tensor]:
 def classifier() -> tuple[nn.Module, Tensor]:
     """Return the network that was trained, and the digits that it was trained on."""
     return trained_digits(), digits()[0][:1200]
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    """Return the vision transformer that was trained, and the digits that it was trained on."""
+    return trained_transformer(), digits()[0][:1200]
+
+
+class Outliers(nn.Module):
+    """Two outputs of one state. `fine` reads it with a huge channel, at which it does not look, and which takes most codes."""
+
+    factors: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden = nn.Linear(16, 32), nn.Linear(32, 32)
+        self.coarse, self.fine = nn.Linear(32, 8), nn.Linear(32, 8)
+        self.register_buffer("factors", torch.tensor([30.0, *[1.0] * 31]))
+        self.fine.weight.data[:, 0] = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.hidden(torch.relu(self.first(x)))
+        return self.coarse(y), self.fine(y * self.factors)
+
+
+def outliers() -> tuple[nn.Module, Tensor]:
+    """Return a network with random weights, and rows for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Outliers().eval(), torch.randn(64, 16)
