@@ -83,39 +83,28 @@ class _Chains:
         self.waves = self._waves()
 
     def derived(self, node: Node, wave: int) -> Derived:
+        """Add the nodes for one MatMulNBits."""
         name = str(node.name)
         width, out, bits, size = (node.attributes[key].as_int() for key in ("K", "N", "bits", "block_size"))
         blocks = -(-width // size)
         _, packed, scales, *rest = node.inputs
-        zero_points = rest[0] if rest else None
         assert packed is not None
         assert scales is not None
         codes, offset = self._codes(packed, (1, out * blocks, size), bits, name)
+        points = self._zero_points(rest[0], (out, blocks), bits, name) if rest and rest[0] is not None else None
         scale = self._op("Reshape", [scales, self._integers(f"blocks_{out}_{blocks}", out, blocks)], name, "Scales")
-        if zero_points is None:
-            zero, farthest = self._constant(f"zero_{bits}", np.int8(2 ** (bits - 1) - offset)), self._float(2 ** (bits - 1))
-        else:
-            zero = self._constant("zero", np.int8(0))
-            points = self._zero_points(zero_points, (out, blocks), bits, name)
-            farthest = self._op(
-                "Max", [points, self._op("Sub", [self._float(2**bits - 1), points], name, "Above")], name, "Farthest"
-            )
-        largest = self._op("Mul", [self._op("Abs", [scale], name, "Magnitudes"), farthest], name, "Reach")
-        largest = self._op("ReduceMax", [largest, self.rows], name, "Largest", keepdims=1)
-        step = self._op("Div", [largest, self.levels], name, "Step")
-        step = self._op("Max", [step, self._float(LEAST_STEP)], name, "LeastStep")
+        step = self._steps(scale, points, bits, name)
         ratio = self._op("Reshape", [self._op("Div", [scale, step], name, "Ratios"), self.flat], name, "FlatRatios")
-        shape = self._integers(f"channels_{out * blocks}", out * blocks, 1, 1)
-        ones = self._op("ConstantOfShape", [shape], name, "Ones", value=onnx_ir.tensor(np.array([1], np.int8)))
-        # x, its scale and zero point, w, its scales and zero point, scale and zero point of the result
-        inputs = [codes, self.one, zero, ones, ratio, self._constant("zero", np.int8(0)), self.waves[wave]]
-        inputs.append(self._constant("zero", np.int8(0)))
-        if zero_points is not None:
+        channels = self._integers(f"channels_{out * blocks}", out * blocks, 1, 1)
+        ones = self._op("ConstantOfShape", [channels], name, "Ones", value=onnx_ir.tensor(np.array([1], np.int8)))
+        none = self._constant("zero", np.int8(0))
+        zero = none if points is not None else self._constant(f"zero_{bits}", np.int8(2 ** (bits - 1) - offset))
+        # x, its scale and zero point, w, its scales and zero point, scale and zero point of the result, bias
+        inputs = [codes, self.one, zero, ones, ratio, none, self.waves[wave], none]
+        if points is not None:
             minus = self._op("Sub", [self._float(offset), points], name, "MinusZeroPoints")
-            minus = self._op(
-                "Cast", [self._op("Reshape", [minus, self.flat], name, "Bias")], name, "BiasCodes", to=DataType.INT32
-            )
-            inputs.append(minus)
+            flat = self._op("Reshape", [minus, self.flat], name, "Bias")
+            inputs.append(self._op("Cast", [flat], name, "BiasCodes", to=DataType.INT32))
         weight = self._op("QLinearConv", inputs, name, "Codes", group=out * blocks, kernel_shape=[1])
         shape = self._integers(f"weight_{out}_{blocks * size}", out, blocks * size)
         weight = self._op("Reshape", [weight, shape], name, "Weight")
@@ -124,6 +113,20 @@ class _Chains:
             weight = self._op("Slice", [weight, *ends, self.rows], name, "Unpadded")
         transposed = self._op("Transpose", [weight], name, "Transposed", perm=[1, 0])
         return Derived(transposed, self._op("Reshape", [step, self.flat], name, "Steps"))
+
+    def _steps(self, scale: Value, points: Value | None, bits: int, name: str) -> Value:
+        """The step of each row of int8 weights [out, 1]: the largest weight that codes can stand for, by the levels.
+
+        scale, points: scales and zero points [out, blocks].
+        """
+        farthest = self._float(2 ** (bits - 1))
+        if points is not None:
+            above = self._op("Sub", [self._float(2**bits - 1), points], name, "Above")
+            farthest = self._op("Max", [points, above], name, "Farthest")
+        largest = self._op("Mul", [self._op("Abs", [scale], name, "Magnitudes"), farthest], name, "Reach")
+        largest = self._op("ReduceMax", [largest, self.rows], name, "Largest", keepdims=1)
+        step = self._op("Div", [largest, self.levels], name, "Step")
+        return self._op("Max", [step, self._float(LEAST_STEP)], name, "LeastStep")
 
     def _codes(self, packed: Value, shape: tuple[int, int, int], bits: int, name: str) -> tuple[Value, int]:
         """(codes as int8 in `shape`, what was taken off them)."""
