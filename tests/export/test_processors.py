@@ -147,6 +147,16 @@ RECIPES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "static-encoder": (tiny_bert, {"scheme": "int8-channel-a8-static", "layout": "onnx"}),
 }
 
+# Packed weights whose int8 copies for prompts are derived where they are loaded, beside layers with int8 activations.
+PROMPTS = "prompts"
+ANSWERS = ("signed", "unsigned")
+OF_PROMPTS = {
+    "scheme": "int4-g16-asym",
+    "prefill": "int8",
+    "layout": "onnx",
+    "rules": [{"pattern": "*.down_proj", "scheme": "int8-channel-a8"}],
+}
+
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -155,7 +165,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     @cache
     def convert(name: str) -> Path:
-        make, settings = RECIPES[name]
+        make, settings = (tiny_llama, OF_PROMPTS) if name == PROMPTS else RECIPES[name]
         of_images = name.endswith("convolutions")
         source = f"module:{image_module.__file__}:images" if of_images else str(make(base / f"{name}-source"))
         data = {} if of_images else {"calibration": {"source": "builtin", "samples": 4, "length": 32}}
@@ -208,7 +218,7 @@ def cases(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         model, x, _ = operator_graph(name, pair)
         onnx.save(model, path := folder / f"{case_id(name, pair)}.onnx")
         found[path.stem] = path, {"x": x}
-    for name in RECIPES:
+    for name in (*RECIPES, PROMPTS):
         path = graph_file(folder_of(name))
         found[name] = path, (inputs := sample(path))
         found[f"{name}-signed"] = forced(path, exact=True), inputs
@@ -299,6 +309,15 @@ def test_artifacts_compute_the_same_there(processor: str, name: str, cases: Case
         assert signed > limit if processor == SATURATES else signed < limit  # what the question is for
 
 
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_prompts_get_the_range_that_is_exact_there(processor: str, cases: Cases, emulated: Callable[[str], Any]) -> None:
+    """Half of a signed byte where sums are kept in 16 bits, all of it elsewhere: what a graph computes that is told so here."""
+    whole, half = (file_session(cases[f"{PROMPTS}-{answer}"][0]).run(None, cases[PROMPTS][1])[0] for answer in ANSWERS)
+    limit = ROUNDING if processor == SATURATES else OTHER_VECTORS
+    assert largest_difference(half, whole) > limit
+    assert largest_difference(emulated(processor)[PROMPTS], half if processor == SATURATES else whole) < limit
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_both_answers_give_the_same_at_every_level(name: str, cases: Cases) -> None:
     """Whatever this processor is: unsigned weights are exact on it, and so is what the graph chooses."""
@@ -328,7 +347,7 @@ def test_the_oldest_onnx_runtime_that_the_card_asks_for_runs_every_artifact(case
         keep_activations_of_graph_float(output / GRAPH)  # versions round them differently
         cases = {**cases, scheme: (output / GRAPH, sample(output / GRAPH))}
     names = [name for name in cases if (cases[name][0].parent / WEIGHTS).exists() and not name.endswith("-signed")]
-    assert len(names) == 2 * len(RECIPES) + 2
+    assert len(names) == 2 * len((*RECIPES, PROMPTS)) + 2
     (folder := tmp_path / "cases").mkdir()
     for name in names:
         np.savez(folder / f"{name}.npz", **cases[name][1])  # type: ignore[arg-type]
