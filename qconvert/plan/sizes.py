@@ -41,6 +41,8 @@ CONVOLUTION_BYTES = 3 * FLOAT
 # For each weight that is derived from packed codes for prompts, what is held meanwhile: its kernel's packed codes, and the
 # derived ones several times over (export/derived_weights.py). Measured on SmolLM2.
 LOADING_BYTES = 3.3
+# Of that so many bytes are kept once it is loaded, 2 or 1.15 for each: SmolLM2, and a Llama of 1.2 billion weights.
+LARGE_DERIVED = 1 << 22
 # And how long one core takes to derive it (AMD EPYC with AVX-512).
 DERIVING_SECONDS = 7e-9
 # An allocation of at least that is given back to the system when it is freed (the largest M_MMAP_THRESHOLD of mallopt(3)).
@@ -117,8 +119,8 @@ def _derived_weights(plan: Plan, name: str) -> int:
 
 
 def _derived_bytes(weights: int) -> int:
-    """int8 weights in the order of their kernel; what derived them stays with the allocator unless it is large."""
-    return weights if weights >= GIVEN_BACK else 2 * weights
+    """int8 weights in the order of their kernel, and what the allocator keeps of deriving them, which was less of large ones."""
+    return round(weights * (1.15 if weights >= LARGE_DERIVED else 2))
 
 
 def _blocks(layer: LayerPlan) -> int:
