@@ -119,7 +119,7 @@ def _derived_weights(plan: Plan, name: str) -> int:
 
 
 def _derived_bytes(weights: int) -> int:
-    """int8 weights in the order of their kernel, and what the allocator keeps of deriving them, which was less of large ones."""
+    """int8 weights in the order of their kernel, and what the allocator keeps of deriving them: less of large ones."""
     return round(weights * (1.15 if weights >= LARGE_DERIVED else 2))
 
 
