@@ -161,6 +161,11 @@ class Latency(_Part):
         return self.spread is not None and self.spread > MOST_SPREAD
 
     @property
+    def is_rarely_timed(self) -> bool:
+        """Whether artifact or float was run too few times for its repeats to have a middle."""
+        return self.repeats is not None and min(self.repeats, self.float_repeats or 0) < FEWEST_TO_TELL
+
+    @property
     def is_clear(self) -> bool:
         """Whether times on the clock tell artifact and float apart: the middle halves of the repeats of both have nothing in
         common, and there are enough of them to have a middle.
@@ -169,8 +174,7 @@ class Latency(_Part):
             return True
         if self.p25_ms is None or self.p75_ms is None or self.float_p25_ms is None or self.float_p75_ms is None:
             return False
-        enough = min(self.repeats, self.float_repeats or 0) >= FEWEST_TO_TELL
-        return enough and (self.p75_ms < self.float_p25_ms or self.float_p75_ms < self.p25_ms)
+        return not self.is_rarely_timed and (self.p75_ms < self.float_p25_ms or self.float_p75_ms < self.p25_ms)
 
 
 class Processor(_Part):

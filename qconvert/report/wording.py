@@ -199,7 +199,8 @@ def speed(part: Latency) -> str:
     if part.busy:
         return f"{part.speedup:.2f} x the speed of float, by processor time"
     if not part.is_clear:
-        return f"{part.speedup:.2f} x the speed of float, but their spreads overlap: neither was shown to be faster"
+        reason = "one of them was timed too few times" if part.is_rarely_timed else "their spreads overlap"
+        return f"{part.speedup:.2f} x the speed of float, but {reason}: neither was shown to be faster"
     if round(part.speedup, 2) == 1:
         return "as fast as float"
     if part.speedup < 1:
