@@ -15,7 +15,7 @@ from qconvert.export.static import insert_pairs, keep_float_products
 from qconvert.graph.cache_codes import write_cache_codes
 from qconvert.graph.float_graph import lower_float, substitute
 from qconvert.ir.model import Model
-from qconvert.ir.template import DOMAIN
+from qconvert.ir.template import DOMAIN, module_of
 
 # Gather takes every float but these: such a table is widened when the model is loaded.
 NO_GATHER = (onnx_ir.DataType.FLOAT8E4M3FN, onnx_ir.DataType.FLOAT8E5M2)
@@ -33,7 +33,7 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     lowering, shapes = CpuLowering(builder, context, decodes=model.task.generates), model.parameter_shapes
     together: dict[tuple[int, Value | None], list[Value]] = {}  # outputs of a group's linears, by what they read
     for node in [node for node in graph if node.domain == DOMAIN]:
-        name = node.attributes["module"].as_string()
+        name = module_of(node)
         layer = plan.layer_of(name)
         if layer is not None:
             bias = builder.float32(builder.external(f"{name}.bias")) if f"{name}.bias" in shapes else None

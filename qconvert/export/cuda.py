@@ -13,7 +13,7 @@ from qconvert.graph.cuda_kernels import check_kernels
 from qconvert.graph.float_graph import lower_float, parameter, substitute
 from qconvert.graph.half_precision import narrow
 from qconvert.ir.model import Model
-from qconvert.ir.template import DOMAIN
+from qconvert.ir.template import DOMAIN, module_of
 
 # Constants beyond this many bytes go into the sidecar.
 INLINE_BYTES = 256
@@ -31,7 +31,7 @@ def lower_for_cuda(graph: onnx_ir.Graph, context: ExportContext) -> None:
     builder = GraphBuilder(graph, context.stored)
     lowering, shapes = CudaLowering(builder, context), model.parameter_shapes
     for node in [node for node in graph if node.domain == DOMAIN]:
-        layer = plan.layer_of(node.attributes["module"].as_string())
+        layer = plan.layer_of(module_of(node))
         if layer is None:
             substitute(graph, node, *lower_float(graph, node, shapes))
             continue

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir
-from onnx_ir import DataType, Graph, Node, TensorType, Value
+from onnx_ir import DataType, Node, TensorType, Value
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.processors import signed_products_are_exact
+from qconvert.graph.values import constant, giving
 from qconvert.ir.prompt_weights import LEAST_STEP, LEVELS, LEVELS_WITHOUT_VNNI, PROMPT_BITS
 
 WAVES = 6
@@ -162,10 +163,9 @@ class _Chains:
             known = self.builder.op("ReduceSum", [waves[-1]], f"{NAME}/known_{index}", keepdims=0)
             known = self.builder.op("Equal", [known, self.one], f"{NAME}/is_known_{index}")
             # Branches of different ranks: what reads the value has no shape, and is not folded, until one was chosen.
-            branches = {
-                f"{branch}_branch": _giving(np.full(shape, 1, np.float32), f"{NAME}/wave_{index}/{branch}")
-                for branch, shape in (("then", ()), ("else", (1,)))
-            }
+            ones = {"then": np.ones((), np.float32), "else": np.ones(1, np.float32)}
+            names = {branch: f"{NAME}/wave_{index}/{branch}" for branch in ones}
+            branches = {f"{each}_branch": giving(constant(names[each], ones[each]), f"{names[each]}/branch") for each in ones}
             node = onnx_ir.node("If", [known], branches, name=f"{NAME}/wave_{index}")
             node.outputs[0].type = TensorType(DataType.FLOAT)
             self.builder.nodes.append(node)
@@ -183,10 +183,3 @@ class _Chains:
 
     def _constant(self, label: str, value: Any) -> Value:
         return self.builder.constant(f"{NAME}/{label}", np.asarray(value))
-
-
-def _giving(array: np.ndarray[Any, Any], name: str) -> Graph:
-    """A branch that gives a constant."""
-    tensor = onnx_ir.tensor(array, name=name)
-    value = Value(name=name, shape=onnx_ir.Shape(array.shape), type=TensorType(tensor.dtype), const_value=tensor)
-    return Graph([], [value], nodes=[], initializers=[value], name=f"{name}/branch")

@@ -28,7 +28,7 @@ from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.number_format import FP4, NF4
 from qconvert.ir.plan import LayerPlan
-from qconvert.ir.template import made_by
+from qconvert.ir.template import made_by, module_of
 from qconvert.targets.cpu import CPU
 
 # MatMulBnb4's numbers for its codebooks.
@@ -52,7 +52,7 @@ class CpuLowering(Lowering):
         """Return the value that the nodes for an opaque `node` give; the nodes are in the builder."""
         x = node.inputs[0]
         assert x is not None
-        module = node.attributes["module"].as_string()
+        module = module_of(node)
         match self.context.job.plan.form_of(module):
             case LayerForm.PACKED_STATIC if node.op_type != "Conv":
                 return self._float_product(plan, x, bias)

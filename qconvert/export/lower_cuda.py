@@ -27,6 +27,7 @@ from qconvert.graph.half_precision import WIDER, out_of_range
 from qconvert.ir.finite import all_finite
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.plan import LayerPlan
+from qconvert.ir.template import module_of
 from qconvert.storage.reader import read_layer, read_tensor
 from qconvert.targets.cuda import CUDA
 
@@ -52,7 +53,7 @@ class CudaLowering(Lowering):
         """
         x = node.inputs[0]
         assert x is not None
-        form = self.context.job.plan.form_of(node.attributes["module"].as_string())
+        form = self.context.job.plan.form_of(module_of(node))
         if form is LayerForm.CONVOLUTION:
             self._narrowed_scale(plan, read_tensor(self.stage.folder, self.builder.stored[f"{plan.name}.weight_scale"]))
             return self._conv2d(plan, node, x, bias)

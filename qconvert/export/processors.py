@@ -19,7 +19,6 @@ different ranks. Signed weights are transposed outside of the branches, which co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -27,6 +26,7 @@ from onnx_ir import DataType, Graph, Node, TensorType, Value
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.graph.integer_products import PROBE, PROBE_SUM, PRODUCTS, U8
+from qconvert.graph.values import constant, giving
 
 EXACT = "qconvert/signed_products_are_exact"
 FLIPPED = "qconvert/flipped_bit"
@@ -99,13 +99,9 @@ class _Chooser:
         self.builder = builder
         self.highest_bit = builder.constant("qconvert/highest_bit", np.array(HIGHEST_BIT, np.uint8))
         self.exact = signed_products_are_exact(builder)
-        row = _constant(f"{FLIPPED}/row", np.array([HIGHEST_BIT], np.uint8))
-        bit = _constant(f"{FLIPPED}/bit", np.array(HIGHEST_BIT, np.uint8))
-        self.flipped_bit = self._either(
-            FLIPPED,
-            Graph([], [row], nodes=[], initializers=[row], name=f"{FLIPPED}/signed"),
-            Graph([], [bit], nodes=[], initializers=[bit], name=f"{FLIPPED}/unsigned"),
-        )
+        row = constant(f"{FLIPPED}/row", np.array([HIGHEST_BIT], np.uint8))
+        bit = constant(f"{FLIPPED}/bit", np.array(HIGHEST_BIT, np.uint8))
+        self.flipped_bit = self._either(FLIPPED, giving(row, f"{FLIPPED}/signed"), giving(bit, f"{FLIPPED}/unsigned"))
 
     def _either(self, name: str, signed: Graph, unsigned: Graph) -> Value:
         node = onnx_ir.node("If", [self.exact], {"then_branch": signed, "else_branch": unsigned}, name=name)
@@ -172,8 +168,3 @@ def _stored(weight: Value | None) -> tuple[Value | None, bool]:
         return weight, False
     assert node.op_type == "Transpose"
     return node.inputs[0], True
-
-
-def _constant(name: str, array: np.ndarray[Any, Any]) -> Value:
-    tensor = onnx_ir.tensor(array, name=name)
-    return Value(name=name, shape=onnx_ir.Shape(array.shape), type=TensorType(tensor.dtype), const_value=tensor)

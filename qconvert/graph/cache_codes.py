@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Graph, Node, TensorType, Value
 
+from qconvert.graph.values import constant, input_named
 from qconvert.ir.graph_names import is_cache
 
 ATTENTION = "GroupQueryAttention"
@@ -111,7 +112,7 @@ def drop_cache_codes(graph: Graph) -> None:
 
 def _first_run(graph: Graph) -> Value:
     """A value that tells whether the run at hand meets an empty cache: all tokens that there are are its own."""
-    ids, mask = (next(value for value in graph.inputs if value.name == name) for name in ("input_ids", "attention_mask"))
+    ids, mask = (input_named(graph, name) for name in ("input_ids", "attention_mask"))
     lengths = [
         onnx_ir.node("Shape", [value], {"start": 1, "end": 2}, name=f"{FIRST_RUN}/{value.name}") for value in (ids, mask)
     ]
@@ -135,7 +136,7 @@ def _float_branch(node: Node, scales: list[Value]) -> Graph:
     name = f"{node.name}/float"
     inputs = [None if place in PAST else value for place, value in enumerate(node.inputs)]
     plain = Node(node.domain, ATTENTION, inputs, list(node.attributes.values()), num_outputs=3, name=name)
-    step, zero = (_constant(f"{name}/{array.dtype}", array) for array in (np.array(1, np.float32), np.array(0, np.int8)))
+    step, zero = (constant(f"{name}/{array.dtype}", array) for array in (np.array(1, np.float32), np.array(0, np.int8)))
     nodes, outputs = [plain], [plain.outputs[0]]
     for part, value, scale in zip(("key", "value"), plain.outputs[1:], scales, strict=True):
         divided = onnx_ir.node("Div", [value, scale], name=f"{name}/{part}/scaled")
@@ -153,11 +154,6 @@ def _branch(name: str | None, nodes: list[Node], outputs: list[Value], constants
     for value, dtype in zip(outputs, (DataType.FLOAT, DataType.INT8, DataType.INT8), strict=True):
         value.type = TensorType(dtype)
     return Graph([], outputs, nodes=nodes, initializers=constants or [], name=name)
-
-
-def _constant(name: str, array: np.ndarray) -> Value:
-    tensor = onnx_ir.tensor(array, name=name)
-    return Value(name=name, shape=onnx_ir.Shape(array.shape), type=TensorType(tensor.dtype), const_value=tensor)
 
 
 def _put(graph: Graph, old: Node, new: Node) -> None:

@@ -10,7 +10,7 @@ import onnx_ir
 from onnx_ir import DataType, Value
 
 from qconvert.graph.pieces import FLOAT32_BYTES
-from qconvert.ir.template import DOMAIN
+from qconvert.ir.template import DOMAIN, module_of
 
 # A linear layer with more float32 weights than this is multiplied in the way that holds them once.
 LARGE_BYTES = 2_000_000_000
@@ -50,7 +50,7 @@ def lower_float(
     """Return the float nodes that compute what the opaque `node` stands for, and their output."""
     x = node.inputs[0]
     assert x is not None
-    name = node.attributes["module"].as_string()
+    name = module_of(node)
     weight = parameter(graph, f"{name}.weight", shapes[f"{name}.weight"])
     bias = parameter(graph, f"{name}.bias", shapes[f"{name}.bias"]) if f"{name}.bias" in shapes else None
     if node.op_type == "Embedding":

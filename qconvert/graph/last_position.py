@@ -12,6 +12,7 @@ import onnx_ir
 from onnx_ir import DataType, Node, Value
 
 from qconvert.graph.phases import bodies_of
+from qconvert.graph.values import added_constant, input_named
 from qconvert.ir.artifact import INPUT_KEY
 from qconvert.ir.template import DOMAIN, module_of
 
@@ -28,7 +29,7 @@ def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
     hidden = node.inputs[0]
     assert hidden is not None
     assert hidden.shape is not None
-    ids, mask = (next(value for value in graph.inputs if value.name == name) for name in ("input_ids", "attention_mask"))
+    ids, mask = (input_named(graph, name) for name in ("input_ids", "attention_mask"))
     nodes: list[Node] = []
 
     def op(op_type: str, inputs: Sequence[Value], name: str, **attributes: int) -> Value:
@@ -38,12 +39,7 @@ def keep_last_position(graph: onnx_ir.Graph, head: str) -> None:
         return made
 
     def constant(name: str, value: int | list[int]) -> Value:
-        tensor = onnx_ir.tensor(np.array(value, np.int64), name=name)
-        made = Value(
-            name=name, shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(made)
-        return made
+        return added_constant(graph, name, np.array(value, np.int64))
 
     sequence, axis = op("Shape", [ids], f"{NAME}/sequence", start=1, end=2), constant(f"{NAME}/axis", [1])
     start = op("Neg", [sequence], f"{NAME}/start")

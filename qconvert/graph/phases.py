@@ -16,6 +16,7 @@ import onnx_ir
 from onnx_ir import Graph, Node, Value
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qconvert.graph.values import added_constant, input_named
 from qconvert.ir.artifact import INPUT_KEY
 
 Phase = Literal["prompt", "decode"]
@@ -65,9 +66,8 @@ def choose_by_length(graph: Graph, bodies: dict[Phase, Graph]) -> None:
         graph.outputs.append(Value(name=value.name, shape=value.shape, type=value.type))
         value.name = f"decode/{value.name}"
     _rename(bodies["prompt"])
-    ids = next(value for value in graph.inputs if value.name == "input_ids")
-    length = onnx_ir.node("Shape", [ids], {"start": 1, "end": 2}, name=f"{CHOICE}/length")
-    limit = _constant(graph, f"{CHOICE}/most_decoded", np.array([MOST_DECODED], np.int64))
+    length = onnx_ir.node("Shape", [input_named(graph, "input_ids")], {"start": 1, "end": 2}, name=f"{CHOICE}/length")
+    limit = added_constant(graph, f"{CHOICE}/most_decoded", np.array([MOST_DECODED], np.int64))
     is_prompt = onnx_ir.node("Greater", [length.outputs[0], limit], name=f"{CHOICE}/is_prompt")
     branches = [onnx_ir.AttrGraph(BRANCHES[phase], bodies[phase]) for phase in PHASES]
     choice = Node("", "If", is_prompt.outputs, branches, outputs=list(graph.outputs), name=CHOICE)
@@ -134,10 +134,3 @@ def _detach(body: Graph) -> None:
     for node in body.all_nodes():
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)
-
-
-def _constant(graph: Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Value:
-    tensor = onnx_ir.tensor(array, name=name)
-    value = Value(name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir
-from onnx_ir import DataType, Graph, Value
+from onnx_ir import Graph
 
 from qconvert.graph.float_graph import float_graph
 from qconvert.graph.quantized_values import IsStatic, QuantizedValue, quantized_values
+from qconvert.graph.values import added_constant
 from qconvert.ir.activation_codes import ActivationCodes
 
 
@@ -39,9 +40,8 @@ def _round(graph: Graph, found: QuantizedValue, codes: ActivationCodes) -> None:
     """
     value, name = found.value, str(found.value.name)
     uses = [use for use in value.uses() if found.readers is None or use.node in found.readers]
-    step = _constant(graph, f"{name}/step", codes.scale)
-    lowest = _constant(graph, f"{name}/lowest", -codes.zero_point)
-    highest = _constant(graph, f"{name}/highest", 2**codes.bits - 1 - codes.zero_point)
+    numbers = {"step": codes.scale, "lowest": -codes.zero_point, "highest": 2**codes.bits - 1 - codes.zero_point}
+    step, lowest, highest = (added_constant(graph, f"{name}/{each}", np.float32(number)) for each, number in numbers.items())
     nodes = [onnx_ir.node("Div", [value, step], name=f"{name}/Steps")]
     nodes.append(onnx_ir.node("Round", nodes[-1].outputs, name=f"{name}/Round"))
     nodes.append(onnx_ir.node("Clip", [nodes[-1].outputs[0], lowest, highest], name=f"{name}/CutOff"))
@@ -59,10 +59,3 @@ def _round(graph: Graph, found: QuantizedValue, codes: ActivationCodes) -> None:
     if found.readers is None and value.is_graph_output():
         rounded.name, value.name = name, f"{name}/float"
         graph.outputs[list(graph.outputs).index(value)] = rounded
-
-
-def _constant(graph: Graph, name: str, number: float) -> Value:
-    tensor = onnx_ir.tensor(np.array(number, np.float32), name=name)
-    value = Value(name=name, shape=onnx_ir.Shape(()), type=onnx_ir.TensorType(DataType.FLOAT), const_value=tensor)
-    graph.register_initializer(value)
-    return value

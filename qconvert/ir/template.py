@@ -63,6 +63,6 @@ class Template:
         names: set[str] = set()
         for model in self.graphs.values():
             names |= set(model.graph.initializers)
-            modules = [node.attributes["module"].as_string() for node in model.graph if "module" in node.attributes]
+            modules = [module_of(node) for node in model.graph if "module" in node.attributes]
             names |= {f"{module}.{suffix}" for module in modules for suffix in ("weight", "bias")}
         return names

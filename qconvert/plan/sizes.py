@@ -19,7 +19,7 @@ from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Deployment, LayerPlan, Plan
 from qconvert.ir.prompt_weights import PROMPT_BITS
-from qconvert.ir.template import Template
+from qconvert.ir.template import Template, module_of
 from qconvert.targets import targets_of
 from qconvert.targets.cpu import CPU
 from qconvert.targets.cpu_sidecar import sidecar_infos
@@ -69,7 +69,7 @@ def deployment(model: Model, template: Template, plan: Plan) -> Deployment | Non
         return None
     graphs = [graph.graph for graph in template.graphs.values()]
     nodes = [node for graph in graphs for node in graph if "module" in node.attributes]
-    names = [node.attributes["module"].as_string() for node in nodes]
+    names = [module_of(node) for node in nodes]
     looked_up = [node.op_type == "Embedding" for node in nodes]
     derived = [_derived_weights(plan, name) for name in names]
     loaded = RUNTIME_BYTES + sum(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qconvert.errors import InputError, is_out_of_memory
 from qconvert.ir.model import Model
-from qconvert.ir.template import DOMAIN, Template
+from qconvert.ir.template import DOMAIN, Template, module_of
 from qconvert.trace.cache import TraceCache
 from qconvert.trace.capture import Captured
 from qconvert.trace.check import TOLERANCE, reference, relative_error
@@ -75,9 +75,7 @@ def _stamped(
         stamp(graph, kinds)
         cleaned_up(traced.graph, clean_ups)
         constants |= {name: value for name, value in traced.constants.items() if name in graph.initializers}
-        embeddings += [
-            node.attributes["module"].as_string() for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"
-        ]
+        embeddings += [module_of(node) for node in graph if node.domain == DOMAIN and node.op_type == "Embedding"]
     weights_read = {name for traced in captured.values() for name in traced.weights_read}
     stamped = (block + name.removeprefix(kind) for block, kind in kinds.items() for name in weights_read if _inside(name, kind))
     graphs = {part: traced.graph for part, traced in captured.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir
 
+from qconvert.graph.quantized_values import is_opaque_product
 from qconvert.ir.layer import Producer
 from qconvert.ir.template import DOMAIN, InputGroup, made_by, module_of
 
@@ -28,7 +29,7 @@ def input_groups(graphs: Sequence[onnx_ir.Graph], block_of: Callable[[str], str]
     """
     calls: dict[str, list[onnx_ir.Node]] = {}
     for node in (node for graph in graphs for node in graph):
-        if node.domain == DOMAIN and node.op_type in ("Linear", "Conv"):
+        if is_opaque_product(node):
             calls.setdefault(module_of(node), []).append(node)
     members: dict[tuple[tuple[onnx_ir.Value, ...], str], list[str]] = {}
     for name, nodes in calls.items():
