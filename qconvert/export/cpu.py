@@ -51,7 +51,7 @@ def lower_for_cpu(graph: onnx_ir.Graph, context: ExportContext) -> None:
     if scales:
         write_cache_codes(graph, lambda cache: builder.external(f"{cache}.scale"))
     _bind(graph, builder, model)
-    if context.job.recipe.prefill == "int8" and model.task.continues_prompts:
+    if plan.prefill == "int8":
         add_prompt_phase(graph, builder, model.output_head)
 
 

@@ -17,7 +17,7 @@ up in 16 bits there. Half the range is exact everywhere, 2 * 255 * 63 being less
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -25,18 +25,12 @@ from onnx_ir import DataType, Node, TensorType, Value
 
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.processors import signed_products_are_exact
+from qconvert.export.rows import Int8Weights
 from qconvert.graph.values import constant, giving
 from qconvert.ir.prompt_weights import LEAST_STEP, LEVELS, LEVELS_WITHOUT_VNNI, PROMPT_BITS
 
 WAVES = 6
 NAME = "qconvert/prompt_weights"
-
-
-class Derived(NamedTuple):
-    """int8 weights [in, out] and their scales [out], in float32."""
-
-    weight: Value
-    scale: Value
 
 
 def can_derive(node: Node) -> bool:
@@ -49,7 +43,7 @@ def can_derive(node: Node) -> bool:
     )
 
 
-def derived_weights(nodes: Sequence[Node], builder: GraphBuilder) -> dict[Node, Derived]:
+def derived_weights(nodes: Sequence[Node], builder: GraphBuilder) -> dict[Node, Int8Weights]:
     """Add what derives the weights of every MatMulNBits of `nodes`, all of which `can_derive`.
 
     The largest come in the first wave, when nothing else is held, and last in that: what is freed then is given back.
@@ -83,7 +77,7 @@ class _Chains:
         self.levels = builder.op("Where", [exact, *levels], f"{NAME}/levels")
         self.waves = self._waves()
 
-    def derived(self, node: Node, wave: int) -> Derived:
+    def derived(self, node: Node, wave: int) -> Int8Weights:
         """Add the nodes for one MatMulNBits."""
         name = str(node.name)
         width, out, bits, size = (node.attributes[key].as_int() for key in ("K", "N", "bits", "block_size"))
@@ -113,7 +107,7 @@ class _Chains:
             ends = [self._integers(f"slice_{end}", end) for end in (0, width)]
             weight = self._op("Slice", [weight, *ends, self.rows], name, "Unpadded")
         transposed = self._op("Transpose", [weight], name, "Transposed", perm=[1, 0])
-        return Derived(transposed, self._op("Reshape", [step, self.flat], name, "Steps"))
+        return Int8Weights(transposed, self._op("Reshape", [step, self.flat], name, "Steps"))
 
     def _steps(self, scale: Value, points: Value | None, bits: int, name: str) -> Value:
         """The step of each row of int8 weights [out, 1]: the largest weight that codes can stand for, by the levels.

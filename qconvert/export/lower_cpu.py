@@ -13,7 +13,6 @@ static            codes in ranges from calibration (export/static.py); int4 weig
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Value
 
@@ -21,7 +20,7 @@ from qconvert.export.context import ExportContext
 from qconvert.export.dequantized import dequantized
 from qconvert.export.graph import GraphBuilder
 from qconvert.export.lowering import MICROSOFT, Lowering
-from qconvert.export.rows import QuantizedRows
+from qconvert.export.rows import Int8Weights, QuantizedRows
 from qconvert.export.static import StaticLowering
 from qconvert.ir import activations
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY
@@ -146,12 +145,8 @@ class CpuLowering(Lowering):
         quantized, step = self._rows.codes(self._without(x, columns, plan), rows, plan.in_features, name)
         weight = builder.op("Transpose", [builder.external(f"{name}.weight")], f"{name}/Transpose", perm=[1, 0])
         scale = builder.float32(builder.external(f"{name}.weight_scale", (plan.out_features,)))
-        one = builder.constant("qconvert/one", np.array(1, np.float32))
-        inputs: list[Value | None] = [quantized, weight, one, scale, self._rows.zero_point(rows)]
-        if not plan.scheme.symmetric:
-            inputs.append(builder.external(f"{name}.weight_zero_point", (plan.out_features,)))
-        product = builder.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", MICROSOFT)
-        output = builder.op("Mul", [product, step], f"{name}/RestoreRows")
+        zero_point = None if plan.scheme.symmetric else builder.external(f"{name}.weight_zero_point", (plan.out_features,))
+        output = self._rows.product(quantized, step, rows, Int8Weights(weight, scale, zero_point), name)
         if columns:
             output = builder.op("Add", [output, self._outlier_product(x, columns, plan)], f"{name}/AddOutliers")
         if bias is not None:

@@ -12,13 +12,11 @@ the logits. So what its rows of codes leave over is quantized once more, and mul
 
 from __future__ import annotations
 
-import numpy as np
 from onnx_ir import Graph, Node, Value
 
-from qconvert.export.derived_weights import Derived, can_derive, derived_weights
+from qconvert.export.derived_weights import can_derive, derived_weights
 from qconvert.export.graph import GraphBuilder
-from qconvert.export.lowering import MICROSOFT
-from qconvert.export.rows import QuantizedRows
+from qconvert.export.rows import Int8Weights, QuantizedRows
 from qconvert.graph.float_graph import substitute
 from qconvert.graph.phases import branch_off, choose_by_length
 from qconvert.ir import activations
@@ -52,28 +50,21 @@ def _is_packed(node: Node) -> bool:
     )
 
 
-def _int8_product(node: Node, derived: Derived, rows: QuantizedRows, builder: GraphBuilder, *, with_rest: bool) -> Value:
+def _int8_product(node: Node, weights: Int8Weights, rows: QuantizedRows, builder: GraphBuilder, *, with_rest: bool) -> Value:
     """Add the nodes that compute what a MatMulNBits computes, by integer products, and return their output."""
     x, name = node.inputs[0], str(node.name)
     assert x is not None
     kind = activations.row_codes(made_by(x))
     width = node.attributes["K"].as_int()
     codes, step = rows.codes(x, kind, width, name)
-    one = builder.constant("qconvert/one", np.array(1, np.float32))
-
-    def product(codes: Value, step: Value, label: str, kind: activations.RowCodes) -> Value:
-        inputs = [codes, derived.weight, one, derived.scale, rows.zero_point(kind)]
-        made = builder.op("MatMulIntegerToFloat", inputs, f"{name}/{label}", MICROSOFT)
-        return builder.op("Mul", [made, step], f"{name}/{label}/RestoreRows")
-
-    output = product(codes, step, "MatMulIntegerToFloat", kind)
+    output = rows.product(codes, step, kind, weights, name)
     if with_rest:
         restored = [codes, step, rows.zero_points(x, step, kind, name)]
         known = builder.op("DequantizeLinear", restored, f"{name}/Known", axis=-1, block_size=width)
         rest = builder.op("Sub", [x, known], f"{name}/Rest")
         rest.shape, rest.type = x.shape, x.type
         rest_codes, rest_step = rows.codes(rest, activations.SYMMETRIC_ROWS, width, f"{name}/Rest")
-        rest_product = product(rest_codes, rest_step, "Rest/MatMulIntegerToFloat", activations.SYMMETRIC_ROWS)
+        rest_product = rows.product(rest_codes, rest_step, activations.SYMMETRIC_ROWS, weights, f"{name}/Rest")
         output = builder.op("Add", [output, rest_product], f"{name}/AddRest")
     bias = node.inputs[5] if len(node.inputs) > 5 else None
     if bias is not None:

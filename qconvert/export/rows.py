@@ -6,11 +6,22 @@ Large-Scale Transformers", section 4.1.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from onnx_ir import Value
 
 from qconvert.export.graph import GraphBuilder
+from qconvert.export.lowering import MICROSOFT
 from qconvert.ir import activations
+
+
+class Int8Weights(NamedTuple):
+    """int8 weights [in, out], their scales [out] in float32, and their zero points [out], None where these are 0."""
+
+    weight: Value
+    scale: Value
+    zero_point: Value | None = None
 
 
 class QuantizedRows:
@@ -42,6 +53,16 @@ class QuantizedRows:
             quantized = builder.op("QuantizeLinear", inputs, f"{name}/QuantizeRows", axis=-1, block_size=width)
             self._rows[x] = quantized, step
         return self._rows[x]
+
+    def product(self, codes: Value, step: Value, rows: activations.RowCodes, weights: Int8Weights, name: str) -> Value:
+        """Return the product of rows of codes and int8 weights, in float [..., out]. name: of the layer."""
+        builder = self._builder
+        one = builder.constant("qconvert/one", np.array(1, np.float32))
+        inputs: list[Value | None] = [codes, weights.weight, one, weights.scale, self.zero_point(rows)]
+        if weights.zero_point is not None:
+            inputs.append(weights.zero_point)
+        product = builder.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", MICROSOFT)
+        return builder.op("Mul", [product, step], f"{name}/RestoreRows")
 
     def zero_point(self, rows: activations.RowCodes) -> Value:
         """Return the code of 0, a scalar."""

@@ -22,7 +22,7 @@ from qconvert.plan.cache import check_cache, check_cache_graph
 from qconvert.plan.cast import cast_plan
 from qconvert.plan.fit import Fitting
 from qconvert.plan.peaks import peaks
-from qconvert.plan.prefill import check_prefill, check_prompts
+from qconvert.plan.prefill import check_prompt_weights, check_prompts
 from qconvert.plan.sizes import average_bits, deployment
 from qconvert.plan.targets import check_targets, cuda_bytes
 from qconvert.plan.tied import modules_that_share, shared_heads
@@ -64,9 +64,6 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
     _check_trained(model, layers)
     _check_layout(fitting.layout_refuses(layers.values()))
     _check_tuning(layers.values(), recipe)
-    check_prefill(
-        [layer for name, layer in layers.items() if name not in template.embeddings or name in shared.values()], recipe
-    )
     check_targets(model, template, layers, recipe)
     replaced = {model.stored_name(f"{name}.weight") for name in layers}
     floats = {name: info for name, info in model.source.tensors.items() if name not in replaced}
@@ -84,6 +81,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
         cuda_bytes=cuda_bytes(floats, layers, recipe),
         unread=_unread(model, template),
     )
+    check_prompt_weights(made)
     return dataclasses.replace(
         made,
         weight_files=weight_file_names(len(shards(model, made))),

@@ -18,8 +18,8 @@ from qconvert.ir.graph_names import is_cache
 from qconvert.ir.layer_form import LayerForm
 from qconvert.ir.model import Model
 from qconvert.ir.plan import Deployment, LayerPlan, Plan
-from qconvert.ir.prompt_weights import PROMPT_BITS
 from qconvert.ir.template import Template, module_of
+from qconvert.plan.prefill import prompt_weight_count
 from qconvert.targets import targets_of
 from qconvert.targets.cpu import CPU
 from qconvert.targets.cpu_sidecar import sidecar_infos
@@ -71,7 +71,7 @@ def deployment(model: Model, template: Template, plan: Plan) -> Deployment | Non
     nodes = [node for graph in graphs for node in graph if "module" in node.attributes]
     names = [module_of(node) for node in nodes]
     looked_up = [node.op_type == "Embedding" for node in nodes]
-    derived = [_derived_weights(plan, name) for name in names]
+    derived = [prompt_weight_count(plan, name) for name in names]
     loaded = RUNTIME_BYTES + sum(
         _node_bytes(model, plan, name, looked_up=each) + _derived_bytes(count)
         for name, each, count in zip(names, looked_up, derived, strict=True)
@@ -108,14 +108,6 @@ def _node_bytes(model: Model, plan: Plan, name: str, *, looked_up: bool) -> int:
             return NODE_BYTES + weights
         case _:
             return NODE_BYTES
-
-
-def _derived_weights(plan: Plan, name: str) -> int:
-    """How many int8 weights a layer has for prompts."""
-    layer = plan.layer_of(name)
-    if plan.prefill == "same" or layer is None or layer.scheme.bits not in PROMPT_BITS:
-        return 0
-    return layer.out_features * layer.in_features if plan.form_of(name) is LayerForm.PACKED_WEIGHTS else 0
 
 
 def _derived_bytes(weights: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from qconvert.execution.probes import position_limit
 from qconvert.graph.cache_codes import drop_cache_codes
 from qconvert.graph.last_position import restore_all_positions
-from qconvert.ir.batch import Batch, rows_of, unpadded
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.report import CacheLoss
 from qconvert.ort.compare import feed, next_inputs
@@ -67,7 +67,7 @@ def float_cache_session(artifact: ArtifactReader, path: Path, settings: SessionS
 
 def _windows(model: Model, samples: Sequence[Batch]) -> list[torch.Tensor]:
     """Windows of token ids of one length, as long as they may be: CONTEXT, the model's positions, or all that there is."""
-    ids = torch.cat([unpadded(row)["input_ids"][0] for batch in samples for row in rows_of(batch)])
+    ids = torch.cat([row["input_ids"][0] for row in model.single_rows(samples)])
     length = min(CONTEXT, position_limit(model) or CONTEXT, len(ids))
     count = min(WINDOWS, len(ids) // length)
     return list(ids[: count * length].split(length)) if length > 1 else []

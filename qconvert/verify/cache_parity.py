@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qconvert.execution import probes
 from qconvert.graph.cache_codes import LARGEST, SCALES, CachedAttention, cached_attentions, has_cache_codes
-from qconvert.ir.batch import Batch, unpadded
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ort import compare
 from qconvert.ort.pieces import sized_session
@@ -70,7 +70,7 @@ def _runs(model: Model, sample: Batch) -> Iterator[tuple[Batch, Tensor]]:
     """Yield (what goes into an empty cache, the tokens [rows, n] of the run after it)."""
     for side in probes.SIDES:
         yield probes.padded_batch(model, side), torch.tensor(probes.NEXT_TOKENS)[:, None] % probes.vocabulary_size(model)
-    row = unpadded(model.take_rows(sample, slice(1)))
+    row = next(model.single_rows([sample]))
     first = -(-row["input_ids"].shape[1] // 2)
     yield {name: value[:, :first] for name, value in row.items()}, row["input_ids"][:, first:]
 

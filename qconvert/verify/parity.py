@@ -36,7 +36,7 @@ from qconvert.graph.last_position import restore_all_positions
 from qconvert.graph.phases import Phase, phase_of, phases_of
 from qconvert.graph.static_codes import drop_static_codes
 from qconvert.ir.artifact import INPUT_KEY, LAYER_KEY, LAYER_SEPARATOR, REST_KEY
-from qconvert.ir.batch import Batch, unpadded
+from qconvert.ir.batch import Batch
 from qconvert.ir.model import Model
 from qconvert.ir.plan import LayerPlan
 from qconvert.ir.template import made_by
@@ -77,7 +77,7 @@ def float_parity(model: Model, session: Any, sample: Batch) -> float:
 
     Raises InputError QC-FLOAT-001 where torch gives no finite numbers either.
     """
-    row = unpadded(model.take_rows(sample, slice(1)))
+    row = next(model.single_rows([sample]))
     found = session.run(None, compare.feed(session, row))
     (expected,) = torch_outputs(model, model.read, [row])
     require_finite_float(expected[0], row, "evaluation")

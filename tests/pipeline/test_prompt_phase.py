@@ -50,7 +50,6 @@ Converted = tuple[Report, Path]
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(Report, folder) of a converted decoder by its number in KINDS and its prefill; made once."""
     base = tmp_path_factory.mktemp("phases")
-    np.savez(base / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 100, (12, 24)))
 
     @cache
     def make(number: int, prefill: str) -> Converted:
@@ -68,6 +67,7 @@ def source(name: str) -> Path:
 
 
 def recipe(model: Path, output: Path, base: Path, **settings: Any) -> Recipe:
+    np.savez(base / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 100, (12, 24)))
     data = {"source": str(base / "ids.npz"), "samples": 4, "length": 24}
     fixed = {"model": str(model), "output": output, "layout": "onnx", "calibration": data, "evaluation": data}
     return Recipe.from_settings({**fixed, "prefill": "int8", **settings})
@@ -137,7 +137,6 @@ def test_a_processor_that_saturates_gets_half_the_range(
     converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph that is told so derives weights in 63 steps; parity, told the same, finds them right, and otherwise wrong."""
-    np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 100, (12, 24)))
     right = logits(converted(0, "int8")[1], TOKENS)
     monkeypatch.setattr("qconvert.export.processors.PROBE_SUM", 1)
     asked = recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g16", verify=False)
@@ -152,7 +151,6 @@ def test_a_processor_that_saturates_gets_half_the_range(
 
 def test_a_body_that_computes_something_else_is_found(tmp_path: Path) -> None:
     """A zero point of 7 in the place of 8, as another derivation would have it: parity fails."""
-    np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 100, (12, 24)))
     asked = recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g16", verify=False)
     convert(asked)
     model = onnx.load(asked.output / GRAPH, load_external_data=False)
@@ -170,7 +168,6 @@ def reader(asked: Recipe) -> ArtifactReader:
 
 def test_onnxruntime_genai_says_the_same_after_a_long_prompt(converted: Any, tmp_path: Path) -> None:
     """The prompt goes through one body, each token after it through the other, caches from one to the other."""
-    np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 100, (12, 24)))
     asked = recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g16", verify=False)
     convert(asked)
     artifact = reader(asked)
@@ -186,7 +183,6 @@ def test_onnxruntime_genai_says_the_same_after_a_long_prompt(converted: Any, tmp
 )
 def test_it_is_refused_where_there_is_nothing_to_derive(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
     """And an encoder has no prompts."""
-    np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 100, (12, 24)))
     with pytest.raises(UsageError, match=reason) as raised:
         convert(recipe(source("llama"), tmp_path / "out", tmp_path, **settings))
     assert raised.value.code == "QC-PLAN-020"
