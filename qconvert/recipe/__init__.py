@@ -196,6 +196,7 @@ class Recipe(Part):
             )
         unused = [name for name in ("rules", "options", "tuning", "sequential") if getattr(self, name)]
         unused += ["layout: onnx"] if self.layout == "onnx" else []  # whoever reads floats reads the weights
+        unused += ["prefill: int8"] if self.prefill == "int8" else []  # there are no codes to derive int8 weights from
         if unused:
             raise UsageError(
                 "QC-CAST-002",

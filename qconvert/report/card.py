@@ -284,10 +284,7 @@ def _command(recipe: Recipe, model_name: str) -> str:
         words += ["--rule", f"{rule.pattern}={rule.scheme or 'float'}"]
     words += _data("--calibration", recipe.calibration) + _data("--evaluation", recipe.evaluation)
     words += [word for target in recipe.targets for word in ("--target", target)]
-    if recipe.kv_cache != "float":
-        words += ["--kv-cache", recipe.kv_cache]
-    if recipe.layout != "transformers":
-        words += ["--layout", recipe.layout]
+    words += _graphs(recipe)
     if recipe.ranges is not None:
         words += ["--ranges", recipe.ranges.estimator]
     for gate in recipe.gates:
@@ -301,6 +298,16 @@ def _weights(recipe: Recipe) -> list[str]:
     if recipe.adapter is not None:
         words += ["--adapter", recipe.adapter.name]
     return [*words, "--merge-adapter"] if recipe.merge_adapter else words
+
+
+def _graphs(recipe: Recipe) -> list[str]:
+    """The flags that say what the graphs do with the weights, and where these lie."""
+    chosen = [
+        ("--prefill", recipe.prefill, "same"),
+        ("--kv-cache", recipe.kv_cache, "float"),
+        ("--layout", recipe.layout, "transformers"),
+    ]
+    return [word for flag, value, default in chosen if value != default for word in (flag, value)]
 
 
 def _without_flags(recipe: Recipe) -> str:

@@ -175,6 +175,7 @@ def test_a_loss_is_measured_as_numpy_measures_it() -> None:
         ({"quantizer": "cast", "options": {"clip": "mse"}}, "QC-CAST-002"),
         ({"quantizer": "cast", "layout": "onnx"}, "QC-CAST-002"),
         ({"quantizer": "cast", "sequential": True}, "QC-CAST-002"),
+        ({"quantizer": "cast", "prefill": "int8"}, "QC-CAST-002"),
         ({"quantizer": "cast", "scheme": "float32"}, "QC-RECIPE-001"),
         ({"quantizer": "per-channel", "rules": [{"pattern": "*", "scheme": "float16"}]}, "QC-RECIPE-001"),
     ],

@@ -84,7 +84,9 @@ def test_both_bodies_compute_what_the_weights_say(number: int, converted: Any) -
     assert fidelity.kl_decode is not None
     assert fidelity.kl != fidelity.kl_decode
     assert fidelity.kl < 2 * fidelity.kl_decode + 0.01
-    assert "token by token" in (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "token by token" in card
+    assert "--prefill int8" in card
 
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=IDS)
