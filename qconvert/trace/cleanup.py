@@ -10,6 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qconvert.graph.float_graph import replace
 from qconvert.ir.template import DOMAIN
+from qconvert.trace.rotary_tables import compute_rotary_tables
 
 
 def drop_reshape_pairs(graph: onnx_ir.Graph) -> None:
@@ -151,6 +152,7 @@ CLEAN_UPS: tuple[CleanUp, ...] = (
     keep_sums_before_norms,
     fuse_sums_into_rms_norms,
     pad_in_convolutions,
+    compute_rotary_tables,
 )
 
 
