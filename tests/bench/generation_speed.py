@@ -1,7 +1,7 @@
-"""How fast onnxruntime-genai runs a folder, alone in a process: python generation_speed.py FOLDER [TOKENS].
+"""How fast onnxruntime-genai runs a folder, alone in a process: python generation_speed.py FOLDER [TOKENS [PIECE]].
 
 Two threads. Prints the seconds of a prompt of 128 tokens, or as many as are wanted, and of each of the 128 tokens after it,
-medians of a few generations.
+medians of a few generations. PIECE: as many tokens of the prompt are read at once; all, if it is left out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ GENERATIONS = 4  # the first warms up
 def main() -> None:
     config = genai.Config(sys.argv[1])
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
-    model = genai.Model(config)
     prompt = int(sys.argv[2]) if len(sys.argv) > 2 else PROMPT
+    if len(sys.argv) > 3:
+        config.overlay(json.dumps({"search": {"chunk_size": int(sys.argv[3])}}))
+    model = genai.Model(config)
     prompts, tokens = [], []
     for _ in range(GENERATIONS):
         settings = genai.GeneratorParams(model)

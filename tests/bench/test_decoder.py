@@ -40,8 +40,12 @@ class FedLike:
         self.run, self.get_inputs = session.run, other.get_inputs
 
 
-def race(folders: Sequence[Path], prompt: int = PROMPT, rounds: int = ROUNDS) -> dict[str, tuple[list[float], list[float]]]:
+def race(
+    folders: Sequence[Path], prompt: int = PROMPT, rounds: int = ROUNDS, pieces: Sequence[int] = ()
+) -> dict[str, tuple[list[float], list[float]]]:
     """Folder name -> (seconds for the prompt, seconds per new token), one entry per round.
+
+    pieces: (tokens that are read at once,), where a prompt is not read whole.
 
     Each runs alone: idle threads of another session would take the cores. All take turns, in processes of their own, because
     where a model comes to lie in memory moves its speed by up to 10 %.
@@ -49,7 +53,8 @@ def race(folders: Sequence[Path], prompt: int = PROMPT, rounds: int = ROUNDS) ->
     seconds: dict[str, tuple[list[float], list[float]]] = {folder.name: ([], []) for folder in folders}
     for number in range(rounds):
         for folder in folders if number % 2 == 0 else folders[::-1]:
-            command = [sys.executable, str(Path(__file__).with_name("generation_speed.py")), str(folder), str(prompt)]
+            script = str(Path(__file__).with_name("generation_speed.py"))
+            command = [sys.executable, script, str(folder), *map(str, (prompt, *pieces))]
             measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             for taken, value in zip(seconds[folder.name], measured, strict=True):
                 taken.append(value)
@@ -148,6 +153,7 @@ def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: 
     It has one step for a whole prompt, ours has one per token: three passes over each input, and the product with the step.
     That is an eighth of the time of a prompt, on processors with AMX and on those with VNNI alone; the limit is a sixth.
     How much faster than float either is depends on the processor: quantize_dynamic 2.7 x with AMX, 2.0 x without.
+    The same codes by MatMulNBits are shown beside: for one row they are no faster (docs/processors.md).
     """
     pytest.importorskip("onnxruntime_genai")
     ours, plain, dynamic = tmp_path / "per-channel", tmp_path / "float", tmp_path / "quantize_dynamic"
@@ -156,12 +162,15 @@ def test_int8_activations_beside_float_and_quantize_dynamic(models: Path, data: 
     convert(made)
     outliers = tmp_path / "llm-int8"
     convert(recipe(models, data, outliers, quantizer="llm-int8", **head))
+    by_blocks = tmp_path / "MatMulNBits"
+    blocks = {"scheme": "int8-channel", "rules": [{"pattern": "lm_head", "scheme": "int8-channel"}]}
+    convert(recipe(models, data, by_blocks, quantizer="per-channel", **blocks))
     write_float(models / "smollm2-offgrid", ours, plain)
     shutil.copytree(plain, dynamic, ignore=shutil.ignore_patterns("model.*"))
     quantize_dynamic(
         plain / GRAPH, dynamic / GRAPH, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
     )
-    folders = (plain, dynamic, ours, outliers)
+    folders = (plain, dynamic, ours, outliers, by_blocks)
     lost = kl(folders, made)
     words = {folder.name: f"{size(folder) / 1e6:.1f} MB, KL {lost[folder.name]:.4f}" for folder in folders}
     ratios = show(race(folders), "float", words)

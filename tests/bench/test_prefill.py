@@ -15,6 +15,7 @@ from qconvert.ir.artifact import GRAPH
 from .test_decoder import kl, race, recipe, show, size
 
 PROMPTS = (128, 1024)
+PIECE = 256  # of a long prompt, that onnxruntime-genai reads at once if it is told to
 ROUNDS = 4
 
 
@@ -46,6 +47,8 @@ def test_two_bodies_beside_one(models: Path, data: Path, tmp_path: Path) -> None
     for length in PROMPTS:
         print(f"\nprompt of {length} tokens", end="")
         ratios[length] = show(race(folders, length, ROUNDS), "builder", words, length)
+    print(f"\nprompt of {PROMPTS[-1]} tokens in pieces of {PIECE}", end="")
+    show(race(folders, PROMPTS[-1], ROUNDS, [PIECE]), "builder", words, PROMPTS[-1])
     for folder in folders[1:]:
         command = [sys.executable, str(Path(__file__).with_name("session_cost.py")), str(folder / GRAPH)]
         cost = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
