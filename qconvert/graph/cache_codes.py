@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir import DataType, Graph, Node, TensorType, Value
 
+from qconvert.graph.phases import bodies_of
 from qconvert.graph.values import constant, input_named
 from qconvert.ir.graph_names import is_cache
 
@@ -100,14 +101,18 @@ def write_cache_codes(graph: Graph, scale_of: Callable[[str], Value]) -> None:
 
 
 def drop_cache_codes(graph: Graph) -> None:
-    """Let caches in codes be float again, in place."""
-    for attention in [attention for attention in cached_attentions(graph) if attention.has_codes]:
-        node = attention.node
-        for value in (value for cache in attention.caches for value in cache):
+    """Let caches in codes be float again, in place; in the bodies of a graph too."""
+    for body in (graph, *bodies_of(graph)):
+        for attention in [attention for attention in cached_attentions(body) if attention.has_codes]:
+            node = attention.node
+            for value in (value for cache in attention.caches for value in cache):
+                value.type = TensorType(DataType.FLOAT)
+            attributes = [value for name, value in node.attributes.items() if name not in HOW]
+            inputs = list(node.inputs[: SCALES[0]])
+            _put(body, attention.place, Node(node.domain, ATTENTION, inputs, attributes, num_outputs=3, name=node.name))
+    for value in graph.outputs:  # what a choice between bodies gives
+        if is_cache(str(value.name)):
             value.type = TensorType(DataType.FLOAT)
-        attributes = [value for name, value in node.attributes.items() if name not in HOW]
-        inputs = list(node.inputs[: SCALES[0]])
-        _put(graph, attention.place, Node(node.domain, ATTENTION, inputs, attributes, num_outputs=3, name=node.name))
 
 
 def _first_run(graph: Graph) -> Value:

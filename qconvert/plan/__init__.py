@@ -37,7 +37,7 @@ from qconvert.recipe.gates import refuse_gates
 def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer) -> Plan:
     """Decide on every module of the model.
 
-    Raises UsageError QC-PLAN-001 to QC-PLAN-021 for a scheme that the quantizer, the kernels or the layout can't carry,
+    Raises UsageError QC-PLAN-001 to QC-PLAN-020 for a scheme that the quantizer, the kernels or the layout can't carry,
     for rules that match nothing, or give a layer by its name what does not fit it; QC-CUDA-001 for what the CUDA provider
     has no kernel for, where that is a target; QC-CAST-004 for a cast that changes nothing.
     """
@@ -93,7 +93,7 @@ def plan(model: Model, template: Template, recipe: Recipe, quantizer: Quantizer)
 def check(model: Model, recipe: Recipe) -> None:
     """Check that a model suits a recipe, as far as that is known before it is traced.
 
-    Raises UsageError QC-PLAN-011, QC-PLAN-017 to QC-PLAN-021, QC-GATE-002, QC-BUDGET-008.
+    Raises UsageError QC-PLAN-011, QC-PLAN-017 to QC-PLAN-020, QC-GATE-002, QC-BUDGET-008.
     """
     if recipe.logits == "last" and not model.task.continues_prompts:
         raise UsageError(

@@ -14,17 +14,11 @@ from qconvert.vocabulary import Prefill
 
 
 def check_prompts(model: Model, recipe: Recipe) -> None:
-    """Check what is known before a model is traced. Raises UsageError QC-PLAN-020 and QC-PLAN-021."""
+    """Check what is known before a model is traced. Raises UsageError QC-PLAN-020."""
     if not model.task.continues_prompts:
         raise _no_prompts(recipe.prefill, f"{model.name} is no decoder-only language model")
     if CPU not in targets_of(recipe.targets):
         raise _no_prompts(recipe.prefill, f"it is for {CPU.name}, and the artifact is for {', '.join(recipe.targets)}")
-    if recipe.kv_cache != "float":
-        raise UsageError(
-            "QC-PLAN-021",
-            f"prefill: {recipe.prefill} and kv_cache: {recipe.kv_cache} do not go together yet: no graph has both",
-            hint="leave out one: prefill makes prompts faster, kv_cache makes long contexts smaller",
-        )
 
 
 def check_prompt_weights(plan: Plan) -> None:

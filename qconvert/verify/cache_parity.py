@@ -27,7 +27,7 @@ from qconvert.ort.pieces import sized_session
 from qconvert.ort.session import Values, memory_session, run_named
 from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.targets.target import Target
-from qconvert.verify.parity import target_graphs
+from qconvert.verify.parity import target_graphs, target_phases
 
 # Places among the inputs of the operator: how many tokens a row has, less one; the cosines of its rotation.
 LENGTHS, COSINES = 5, 7
@@ -36,11 +36,16 @@ LENGTHS, COSINES = 5, 7
 def worst_cache(artifact: ArtifactReader, target: Target, sample: Batch) -> tuple[float, str]:
     """Return (how far a code is from being the nearest, or outputs of attentions differ, relative to the largest; what does).
 
-    sample: of evaluation; its first row is run.
+    sample: of evaluation; its first row is run. Of a graph with several bodies, each is run for any number of tokens.
     """
-    graph = target_graphs(artifact, target).get("model")
-    if graph is None or not has_cache_codes(graph.graph):
-        return 0.0, ""
+    graphs = (target_graphs(artifact, target, phase).get("model") for phase in target_phases(artifact, target))
+    return max(
+        (_worst(artifact, target, graph, sample) for graph in graphs if graph is not None and has_cache_codes(graph.graph)),
+        default=(0.0, ""),
+    )
+
+
+def _worst(artifact: ArtifactReader, target: Target, graph: onnx_ir.Model, sample: Batch) -> tuple[float, str]:
     attentions = cached_attentions(graph.graph)
     constants = {
         str(value.name): value.const_value.numpy()

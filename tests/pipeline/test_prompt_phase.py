@@ -30,7 +30,7 @@ from qconvert.storage.artifact_reader import ArtifactReader
 from qconvert.storage.reader import read_index
 from qconvert.verify.parity import TOLERANCE, cluster_parity
 
-# Group sizes, zero points, 8 bits, one scale per channel; biases, Conv1D, a window and soft caps; a head in float.
+# Group sizes, zero points, 8 bits, one scale per channel; biases, Conv1D, a window and soft caps; a head in float; int8 caches.
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"scheme": "int4-g16"}),
     ("llama", {"scheme": "int4-g16-asym", "logits": "last", "rules": [{"pattern": "lm_head", "scheme": "int4-g16-asym"}]}),
@@ -40,6 +40,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"scheme": "int4-g32", "rules": [{"pattern": "*.mlp.*", "scheme": "int8-channel-a8"}]}),
     ("mistral", {"scheme": "int4-g16", "rules": [{"pattern": "*.up_proj", "scheme": "float"}]}),
     ("llama", {"quantizer": "awq", "scheme": "int4-g16-asym"}),
+    ("llama", {"scheme": "int4-g16", "kv_cache": "int8", "rules": [{"pattern": "lm_head", "scheme": "int4-g16"}]}),
+    ("qwen2", {"scheme": "int8-channel", "kv_cache": "int8"}),
 ]
 IDS = [str(number) for number in range(len(KINDS))]
 TOKENS = [5, 17, 3, 60, 8, 2, 33, 41, 12, 9, 77, 50]
@@ -107,8 +109,19 @@ def logits(folder: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
     feeds: dict[str, Any] = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
     for each in session.get_inputs():
         if each.name.startswith("past"):
-            feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+            kind = np.int8 if each.type == "tensor(int8)" else np.float32
+            feeds[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), kind)
     return np.asarray(session.run(["logits"], feeds)[0])
+
+
+def test_a_report_says_what_int8_caches_lose_beside_int8_prompts(converted: Any) -> None:
+    """Against float caches in both bodies: of windows that go in piece after piece, each on the codes of those before."""
+    report, folder = converted(8, "int8")
+    assert report.kv_cache is not None
+    assert report.kv_cache.kind == "int8"
+    assert report.kv_cache.loss is not None
+    assert 0 < report.kv_cache.loss.kl < 0.01
+    assert "--kv-cache int8" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=IDS)
@@ -125,12 +138,15 @@ def test_nothing_is_left_to_derive_once_it_is_loaded(number: int, converted: Any
         prompt, decode = decode, prompt
     assert "MatMulNBits" not in prompt
     assert "MatMulNBits" in decode
-    assert {"QLinearConv", "Transpose", "BitwiseXor", "If"}.isdisjoint({*prompt, *decode})
+    assert {"QLinearConv", "Transpose", "BitwiseXor"}.isdisjoint({*prompt, *decode})
+    # What stays is the choice of each attention between an empty cache and codes.
+    attentions = sum(op_type in ("If", "GroupQueryAttention") for op_type in decode)
+    assert [ops.count("If") for ops in (prompt, decode)] == [attentions if "kv_cache" in KINDS[number][1] else 0] * 2
 
 
 def test_the_weights_on_disk_are_those_of_one_body(converted: Any) -> None:
     """Both bodies read the same files: the graph alone is larger."""
-    (_, folder), (_, same) = (converted(0, prefill) for prefill in ("int8", "same"))
+    (_, folder), (_, same) = (converted(1, prefill) for prefill in ("int8", "same"))
     for name in ("model.safetensors", "qconvert.bin"):
         assert (folder / name).read_bytes() == (same / name).read_bytes()
 
@@ -168,9 +184,10 @@ def reader(asked: Recipe) -> ArtifactReader:
     return ArtifactReader(asked.output, model, plan(asked, plugin_manager()), read_index(asked.output))
 
 
-def test_onnxruntime_genai_says_the_same_after_a_long_prompt(converted: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
+def test_onnxruntime_genai_says_the_same_after_a_long_prompt(kv_cache: str, tmp_path: Path) -> None:
     """The prompt goes through one body, each token after it through the other, caches from one to the other."""
-    asked = recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g16", verify=False)
+    asked = recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g16", kv_cache=kv_cache, verify=False)
     convert(asked)
     artifact = reader(asked)
     assert genai_tokens(artifact, TOKENS, 12) == onnxruntime_tokens(artifact, TOKENS, 12)
@@ -190,9 +207,6 @@ def test_it_is_refused_where_there_is_nothing_to_derive(settings: dict[str, Any]
     assert raised.value.code == "QC-PLAN-020"
     with pytest.raises(UsageError, match="is no decoder-only language model"):
         convert(recipe(tiny_bert(tmp_path / "bert"), tmp_path / "out", tmp_path, scheme="int4-g32"))
-    with pytest.raises(UsageError, match="do not go together") as raised:
-        convert(recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g32", kv_cache="int8"))
-    assert raised.value.code == "QC-PLAN-021"
     assert not (tmp_path / "out").exists()
 
 

@@ -37,7 +37,7 @@ def tables(settings: dict[str, Any], positions: int) -> tuple[np.ndarray[Any, An
 def attention_with(cos: np.ndarray[Any, Any], sin: np.ndarray[Any, Any]) -> onnx_ir.Model:
     """A graph of one attention, with these tables behind its seven other inputs, and they as outputs."""
     values = [constant(name, table) for name, table in (("cos", cos), ("sin", sin))]
-    attention = onnx_ir.node("GroupQueryAttention", [None] * 7 + values, domain="com.microsoft", name="attention")
+    attention = onnx_ir.node("GroupQueryAttention", [*[None] * 7, *values], domain="com.microsoft", name="attention")
     shown = [onnx_ir.node("Identity", [value], name=f"{value.name}_out") for value in values]
     outputs = [onnx_ir.Value(name=f"y{index}", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT)) for index in range(2)]
     for node, output in zip(shown, outputs, strict=True):
