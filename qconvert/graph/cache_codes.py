@@ -111,7 +111,7 @@ def drop_cache_codes(graph: Graph) -> None:
             inputs = list(node.inputs[: SCALES[0]])
             _put(body, attention.place, Node(node.domain, ATTENTION, inputs, attributes, num_outputs=3, name=node.name))
     for value in graph.outputs:  # what a choice between bodies gives
-        if is_cache(str(value.name)):
+        if is_cache(str(value.name)) and value.dtype == DataType.INT8:
             value.type = TensorType(DataType.FLOAT)
 
 

@@ -28,6 +28,7 @@ from qconvert.ir.report import (
 )
 from qconvert.ir.write_result import WriteResult
 from qconvert.job import Job
+from qconvert.plan.sizes import CACHE_BYTES
 from qconvert.recipe import Recipe
 from qconvert.recipe.gates import Gate
 from qconvert.report import wording
@@ -74,13 +75,14 @@ def make_report(job: Job, folder: Path, evidence: Evidence | None) -> Report:
 
 
 def _kv_cache(plan: Plan, loss: CacheLoss | None) -> CacheReport | None:
-    """What is said of a cache in codes, which is one byte for each number; None for one in float."""
+    """What is said of a cache in codes; None for one in float."""
     if plan.kv_cache == "float":
         return None
     assert plan.deployment is not None
     nbytes = plan.deployment.cache_bytes_per_token
     assert nbytes is not None
-    return CacheReport(kind=plan.kv_cache, bytes_per_token=nbytes, float_bytes_per_token=4 * nbytes, loss=loss)
+    in_float = nbytes * CACHE_BYTES["float"] // CACHE_BYTES[plan.kv_cache]
+    return CacheReport(kind=plan.kv_cache, bytes_per_token=nbytes, float_bytes_per_token=in_float, loss=loss)
 
 
 def _histograms(written: WriteResult) -> str | None:

@@ -1,6 +1,7 @@
 """An int8 KV cache beside a float one, on SmolLM2 in int4: how fast, how large, and what is lost at 2048 tokens.
 
-Everything is measured in one process, the two taking turns, one thread each. Processor time, least of several.
+Both with one body for all runs, and with another one for prompts. Everything is measured in one process, all taking turns,
+one thread each. Processor time, least of several.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from qconvert.ir.artifact import GRAPH
 from qconvert.ort.compare import feed, next_inputs
 from qconvert.ort.session import SessionSettings, file_session
 
-KINDS = ("float", "int8")
+KINDS: dict[str, dict[str, str]] = {
+    "float": {"kv_cache": "float"},
+    "int8": {"kv_cache": "int8"},
+    "float, int8 prompts": {"kv_cache": "float", "prefill": "int8"},
+    "int8, int8 prompts": {"kv_cache": "int8", "prefill": "int8"},
+}
 CONTEXTS = (128, 1024, 2048)
 STEPS, PROMPTS = 12, 2
+PIECE = 128  # of a prompt, that is read on the cache of what was before it
 VOCABULARY = 49152
 
 
 @pytest.fixture(scope="module")
 def folders(models: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The artifact with either cache; head and embedding are quantized too. What they lose is printed on the way."""
+    """The artifact of each kind; head and embedding are quantized too. What they lose is printed on the way."""
     found = {}
-    for kind in KINDS:
+    for kind, settings in KINDS.items():
         output = tmp_path_factory.mktemp("caches") / kind
         report = convert(
             Recipe.from_settings(
@@ -38,7 +45,7 @@ def folders(models: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
                     "output": output,
                     "scheme": "int4-g32",
                     "layout": "onnx",
-                    "kv_cache": kind,
+                    **settings,
                     "rules": [{"pattern": name, "scheme": "int4-g32"} for name in ("lm_head", "model.embed_tokens")],
                     "calibration": {"source": str(data / "calibration.txt")},
                     "evaluation": {"source": str(data / "evaluation.txt"), "samples": 4, "length": 2048},
@@ -48,7 +55,7 @@ def folders(models: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
         (measured,) = report.fidelity
         print(f"\n{kind}: against the float model at 2048 tokens KL {measured.kl:.4f}, perplexity {measured.perplexity:.2f}")
         if report.kv_cache is not None:
-            print(f"int8: {report.kv_cache}")
+            print(f"{kind}: {report.kv_cache}")
         found[kind] = output
     return found
 
@@ -67,11 +74,13 @@ def test_speed(folders: dict[str, Path]) -> None:
             found[kind] = sessions[kind].run(None, inputs[kind])
 
         prompts = _least(prompt, PROMPTS)
-        token = np.array([[7]])
-        steps = {kind: next_inputs(session, inputs[kind], found[kind], token) for kind, session in sessions.items()}
-        tokens = _least(lambda kind, steps=steps: sessions[kind].run(None, steps[kind]), STEPS)  # type: ignore[misc]
+        later = []
+        for count, repeats in ((1, STEPS), (PIECE, PROMPTS)):
+            new = np.arange(count)[None] + 7
+            steps = {kind: next_inputs(session, inputs[kind], found[kind], new) for kind, session in sessions.items()}
+            later.append(_least(lambda kind, steps=steps: sessions[kind].run(None, steps[kind]), repeats))  # type: ignore[misc]
         nbytes = {kind: sum(value.nbytes for value in outputs[1:]) for kind, outputs in found.items()}
-        _print("onnxruntime", context, prompts, tokens)
+        _print("onnxruntime", context, {"prompt": prompts, "step": later[0], f"piece of {PIECE}": later[1]})
         print(f"{context} tokens: the cache is {nbytes['int8'] / nbytes['float']:.3f} of {nbytes['float'] / 1e6:.1f} MB")
 
 
@@ -96,7 +105,7 @@ def test_speed_in_genai(folders: dict[str, Path]) -> None:
 
         prompts = _least(prompt, PROMPTS)
         tokens = _least(lambda kind, generators=generators: generators[kind].generate_next_token(), STEPS)  # type: ignore[misc]
-        _print("onnxruntime-genai", context, prompts, tokens)
+        _print("onnxruntime-genai", context, {"prompt": prompts, "step": tokens})
 
 
 def _least(call: Callable[[str], object], repeats: int) -> dict[str, float]:
@@ -111,9 +120,9 @@ def _least(call: Callable[[str], object], repeats: int) -> dict[str, float]:
     return least
 
 
-def _print(what: str, context: int, prompts: dict[str, float], tokens: dict[str, float]) -> None:
-    print(
-        f"\n{what}, {context} tokens: a step {1e3 * tokens['float']:.1f} ms with a float cache, {1e3 * tokens['int8']:.1f} "
-        f"with int8, {tokens['float'] / tokens['int8']:.2f} x the speed; the prompt {1e3 * prompts['float']:.0f} and "
-        f"{1e3 * prompts['int8']:.0f} ms, {prompts['float'] / prompts['int8']:.2f} x"
-    )
+def _print(what: str, context: int, measured: dict[str, dict[str, float]]) -> None:
+    """measured: seconds of each kind, by what takes them."""
+    print(f"\n{what}, {context} tokens, ms and speed beside a float cache and one body")
+    for kind in KINDS:
+        words = (f"{name} {1e3 * of[kind]:.1f}, {of['float'] / of[kind]:.2f} x" for name, of in measured.items())
+        print(f"{kind}: {'; '.join(words)}")

@@ -174,7 +174,7 @@ def test_a_decoder_generates_with_its_adapter_on_the_cache(llama: tuple[Path, Pa
     recipe = recipe_of(base, adapter, tmp_path / "out", scheme="int8-channel")
     convert(recipe)
     expected = logits(peft_of(base, adapter), torch.arange(5, 25)[None])[0]
-    found = onnxruntime_logits(artifact_of(recipe), list(range(5, 25)), 12)
+    found = onnxruntime_logits(recipe.output, list(range(5, 25)), 12)
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 

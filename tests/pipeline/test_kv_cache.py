@@ -71,7 +71,7 @@ def read(asked: Recipe) -> ArtifactReader:
 @pytest.mark.parametrize("name", KINDS)
 def test_step_by_step_it_says_nearly_what_the_float_cache_does(name: str, folders: Folders) -> None:
     """And the same of the prompt, which has no cache to read. The report's parity has held every attention against torch."""
-    coded, floats = (onnxruntime_logits(folders(name, kind), TOKENS, prompt=PROMPT) for kind in ("int8", "float"))
+    coded, floats = (onnxruntime_logits(folders(name, kind).folder, TOKENS, prompt=PROMPT) for kind in ("int8", "float"))
     assert np.allclose(coded[:PROMPT], floats[:PROMPT], atol=1e-5)
     assert not np.allclose(coded[PROMPT:], floats[PROMPT:], atol=1e-4)
     assert np.linalg.norm(coded - floats) < 0.1 * np.linalg.norm(floats)

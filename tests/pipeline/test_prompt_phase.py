@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from architecture_models import build
 from click.testing import CliRunner
-from generation import genai_tokens, onnxruntime_tokens
+from generation import genai_tokens, onnxruntime_logits, onnxruntime_tokens
 from tiny_models import tiny_bert
 
 from qconvert import Recipe, convert
@@ -42,7 +42,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"quantizer": "awq", "scheme": "int4-g16-asym"}),
     ("llama", {"scheme": "int4-g16", "kv_cache": "int8", "rules": [{"pattern": "lm_head", "scheme": "int4-g16"}]}),
     ("qwen2", {"scheme": "int8-channel", "kv_cache": "int8"}),
+    ("gemma2", {"scheme": "int4-g32", "kv_cache": "int8", "rules": [{"pattern": "lm_head", "scheme": "int4-g32"}]}),
 ]
+CODED = [number for number, (_, settings) in enumerate(KINDS) if "kv_cache" in settings]
 IDS = [str(number) for number in range(len(KINDS))]
 TOKENS = [5, 17, 3, 60, 8, 2, 33, 41, 12, 9, 77, 50]
 Converted = tuple[Report, Path]
@@ -124,6 +126,19 @@ def test_a_report_says_what_int8_caches_lose_beside_int8_prompts(converted: Any)
     assert "--kv-cache int8" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("number", CODED)
+def test_a_prompt_in_pieces_loses_what_its_cache_in_codes_does(number: int, converted: Any) -> None:
+    """The second piece, longer than MOST_DECODED, reads codes of the first one: little else than without int8 prompts."""
+    assert len(TOKENS) > MOST_DECODED
+    lost = []
+    for prefill in ("int8", "same"):
+        folder = converted(number, prefill)[1]
+        whole, pieces = (onnxruntime_logits(folder, 2 * TOKENS, prompt, len(TOKENS)) for prompt in (24, 12))
+        assert np.allclose(whole[:12], pieces[:12], atol=1e-4)
+        lost.append(np.linalg.norm(whole - pieces) / np.linalg.norm(whole))
+    assert 0 < lost[0] < 2 * lost[1]
+
+
 @pytest.mark.parametrize("number", range(len(KINDS)), ids=IDS)
 def test_nothing_is_left_to_derive_once_it_is_loaded(number: int, converted: Any, tmp_path: Path) -> None:
     """All that derives int8 weights is folded when the session is created: what a run computes is the products alone."""
@@ -186,11 +201,14 @@ def reader(asked: Recipe) -> ArtifactReader:
 
 @pytest.mark.parametrize("kv_cache", ["float", "int8"])
 def test_onnxruntime_genai_says_the_same_after_a_long_prompt(kv_cache: str, tmp_path: Path) -> None:
-    """The prompt goes through one body, each token after it through the other, caches from one to the other."""
+    """The prompt goes through one body, each token after it through the other, caches from one to the other; read in two
+    pieces, the second one on the cache of the first, too."""
     asked = recipe(source("llama"), tmp_path / "out", tmp_path, scheme="int4-g16", kv_cache=kv_cache, verify=False)
     convert(asked)
     artifact = reader(asked)
     assert genai_tokens(artifact, TOKENS, 12) == onnxruntime_tokens(artifact, TOKENS, 12)
+    piece = len(TOKENS)
+    assert genai_tokens(artifact, 2 * TOKENS, 12, piece) == onnxruntime_tokens(artifact, 2 * TOKENS, 12, piece)
 
 
 @pytest.mark.parametrize(
@@ -211,15 +229,16 @@ def test_it_is_refused_where_there_is_nothing_to_derive(settings: dict[str, Any]
 
 
 def test_a_plan_says_what_it_takes_to_load(tmp_path: Path) -> None:
-    """In words, and with --json in bytes and seconds; without it, neither."""
+    """In words, and with --json in bytes and seconds; without it, neither. A cache in codes goes with it."""
     command = ["plan", "--model", str(source("llama")), "--output", str(tmp_path / "out"), "--scheme", "int4-g16"]
     plain, found = (
         json.loads(CliRunner().invoke(main, [*command, *more, "--json"]).stdout)["deployment"]
-        for more in ((), ("--prefill", "int8"))
+        for more in ((), ("--prefill", "int8", "--kv-cache", "int8"))
     )
     assert "loading_bytes" not in plain
     assert found["loading_bytes"] >= found["loaded_bytes"] > plain["loaded_bytes"]
     assert found["deriving_seconds"] > 0
+    assert 4 * found["cache_bytes_per_token"] == plain["cache_bytes_per_token"]
     assert "while loading" in CliRunner().invoke(main, [*command, "--prefill", "int8"]).stdout
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,25 @@ def torch_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int 
     return tokens[len(prompt) :]
 
 
-def onnxruntime_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
-    """Greedy, with the KV cache going out of one step and into the next."""
+def onnxruntime_tokens(
+    artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW, piece: int | None = None
+) -> list[int]:
+    """Greedy, with the KV cache going out of one step and into the next.
+
+    piece: how many tokens of the prompt are read at once; None for all.
+    """
     session = file_session(artifact.folder / GRAPH)
     names = [output.name for output in session.get_outputs()]
     past = _empty_cache(session)
-    tokens, fed = list(prompt), list(prompt)
-    for _ in range(new):
-        feeds = {"input_ids": np.array([fed]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
+    tokens, read = list(prompt), 0
+    while len(tokens) < len(prompt) + new:
+        fed = tokens[read:][:piece]
+        read += len(fed)
+        feeds = {"input_ids": np.array([fed]), "attention_mask": np.ones((1, read), np.int64), **past}
         outputs = dict(zip(names, session.run(None, feeds), strict=True))
         past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
-        fed = [int(outputs["logits"][0, -1].argmax())]
-        tokens += fed
+        if read == len(tokens):
+            tokens.append(int(outputs["logits"][0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -72,13 +80,13 @@ def torch_logits(artifact: ArtifactReader, tokens: list[int]) -> np.ndarray[Any,
         return artifact.model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()  # type: ignore[no-any-return]
 
 
-def onnxruntime_logits(artifact: ArtifactReader, tokens: list[int], prompt: int) -> np.ndarray[Any, Any]:
-    """[tokens, vocabulary]: the first `prompt` tokens at once, the others one by one, through the KV cache."""
-    session = file_session(artifact.folder / GRAPH)
+def onnxruntime_logits(folder: Path, tokens: list[int], prompt: int, step: int = 1) -> np.ndarray[Any, Any]:
+    """[tokens, vocabulary]: the first `prompt` tokens at once, `step` of the others at a time, through the KV cache."""
+    session = file_session(folder / GRAPH)
     names = [output.name for output in session.get_outputs()]
     past = _empty_cache(session)
     found = []
-    for start, end in [(0, prompt), *((position, position + 1) for position in range(prompt, len(tokens)))]:
+    for start, end in pairwise([0, *range(prompt, len(tokens), step), len(tokens)]):
         feeds = {"input_ids": np.array([tokens[start:end]]), "attention_mask": np.ones((1, end), np.int64), **past}
         outputs = dict(zip(names, session.run(None, feeds), strict=True))
         past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
@@ -94,19 +102,22 @@ def _empty_cache(session: Any) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def genai_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
-    return genai_batch(artifact, np.array([prompt], np.int32), new)[0]
+def genai_tokens(artifact: ArtifactReader, prompt: list[int] = PROMPT, new: int = NEW, piece: int | None = None) -> list[int]:
+    return genai_batch(artifact, np.array([prompt], np.int32), new, piece)[0]
 
 
-def genai_batch(artifact: ArtifactReader, prompts: np.ndarray[Any, Any], new: int = NEW) -> list[list[int]]:
-    """What follows each row of `prompts` [rows, tokens]."""
+def genai_batch(
+    artifact: ArtifactReader, prompts: np.ndarray[Any, Any], new: int = NEW, piece: int | None = None
+) -> list[list[int]]:
+    """What follows each row of `prompts` [rows, tokens]. piece: how many of these tokens are read at once; None for all."""
     genai = pytest.importorskip("onnxruntime_genai")
     rows, length = prompts.shape
     model = genai.Model(str(artifact.folder))
     settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=length + new, do_sample=False, batch_size=rows)
     generator = genai.Generator(model, settings)
-    generator.append_tokens(prompts)
+    for start in range(0, length, piece or length):
+        generator.append_tokens(prompts[:, start:][:, :piece])
     while not generator.is_done():
         generator.generate_next_token()
     return [[int(token) for token in generator.get_sequence(row)][length:] for row in range(rows)]

@@ -105,7 +105,7 @@ def test_a_decoder_reads_on_through_its_cache_as_torch_reads_at_once(name: str, 
     artifact = artifacts(name)
     keep_activations_float(artifact)
     tokens = torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(1)).tolist()
-    error = largest_difference(onnxruntime_logits(artifact, tokens, prompt=9), torch_logits(artifact, tokens))
+    error = largest_difference(onnxruntime_logits(artifact.folder, tokens, prompt=9), torch_logits(artifact, tokens))
     assert error < TOLERANCE
 
 
