@@ -45,13 +45,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_plain(folder: Path, path: Path) -> None:
+def write_plain(folder: Path, path: Path, opset: int = 23) -> None:
     """The float graph that torch's exporter makes of the transformers model, as anyone would export it."""
     model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     inputs = {name: torch.ones(2, 3, dtype=torch.long) for name in INPUTS}
     shapes = {name: {0: "batch", 1: "sequence"} for name in INPUTS}
     with torch.no_grad():
-        program = torch.onnx.export(model, kwargs=inputs, dynamo=True, opset_version=23, dynamic_shapes=shapes, verbose=False)
+        program = torch.onnx.export(
+            model, kwargs=inputs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+        )
     assert program is not None
     program.save(str(path), external_data=False)
 
